@@ -1,0 +1,187 @@
+"""Where an encoder's layers are, which encoders work, and which are refused.
+
+The rule: in the encoder (the encoder half of an encoder-decoder model), the outermost
+`nn.ModuleList` whose length is the configuration's `num_hidden_layers` and whose modules are of one
+class is the layer stack. Each layer must take the hidden states `[B, T, H]` as its first positional
+argument and return them, alone or as a tuple's first item, and the encoder must take
+`inputs_embeds` and honour the padding of `attention_mask`. For the families of `TESTED` this has been
+checked by this project's tests; any other encoder is probed with a toy batch when the adapter is
+attached, and refused with the reason if it does not behave so.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpc_dist.adapter.lane import EncoderShape
+from gpc_dist.errors import UserError
+
+TESTED = frozenset(
+    "albert bert deberta-v2 distilbert electra modernbert mt5 roberta t5 umt5 xlm-roberta "
+    "xlm-roberta-xl".split()
+)
+
+REFUSED = {
+    "big_bird": "its block-sparse attention pads the sequence to whole blocks, prompt included",
+    "canine": "it downsamples characters, so prompt positions do not survive its layers",
+    "fnet": "it has no attention mask: padding would change the result",
+    "funnel": "it pools the sequence between blocks, so prompt positions do not survive",
+    "longformer": "its windowed attention pads the sequence and needs global positions of its own",
+    "perceiver": "its latents hold no prompt positions",
+    "reformer": "its hashed attention keeps no fixed prompt positions",
+    "xlnet": "it runs two streams of states and has no single prompt state",
+}
+
+
+@dataclass(frozen=True)
+class EncoderParts:
+    """The places of an encoder that the graft touches."""
+
+    encoder: nn.Module
+    """What is called with `inputs_embeds`: the model itself, or the encoder half of it."""
+    token_embeddings: nn.Module
+    """Token ids `[..]` -> embeddings `[.., E]`."""
+    layers: nn.ModuleList
+    """The L layers in the order they run."""
+    shape: EncoderShape
+    max_positions: int | None
+    """Longest P+T that the position embeddings allow; None for relative positions."""
+    takes_token_types: bool
+
+
+def locate(model: nn.Module) -> EncoderParts:
+    """Find the parts of a `transformers` encoder.
+
+    An ALBERT-like encoder that runs fewer modules than layers is unrolled in place: every layer gets
+    a module of its own that shares the weights, so that a hook can tell the layers apart.
+
+    Raises:
+        UserError: the family is refused, or no layer stack is found.
+    """
+    config: Any = model.config
+    family = config.model_type
+    if family in REFUSED:
+        raise UserError(f"encoder family '{family}' cannot hold a prompt: {REFUSED[family]}")
+    encoder: Any = model.get_encoder() if config.is_encoder_decoder else model
+    if family == "albert":
+        _unroll_albert(encoder)
+    layers = _layer_stack(encoder, config.num_hidden_layers)
+    if layers is None:
+        raise UserError(
+            f"encoder family '{family}' cannot be used: no stack of {config.num_hidden_layers} "
+            "equal layers was found in it (see gpc_dist/adapter/families.py for the rule)"
+        )
+    parameters = inspect.signature(encoder.forward).parameters
+    if "inputs_embeds" not in parameters:
+        raise UserError(f"encoder family '{family}' cannot be used: it takes no inputs_embeds")
+    embeddings = encoder.get_input_embeddings()
+    return EncoderParts(
+        encoder=encoder,
+        token_embeddings=embeddings,
+        layers=layers,
+        shape=EncoderShape(len(layers), config.hidden_size, embeddings.embedding_dim),
+        max_positions=_max_positions(encoder),
+        takes_token_types="token_type_ids" in parameters,
+    )
+
+
+def _layer_stack(encoder: nn.Module, count: int) -> nn.ModuleList | None:
+    for module in encoder.modules():  # outermost first
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and len({type(layer) for layer in module}) == 1
+        ):
+            return module
+    return None
+
+
+def _unroll_albert(encoder: Any) -> None:
+    """Give each of ALBERT's L layer calls a module of its own, sharing the group's weights."""
+    stack = encoder.encoder
+    groups, count = stack.albert_layer_groups, encoder.config.num_hidden_layers
+    if len(groups) == count:
+        return
+    unrolled = nn.ModuleList()
+    for index in range(count):
+        layer = copy.copy(groups[index * len(groups) // count])
+        layer._forward_hooks = OrderedDict()
+        layer._forward_pre_hooks = OrderedDict()
+        unrolled.append(layer)
+    stack.albert_layer_groups = unrolled
+    # its forward finds the layer from the number of groups; the shared configuration stays as it is
+    stack.config = copy.copy(stack.config)
+    stack.config.num_hidden_groups = count
+
+
+def _max_positions(encoder: nn.Module) -> int | None:
+    """Rows of a learned table of absolute positions that text can use, if the encoder has one."""
+    for name, module in encoder.named_modules():
+        if name.rsplit(".", 1)[-1] == "position_embeddings" and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from padding_idx + 1
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset
+    return None
+
+
+@torch.no_grad()
+def probe(parts: EncoderParts) -> None:
+    """Check with a toy batch that an untested encoder keeps to the rule in this module's docstring.
+
+    Raises:
+        UserError: naming the family and the first thing that does not hold.
+    """
+    encoder: Any = parts.encoder
+    family = encoder.config.model_type
+    parameter = next(encoder.parameters())
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 8, parts.shape.embedding_size, generator=generator)
+    states = states.to(parameter.device, parameter.dtype)
+    calls: list[tuple[int, bool]] = []
+
+    def record(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            size = (*states.shape[:2], parts.shape.hidden_size)
+            tensors = [args[0] if args else None, first]
+            calls.append((index, all(isinstance(t, Tensor) and t.shape == size for t in tensors)))
+
+        return hook
+
+    def run(x: Tensor, length: int) -> Tensor:
+        mask = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        mask[:, :length] = 1
+        return encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state[:, :length].float()
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()))
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"encoder family '{family}' cannot hold a prompt: {reason}")
+
+    handles = [layer.register_forward_hook(record(i)) for i, layer in enumerate(parts.layers)]
+    try:
+        reference = run(states, 8)
+    except Exception as error:
+        raise refuse(f"a forward pass from inputs_embeds fails ({error})") from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    if [index for index, _ in calls] != list(range(len(parts.layers))):
+        raise refuse("its layers do not run once each, in order")
+    if not all(shaped for _, shaped in calls):
+        raise refuse("its layers do not pass the hidden states [B, T, H] as first argument and result")
+    padded = torch.cat([states, torch.ones_like(states)], dim=1)
+    if not close(run(padded, 8), reference):
+        raise refuse("padding changes its result")
+    changed = states.clone()
+    changed[:, -1] += 1
+    if close(run(changed, 8)[:, 0], reference[:, 0]):
+        raise refuse("it reads from left to right only, so it is not an encoder")

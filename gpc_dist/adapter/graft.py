@@ -1,0 +1,249 @@
+"""The graft: adapters attached to a frozen encoder, without touching its weights or its code.
+
+Before the first layer each row gets its lane's prompt through `inputs_embeds`. After every layer but
+the last a forward hook writes the next prompt state
+
+    p_{l+1} = Cell(e_l, p_l)          h_{l+1} = [p_{l+1} ; Layer_l(h_l)[:, P:]]
+
+(arXiv 2304.05642). The hook needs nothing but the layer's own input and output and the rows of each
+lane, which are the same for all layers of a pass: no state goes from layer to layer, so the layers
+may be run again in any order, as activation checkpointing does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
+from gpc_dist.adapter.lane import Adapter
+from gpc_dist.adapter.prompt import starting_prompt
+from gpc_dist.config import AdapterConfig
+from gpc_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class GraftedEncoder(nn.Module):
+    """A frozen encoder with one or more adapters (lanes).
+
+    Use `attach` to make one from a `transformers` model. `lanes` may be changed between passes; all
+    lanes of one pass have the same number of prompt tokens.
+    """
+
+    def __init__(self, parts: EncoderParts, lanes: Sequence[Adapter]):
+        super().__init__()
+        self.encoder = parts.encoder
+        self.token_embeddings = parts.token_embeddings
+        self.parts = parts
+        self.lanes = nn.ModuleList(lanes)
+        self._rows: list[slice] = []
+        self.encoder.requires_grad_(False)
+        self.encoder.eval()
+        self._handles = [
+            layer.register_forward_hook(partial(self._write_prompt, index))
+            for index, layer in enumerate(parts.layers[:-1])
+        ]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter of a single-lane encoder."""
+        (lane,) = self.lanes
+        return lane  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> GraftedEncoder:
+        """As `nn.Module.train`, but the frozen encoder stays in eval mode: no dropout inside it."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        lane_rows: Sequence[int] | None = None,
+    ) -> Any:
+        """Outputs of the head for every row of a batch.
+
+        Args:
+            input_ids: text tokens `[R, T]`, padded on the right.
+            attention_mask: 1 for text, 0 for padding `[R, T]`; all text when not given.
+            token_type_ids: segment numbers `[R, T]`, for encoders that take them.
+            lane_rows: rows of each lane, in the order of `lanes`: the batch holds the rows of the first lane,
+                then those of the second, and so on. Not needed for one lane.
+
+        Returns:
+            float32 `[R, outputs]`, or with `lane_rows` a list of `[R_k, outputs_k]`, one for each lane.
+        """
+        counts = [len(input_ids)] if lane_rows is None else list(lane_rows)
+        if len(counts) != len(self.lanes) or sum(counts) != len(input_ids):
+            raise ValueError(
+                f"lane_rows {counts} must have one entry for each of {len(self.lanes)} lanes and add up to "
+                f"{len(input_ids)} rows"
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        edges = [sum(counts[:k]) for k in range(len(counts) + 1)]
+        rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        states = self._encode(input_ids, attention_mask, token_type_ids, rows)
+        outputs = [lane.head(states[r], attention_mask[r]) for lane, r in zip(self.lanes, rows, strict=True)]
+        return outputs[0] if lane_rows is None else outputs
+
+    def _encode(
+        self, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None, rows: list[slice]
+    ) -> Tensor:
+        """States of the text positions in the last layer: `[R, T, H]`."""
+        lengths = {lane.prompt_tokens for lane in self.lanes}
+        if len(lengths) > 1:
+            raise ValueError(f"lanes of one pass need equal prompt lengths, not {sorted(lengths)}")
+        (tokens,) = lengths
+        with torch.no_grad():
+            embeds = self.token_embeddings(input_ids)
+        mask, extra = attention_mask, {}
+        if token_types is not None and self.parts.takes_token_types:
+            extra["token_type_ids"] = _pad_left(token_types, tokens, 0)
+        if tokens:
+            starts = [
+                lane.start(r.stop - r.start) for lane, r in zip(self.lanes, rows, strict=True)
+            ]
+            embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
+            mask = _pad_left(attention_mask, tokens, 1)
+        self._rows = rows
+        output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
+        return output.last_hidden_state[:, tokens:]
+
+    def _write_prompt(self, index: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of layer `index`: put the next prompt state before the text states."""
+        if not any(lane.rewrites_prompt for lane in self.lanes):
+            return None
+        encoded = output[0] if isinstance(output, tuple) else output
+        previous, tokens = args[0], self.lanes[0].prompt_tokens
+        prompts = [
+            lane.next_prompt(index, encoded[r, :tokens], previous[r, :tokens])
+            for lane, r in zip(self.lanes, self._rows, strict=True)
+        ]
+        written = torch.cat([torch.cat(prompts), encoded[:, tokens:]], dim=1)
+        return (written, *output[1:]) if isinstance(output, tuple) else written
+
+    def checkpoint_activations(self) -> None:
+        """Keep only each layer's input in the forward pass and compute the layer again in the backward
+        pass. The hooks stay outside: they run once, so the cell is not computed twice."""
+        for layer in self.parts.layers:
+            layer.forward = _recomputed(layer.forward)
+
+    def detach_hooks(self) -> None:
+        """Take the hooks off: the encoder is again what it was before the graft."""
+        for handle in self._handles:
+            handle.remove()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter of a single-lane encoder to `folder` (see `adapter.store`)."""
+        from gpc_dist.adapter.store import save_adapter
+        from gpc_dist.adapter.fingerprint import identify
+
+        save_adapter(folder, self.adapter, identify(self.encoder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, encoder: PreTrainedModel) -> GraftedEncoder:
+        """Attach a saved adapter to the encoder it was trained on.
+
+        Raises:
+            UserError: `folder` holds no adapter, or one that belongs to another encoder.
+        """
+        from gpc_dist.adapter.fingerprint import identify
+        from gpc_dist.adapter.store import load_adapter
+
+        adapter, card = load_adapter(folder)
+        parts = locate(encoder)
+        card.check_encoder(identify(parts.encoder))
+        return cls(parts, [adapter])
+
+
+def attach(
+    encoder: PreTrainedModel,
+    config: AdapterConfig | None = None,
+    *,
+    outputs: int = 2,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    label_words: Sequence[str] = (),
+    seed: int = 0,
+) -> GraftedEncoder:
+    """Attach a new adapter to a pretrained encoder of `transformers`.
+
+    The encoder is frozen and put in eval mode; train `result.adapter.parameters()`.
+
+    Args:
+        config: method, prompt, cell; GPC with its defaults when not given.
+        outputs: classes of a classification, or 1 for a score or a number.
+        tokenizer, label_words: for the prompt's start (`AdapterConfig.prompt_init`).
+        seed: of all starting values.
+
+    Raises:
+        UserError: the encoder's family cannot hold a prompt.
+    """
+    parts = locate(encoder)
+    if encoder.config.model_type not in TESTED:
+        probe(parts)
+    adapter = new_adapter(
+        parts, config or AdapterConfig(), outputs, tokenizer=tokenizer, label_words=label_words, seed=seed
+    )
+    return GraftedEncoder(parts, [adapter])
+
+
+def new_adapter(
+    parts: EncoderParts,
+    config: AdapterConfig,
+    outputs: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    label_words: Sequence[str] = (),
+    seed: int = 0,
+) -> Adapter:
+    """A fresh adapter whose prompt starts from the encoder's own (whole, not sharded) embeddings.
+
+    Raises:
+        UserError: the prompt is longer than the encoder's position table.
+    """
+    adapter = Adapter(config, parts.shape, outputs, seed)
+    if adapter.prompt is None:
+        return adapter
+    if parts.max_positions is not None and config.prompt_tokens >= parts.max_positions:
+        raise UserError(
+            f"adapter.prompt_tokens {config.prompt_tokens} leaves no room for text: the encoder has "
+            f"{parts.max_positions} positions"
+        )
+    embeddings: Any = parts.token_embeddings
+    device = embeddings.weight.device
+    with torch.no_grad():
+        start = starting_prompt(
+            config,
+            lambda ids: embeddings(ids.to(device)),
+            embeddings.num_embeddings,
+            tokenizer,
+            label_words,
+            torch.Generator().manual_seed(seed),
+        )
+        adapter.prompt.start.copy_(start)
+    return adapter.to(device)
+
+
+def _pad_left(x: Tensor, count: int, value: int) -> Tensor:
+    return nn.functional.pad(x, (count, 0), value=value)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # nothing random runs inside a frozen encoder, so no generator state is kept
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

@@ -1,0 +1,101 @@
+"""The adapter folder: trained tensors (`adapter.safetensors`) and a card (`adapter_config.json`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gpc_dist import __version__
+from gpc_dist.adapter.fingerprint import EncoderIdentity
+from gpc_dist.adapter.lane import Adapter, EncoderShape
+from gpc_dist.config import AdapterConfig
+from gpc_dist.errors import UserError
+from gpc_dist.files import new_folder
+
+WEIGHTS = "adapter.safetensors"
+CARD = "adapter_config.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What an adapter folder says about itself."""
+
+    adapter: AdapterConfig
+    shape: EncoderShape
+    outputs: int
+    encoder: EncoderIdentity
+    task: dict[str, Any] = field(default_factory=dict)
+    """What it was trained for, as the writer describes it; this module does not read it."""
+
+    def check_encoder(self, found: EncoderIdentity) -> None:
+        """Raises UserError if `found` is not the encoder the adapter was trained on."""
+        if found.sha256 != self.encoder.sha256:
+            raise UserError(
+                f"this adapter was trained on encoder '{self.encoder.path}' "
+                f"(sha256 {self.encoder.sha256[:12]}), not on '{found.path}' "
+                f"(sha256 {found.sha256[:12]}): load the encoder it names"
+            )
+
+
+def save_adapter(
+    folder: str | Path,
+    adapter: Adapter,
+    encoder: EncoderIdentity,
+    task: dict[str, Any] | None = None,
+) -> None:
+    """Write an adapter folder in one step: it holds the trained tensors and nothing else."""
+    card = {
+        "format": _FORMAT,
+        "gpc_dist": __version__,
+        "adapter": adapter.config.model_dump(mode="json"),
+        "shape": asdict(adapter.shape),
+        "outputs": adapter.outputs,
+        "encoder": encoder.dump(),
+        "task": task or {},
+    }
+    tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.named_parameters()}
+    with new_folder(Path(folder)) as temporary:
+        save_file(tensors, temporary / WEIGHTS)
+        (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def read_card(folder: str | Path) -> AdapterCard:
+    """Raises UserError if `folder` holds no adapter this version can read."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise UserError(f"no adapter in {folder}: {CARD} is missing")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card["format"] != _FORMAT:
+            raise UserError(f"{path} has format {card['format']}; this version reads {_FORMAT}")
+        return AdapterCard(
+            AdapterConfig.model_validate(card["adapter"]),
+            EncoderShape(**card["shape"]),
+            card["outputs"],
+            EncoderIdentity(**card["encoder"]),
+            card["task"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a valid adapter card: {error!r}") from None
+
+
+def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
+    """The adapter of a folder (float32, on the CPU) and its card.
+
+    Raises:
+        UserError: no adapter there, a corrupt file, or tensors that do not fit the card.
+    """
+    card = read_card(folder)
+    adapter = Adapter(card.adapter, card.shape, card.outputs)
+    path = Path(folder) / WEIGHTS
+    try:
+        adapter.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be loaded into its adapter: {error}") from None
+    return adapter, card

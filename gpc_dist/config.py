@@ -1,0 +1,334 @@
+"""The one typed configuration tree: a YAML recipe plus dotted overrides.
+
+Every key is a field below with its documentation under it. Unknown and duplicate keys are errors
+that list the valid ones. Nothing here imports torch, so reading a configuration is cheap.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gpc_dist.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, validate_default=True
+    )
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Name of the run: its MLflow run name and the last part of the default folder."""
+    dir: Path | None = None
+    """Folder the run writes; `runs/<name>` when not given."""
+    seed: int = Field(0, ge=0)
+    """Seed of the prompt's start, of the data order and of everything else that is drawn."""
+
+    @property
+    def folder(self) -> Path:
+        return self.dir or Path("runs") / self.name
+
+
+class EncoderConfig(Section):
+    path: str = "minilm"
+    """Frozen encoder: a local folder, a Hub id, or `minilm` (carried by the `demo` extra)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+
+
+class TaskConfig(Section):
+    name: str = "table"
+    """A packaged task (boolq, cb, copa, multirc, record, rte, wic, wsc), or any name for a table
+    described by the keys below."""
+    kind: Literal["classification", "choice", "regression"] = "classification"
+    """Table only: what is predicted: one of the labels, one of the choices, or a number."""
+    text: list[str] = []
+    """Table only: one or two column names, or templates such as `title: {title}`."""
+    label: str = "label"
+    """Table only: the column that holds the label, the index of the right choice, or the number."""
+    labels: list[str] | None = None
+    """Table only: the label values in order; taken from the training split when not given."""
+    choices: list[str] = []
+    """Table only, kind `choice`: the columns or templates of the candidates."""
+    metric: str | None = None
+    """Metric that selects the best checkpoint; the task's own when not given."""
+
+
+class DataConfig(Section):
+    path: str | None = None
+    """Folder of JSONL/CSV/TSV/Parquet files named after their split, or a Hub id."""
+    config: str | None = None
+    """Configuration name of a Hub data set (`rte` of `super_glue`)."""
+    train: str | None = None
+    """Training file or Hub split; found by its usual names when not given."""
+    validation: str | None = None
+    """Validation file or Hub split; found by its usual names when not given."""
+    test: str | None = None
+    """Test file or Hub split; found by its usual names when not given."""
+    max_length: int = Field(256, ge=8)
+    """Most text tokens of a row (T), special tokens included; the longest segment is shortened."""
+    limit_train: int | None = Field(None, ge=1)
+    """Use only so many training examples, drawn by `run.seed`."""
+    limit_eval: int | None = Field(None, ge=1)
+    """Use only the first so many validation examples."""
+
+
+class AdapterConfig(Section):
+    method: Literal["gpc", "prompt-tuning", "deep-prompt", "linear-probe"] = "gpc"
+    """`gpc`: prompt and cell; `prompt-tuning`: prompt alone; `deep-prompt`: a fresh prompt at
+    every layer; `linear-probe`: no prompt."""
+    prompt_tokens: int = Field(20, ge=1)
+    """Prompt tokens (P) put before the text; not used by `linear-probe`."""
+    prompt_init: Literal["vocab", "text", "labels", "uniform"] = "vocab"
+    """Start of the prompt: embeddings of frequent tokens, of `prompt_text`, of the label words, or
+    uniform noise."""
+    prompt_text: str | None = None
+    """The sentence whose embeddings start the prompt with `prompt_init: text`."""
+    cell: Literal["recurrent", "gated", "residual"] = "residual"
+    """Rule that writes the next layer's prompt from the encoded and the previous prompt state."""
+    cell_rank: int | None = Field(None, ge=1)
+    """Rank of the cell's units; full `[H, H]` matrices when not given."""
+    cell_per_layer: bool = False
+    """A cell of its own for every layer instead of the one global cell (ablation)."""
+    pooling: Literal["mean", "first"] = "mean"
+    """What the head reads: the mean of the text states, or the first text token's state."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterConfig:
+        if self.prompt_init == "text" and not self.prompt_text:
+            raise ValueError("adapter.prompt_init 'text' needs adapter.prompt_text")
+        return self
+
+
+class TrainConfig(Section):
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training split; give this or `steps`."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per step over all ranks."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Token budget per step over all ranks (padded text tokens) instead of `batch_size`."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """`adamw`, or `adafactor` as Lester et al. (2021) use it (set lr 0.3 and a constant schedule)."""
+    lr: float = Field(5e-3, gt=0)
+    """Peak learning rate of the prompt; the other parts use it too unless given their own."""
+    cell_lr: float | None = Field(None, gt=0)
+    """Learning rate of the cell; `lr` when not given."""
+    head_lr: float | None = Field(None, gt=0)
+    """Learning rate of the head; `lr` when not given."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Bound on the gradient norm of the adapter; no clipping when null."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warm-up."""
+    warmup: float = Field(0.06, ge=0)
+    """Warm-up: a share of all steps below 1, otherwise a number of steps."""
+    eval_every: int | None = Field(None, ge=1)
+    """Evaluate every so many steps; after each epoch (and at the end) when not given."""
+    eval_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens of one evaluation batch per rank."""
+    save_every: int | None = Field(None, ge=1)
+    """Save the training state every so many steps; at every evaluation when not given."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep beside the best one."""
+    log_every: int = Field(10, ge=1)
+    """Log the training loss and speed every so many steps."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a better metric."""
+    nonfinite_patience: int = Field(3, ge=1)
+    """Consecutive steps with a non-finite loss (each one skipped) after which training ends."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in the run's folder, if there is one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        return self
+
+
+class EngineConfig(Section):
+    ranks: int | Literal["auto"] = "auto"
+    """Processes to start on this machine; `auto` is one per GPU, or one without GPUs. Ignored under
+    `srun` and `torchrun`, which bring their own."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """0: everything on every rank; 1, 2: the trained group's optimizer state and gradients are
+    partitioned; 3: the frozen encoder is sharded as well."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen encoder: `auto` is bf16 on a GPU that has it, else fp32. What is trained is
+    always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; `auto` takes the GPUs when there are any."""
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Stage 3: where the shard of the frozen encoder rests between uses."""
+    nvme_path: Path | None = None
+    """Folder on a local NVMe drive for `offload_param: nvme`."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the layer again in the backward pass."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Most padded tokens (prompt included) a rank runs at once; a step that holds more is
+    accumulated over several passes."""
+    ds_config: str | None = None
+    """DeepSpeed JSON to start from: a packaged regime (zero0 ... zero3-offload) or a path; chosen
+    from the keys above when not given."""
+    timeout_s: int = Field(1800, ge=1)
+    """Seconds a collective may wait for another rank before the job ends."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        if self.offload_param != "none" and self.zero_stage != 3:
+            raise ValueError("engine.offload_param needs engine.zero_stage 3")
+        if self.offload_param == "nvme" and self.nvme_path is None:
+            raise ValueError("engine.offload_param 'nvme' needs engine.nvme_path")
+        return self
+
+
+class TrackingConfig(Section):
+    enabled: bool = True
+    """Record the run in MLflow; `metrics.jsonl` is written either way."""
+    uri: str | None = None
+    """MLflow tracking URI; the SQLite file `mlflow.db` beside the run's folder when not given."""
+    experiment: str = "gpc-dist"
+    """MLflow experiment."""
+    group: str | None = None
+    """Tag that holds runs together: the seeds of one setting, the members of one job array."""
+    finish_timeout_s: int = Field(120, ge=0)
+    """Seconds to wait at the end for MLflow to take what is left; `gpc-dist sync` does it later."""
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig(steps=1000)
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def dump(self) -> dict[str, Any]:
+        """The tree as plain JSON values, every default filled in."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def keys() -> dict[str, Any]:
+    """Every dotted key with its field: `train.lr` -> FieldInfo (default, documentation)."""
+    return {
+        f"{section}.{name}": field
+        for section, info in Config.model_fields.items()
+        for name, field in info.annotation.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(f"duplicate key '{key}'{key_node.start_mark}: keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("gpc_dist") / "recipes"
+    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def _recipe_text(recipe: str) -> str:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"recipe file {path} does not exist")
+        return path.read_text(encoding="utf-8")
+    if recipe in recipe_names():
+        return (resources.files("gpc_dist") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
+    raise UserError(
+        f"no recipe '{recipe}': give a YAML file or one of {', '.join(recipe_names())}"
+    )
+
+
+def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
+    """The configuration of a packaged recipe or a YAML file, with dotted overrides on top.
+
+    Args:
+        recipe: packaged name (`rte`) or path of a YAML file.
+        overrides: dotted key -> YAML scalar text, as given on the command line.
+
+    Raises:
+        UserError: unknown recipe, invalid YAML, unknown or duplicate key, value out of range.
+    """
+    tree = _parse_yaml(_recipe_text(recipe), f"recipe {recipe}") or {}
+    return build(tree, overrides)
+
+
+def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Config:
+    """The configuration of a nested mapping with dotted overrides on top; raises `UserError`."""
+    if not isinstance(tree, dict):
+        raise UserError("a recipe is a mapping of sections: " + ", ".join(Config.model_fields))
+    for key, text in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        if key not in keys():
+            raise UserError(_unknown_key(key))
+        tree.setdefault(section, {})[name] = _parse_yaml(text, f"--{key}") if text else text
+        # steps and epochs exclude each other: the one given last, on the command line, wins
+        rival = {"train.steps": "epochs", "train.epochs": "steps"}.get(key)
+        if rival and f"train.{rival}" not in (overrides or {}):
+            tree[section].pop(rival, None)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _unknown_key(key: str) -> str:
+    valid = list(keys())
+    section = key.split(".")[0]
+    close = difflib.get_close_matches(key, valid, n=1)
+    siblings = [k for k in valid if k.split(".")[0] == section] or list(Config.model_fields)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"unknown key '{key}'{hint} Valid keys: {', '.join(siblings)}"
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(_unknown_key(key))
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = problem.get("input")
+            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+            lines.append(f"{key}: {message}{shown}" if key else message)
+    return "\n".join(lines)
+
+
+def warmup_steps(config: TrainConfig, total: int) -> int:
+    """Warm-up in steps: `train.warmup` is a share of `total` below 1, a count otherwise."""
+    return math.ceil(config.warmup * total) if config.warmup < 1 else int(config.warmup)
