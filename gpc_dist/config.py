@@ -10,7 +10,7 @@ import difflib
 import math
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -51,10 +51,12 @@ class TaskConfig(Section):
     kind: Literal["classification", "choice", "regression"] = "classification"
     """Table only: what is predicted: one of the labels, one of the choices, or a number."""
     text: list[str] = []
-    """Table only: one or two column names, or templates such as `title: {title}`."""
+    """Table only: one or two column names, or templates such as `title: {title}`; at most one for
+    kind `choice`."""
     label: str = "label"
-    """Table only: the column that holds the label, the index of the right choice, or the number."""
-    labels: list[str] | None = None
+    """Table only: the column that holds the label, the index of the right choice (from 0), or the
+    number."""
+    labels: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = None
     """Table only: the label values in order; taken from the training split when not given."""
     choices: list[str] = []
     """Table only, kind `choice`: the columns or templates of the candidates."""
@@ -64,15 +66,19 @@ class TaskConfig(Section):
 
 class DataConfig(Section):
     path: str | None = None
-    """Folder of JSONL/CSV/TSV/Parquet files named after their split, or a Hub id."""
+    """Folder of JSONL/CSV/TSV/Parquet files named after their split, one such file (the training
+    split), or a Hub id."""
     config: str | None = None
     """Configuration name of a Hub data set (`rte` of `super_glue`)."""
     train: str | None = None
-    """Training file or Hub split; found by its usual names when not given."""
+    """Training file (in `data.path` or anywhere) or Hub split; found by its usual names when not
+    given."""
     validation: str | None = None
-    """Validation file or Hub split; found by its usual names when not given."""
+    """Validation file (in `data.path` or anywhere) or Hub split; found by its usual names when not
+    given."""
     test: str | None = None
-    """Test file or Hub split; found by its usual names when not given."""
+    """Test file (in `data.path` or anywhere) or Hub split; found by its usual names when not
+    given."""
     max_length: int = Field(256, ge=8)
     """Most text tokens of a row (T), special tokens included; the longest segment is shortened."""
     limit_train: int | None = Field(None, ge=1)

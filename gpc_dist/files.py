@@ -50,6 +50,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # some writers make private files; runs are shared
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         fsync_folder(temporary)

@@ -1,0 +1,120 @@
+"""Checkpoints of the training state: a few megabytes, whatever the encoder's size.
+
+A checkpoint `step-00000100/` holds
+
+    trained.safetensors   adapter parameters and optimizer moments, whole tensors: any number of ranks and any
+                          ZeRO stage can take them up
+    rng.safetensors       generator state of every rank, used when the number of ranks is the same
+    state.json            step, data position, best metric so far
+    COMPLETE              SHA-256 of the other files; written last
+
+A folder without `COMPLETE` is what an interrupted save left: it is never read and is removed by the next save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpc_dist.errors import UserError
+from gpc_dist.files import new_folder, write_text
+
+_MARKER = "COMPLETE"
+_FILES = ("trained.safetensors", "rng.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, read and verified."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    """See `LaneOptimizer.state`."""
+    rng: list[Tensor]
+    """Generator state of each rank that saved."""
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `folder/step-<n>` so that it is there whole or not at all."""
+    path = folder / _name(checkpoint.step)
+    with new_folder(path) as temporary:
+        save_file(checkpoint.tensors, temporary / _FILES[0])
+        save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, temporary / _FILES[1])
+        state = {"step": checkpoint.step, **checkpoint.state}
+        (temporary / _FILES[2]).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        digests = {name: _sha256(temporary / name) for name in _FILES}
+    write_text(path / _MARKER, json.dumps(digests, indent=2) + "\n")
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete checkpoint with the largest step, if there is one."""
+    return max(_complete(folder), default=None, key=step_of)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint and verify its checksums.
+
+    Raises:
+        UserError: incomplete or damaged; the message names the file and the remedy.
+    """
+    try:
+        digests = json.loads((path / _MARKER).read_text(encoding="utf-8"))
+        damaged = [name for name in _FILES if _sha256(path / name) != digests.get(name)]
+    except (OSError, ValueError) as error:
+        raise UserError(_remedy(path, str(error))) from None
+    if damaged:
+        raise UserError(_remedy(path, f"{', '.join(damaged)} changed after it was written"))
+    rng = load_file(path / _FILES[1])
+    state = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    step = state.pop("step")
+    tensors = load_file(path / _FILES[0])
+    return Checkpoint(step, tensors, [rng[str(r)] for r in range(len(rng))], state)
+
+
+def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best one, and what interrupted saves left."""
+    complete = sorted(_complete(folder), key=step_of)
+    kept = {step_of(path) for path in complete[-keep_last:]} | {best_step}
+    for path in folder.iterdir():
+        abandoned = path.is_dir() and path not in complete
+        if abandoned or (path in complete and step_of(path) not in kept):
+            shutil.rmtree(path)
+
+
+def rng_state() -> Tensor:
+    """State of this rank's default generator, uint8."""
+    return torch.get_rng_state()
+
+
+def _remedy(path: Path, reason: str) -> str:
+    return (
+        f"checkpoint {path} is damaged ({reason}): delete this folder to go on from the checkpoint before it, or give "
+        "--train.resume false to start again"
+    )
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if (path / _MARKER).is_file()]
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,68 @@
+"""The DeepSpeed configuration of a run: a shipped regime with the run's own values filled in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpc_dist.config import Config, EngineConfig
+from gpc_dist.errors import UserError
+from gpc_dist.shipped import shipped_folder
+
+
+def regime(config: EngineConfig) -> str:
+    """Name of the shipped regime that `engine.zero_stage` and `engine.offload_param` ask for."""
+    offload = "" if config.offload_param == "none" else f"-offload-{config.offload_param}"
+    return f"zero{config.zero_stage}{offload}"
+
+
+def regimes() -> list[str]:
+    return sorted(path.stem for path in shipped_folder("ds_configs").glob("*.json"))
+
+
+def resolve(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Every DeepSpeed value of a run, none left to DeepSpeed's defaults.
+
+    Raises:
+        UserError: no such file, invalid JSON, or a file whose ZeRO stage is not the configuration's.
+    """
+    engine, train = config.engine, config.train
+    values = _read(engine)
+    # DeepSpeed shards the frozen encoder; what is trained has its own optimizer (engine/optimizer.py)
+    values.pop("optimizer", None)
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage != engine.zero_stage:
+        raise UserError(
+            f"engine.ds_config '{engine.ds_config}' has ZeRO stage {stage}, but engine.zero_stage is "
+            f"{engine.zero_stage}: make them agree"
+        )
+    # DeepSpeed wants train_batch = micro_batch x accumulation x ranks; a step of this program may be cut
+    # unevenly, so the nearest whole micro-batch stands there
+    micro = max(1, train.batch_size // world_size)
+    values |= {
+        "train_batch_size": micro * world_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.clip_norm or 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": False},
+    }
+    if engine.offload_param == "nvme":
+        values["zero_optimization"]["offload_param"]["nvme_path"] = str(engine.nvme_path)
+    return values
+
+
+def _read(config: EngineConfig) -> dict[str, Any]:
+    name = config.ds_config or regime(config)
+    path = Path(name) if name.endswith(".json") else shipped_folder("ds_configs") / f"{name}.json"
+    if not path.is_file():
+        raise UserError(
+            f"engine.ds_config '{name}' is neither a JSON file nor one of {', '.join(regimes())}"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"engine.ds_config {path} is not valid JSON: {error}") from None

@@ -1,0 +1,156 @@
+"""Ranks on this machine: which ones this process was given, and starting them when there are none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import IO
+
+from gpc_dist.config import EngineConfig
+from gpc_dist.errors import MachineError
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_GRACE_S = 20.0
+
+
+def given_ranks() -> bool:
+    """Whether `torchrun`, `srun` or `start_ranks` has already made this process one rank of several.
+
+    Under `srun` the rank is read from Slurm's variables; the batch script exports MASTER_ADDR and
+    MASTER_PORT.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        return True
+    return False
+
+
+def wanted_ranks(config: EngineConfig) -> int:
+    """`engine.ranks`, or with `auto` one for each visible GPU and at least one."""
+    if config.ranks != "auto":
+        return config.ranks
+    return 1 if config.device == "cpu" else max(1, _visible_gpus())
+
+
+def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
+    """Run `command` once for each rank on this machine and wait for all of them.
+
+    Signals are passed on; when a rank fails the others are ended. Only rank 0 writes to the terminal;
+    what a failing other rank had to say is shown when rank 0 did not fail itself.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 + n for signal n).
+    """
+    environment = dict(os.environ)
+    environment.update(
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(_free_port()),
+    )
+    if cpu_only:
+        # gloo would look the host's name up to choose an interface; the ranks are all here
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    with ExitStack() as stack:
+        errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(ranks - 1)]
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=None if rank == 0 else errors[rank - 1],
+                start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
+            )
+            for rank in range(ranks)
+        ]
+
+        def forward(number: int, _: object) -> None:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(number)
+
+        for number in FORWARDED:
+            signal.signal(number, forward)
+        return _wait(processes, errors)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], errors: list[IO[bytes]]) -> int:
+    while all(p.poll() is None for p in processes) or any(
+        p.poll() is None for p in processes if not _failed(processes)
+    ):
+        time.sleep(0.05)
+    first = next((i for i, p in enumerate(processes) if p.poll()), None)
+    if first is None:
+        return 0
+    # ranks that fail for the same reason do so together: give them the time to say so
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    ended_by_us = [p for p in processes if p.poll() is None]
+    _end(ended_by_us)
+    code = processes[first].returncode
+    silent = processes[0].returncode == 0 or processes[0] in ended_by_us
+    if first > 0 and (silent or code < 0):
+        errors[first - 1].seek(0)
+        text = errors[first - 1].read().decode(errors="replace")
+        print(f"rank {first} ended with {_describe(code)}\n{text[-8000:]}", file=sys.stderr)
+    return 128 - code if code < 0 else code
+
+
+def _failed(processes: list[subprocess.Popen[bytes]]) -> bool:
+    return any(p.poll() not in (None, 0) for p in processes)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _describe(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _visible_gpus() -> int:
+    """GPUs, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        return 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 0))
+        except OSError as error:
+            raise MachineError(f"no free port on the loopback interface: {error}") from None
+        return probe.getsockname()[1]

@@ -1,0 +1,95 @@
+"""GPU telemetry: one sampling thread on each node, through NVML; nothing where there is no GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class GpuTelemetry:
+    """Samples every GPU of the node from a thread of its own.
+
+    Args:
+        write: takes a sample: `gpu<i>/memory_used_mib`, `/utilisation_pct`, `/power_w` and `/energy_j` (since
+            the start); a figure the driver does not give is left out. Not called on a node without GPUs.
+        enabled: whether this rank is the one that samples for its node.
+        period_s: seconds between samples.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[dict[str, float]], None],
+        enabled: bool = True,
+        period_s: float = 10.0,
+    ):
+        self.energy_j: float | None = None
+        """Energy of the node's GPUs since the start, as of the last sample; None where it is not told."""
+        self._write = write
+        self._period_s = period_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpu-telemetry", daemon=True)
+        self._handles = _open_gpus() if enabled else []
+
+    def __enter__(self) -> GpuTelemetry:
+        if self._handles:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._handles:
+            self._thread.join()
+
+    def _run(self) -> None:
+        start = [_energy_j(handle) for handle in self._handles]
+        ended = False
+        while not ended:
+            ended = self._stop.wait(self._period_s)
+            sample: dict[str, float] = {}
+            spent = 0.0
+            for index, (handle, base) in enumerate(zip(self._handles, start, strict=True)):
+                sample |= {f"gpu{index}/{name}": value for name, value in _sample(handle).items()}
+                total = _energy_j(handle)
+                if base is not None and total is not None:
+                    sample[f"gpu{index}/energy_j"] = total - base
+                    spent += total - base
+            self.energy_j = spent if any(base is not None for base in start) else None
+            self._write(sample)
+
+
+def _open_gpus() -> list[Any]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    except pynvml.NVMLError:
+        return []
+
+
+def _sample(handle: Any) -> dict[str, float]:
+    import pynvml
+
+    readings = {
+        "memory_used_mib": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**20,
+        "utilisation_pct": lambda: float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+    }
+    sample = {}
+    for name, read in readings.items():
+        try:
+            sample[name] = read()
+        except pynvml.NVMLError:
+            continue
+    return sample
+
+
+def _energy_j(handle: Any) -> float | None:
+    import pynvml
+
+    try:
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,58 @@
+"""What is learnt: tasks, their text, their metrics, and which examples make up a step.
+
+`make_task` gives the task of a configuration; `Task.read` its examples, `encode` their tokens,
+`EpochPlan` the steps, `share` a rank's part of a step and `collate` the tensors of that part.
+"""
+
+from __future__ import annotations
+
+from gpc_dist.config import DataConfig, TaskConfig
+from gpc_dist.errors import UserError
+from gpc_dist.tasks.batching import EpochPlan, Sizes, evaluation_batches, share
+from gpc_dist.tasks.collate import Batch, collate
+from gpc_dist.tasks.encode import Encoded, encode
+from gpc_dist.tasks.example import Example, limit
+from gpc_dist.tasks.submission import write_predictions
+from gpc_dist.tasks.superglue import NAMES, make_superglue_task
+from gpc_dist.tasks.table import make_table_task
+from gpc_dist.tasks.task import Prediction, Task
+
+__all__ = [
+    "Batch",
+    "Encoded",
+    "EpochPlan",
+    "Example",
+    "Prediction",
+    "Sizes",
+    "Task",
+    "collate",
+    "encode",
+    "evaluation_batches",
+    "limit",
+    "make_task",
+    "share",
+    "write_predictions",
+]
+
+
+def make_task(task: TaskConfig, data: DataConfig) -> Task:
+    """The task that the configuration names (packaged) or describes (a table).
+
+    Raises:
+        UserError: neither a packaged name nor a complete description, or a table whose labels are
+            not given and whose training split cannot be read.
+    """
+    described = task.text or task.choices
+    if task.name in NAMES:
+        if described or task.labels:
+            raise UserError(
+                f"'{task.name}' is a packaged task, but task.text, task.choices or task.labels "
+                "describe a table: give the table another task.name"
+            )
+        return make_superglue_task(task.name, data, task.metric)
+    if not described:
+        raise UserError(
+            f"unknown task '{task.name}': use a packaged one ({', '.join(NAMES)}), or describe a "
+            "table by task.text (its text columns) and task.label (its label column)"
+        )
+    return make_table_task(task, data)

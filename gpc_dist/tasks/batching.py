@@ -1,0 +1,180 @@
+"""Which examples make up a step, and which rank runs which of them.
+
+A step is a function of the seed and the data alone. Ranks, micro-batches and ZeRO stages only share
+it out, so any of them can change between two runs, or in the middle of one, without changing what
+is learnt from. Nothing here reads a token: sizes are enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+# Batches are cut from pools of so many, sorted by length: little padding, and still a random mix.
+POOL_BATCHES = 50
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work each of N examples is."""
+
+    rows: np.ndarray
+    """int64 `[N]`: rows of the example (its candidates; 1 unless it is a choice)."""
+    longest: np.ndarray
+    """int64 `[N]`: tokens of its longest row."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def padded_tokens(self, indices: np.ndarray, prompt_tokens: int = 0) -> int:
+        """Tokens of these examples in one batch: all rows, each as long as the longest."""
+        if len(indices) == 0:
+            return 0
+        return int(self.rows[indices].sum() * (self.longest[indices].max() + prompt_tokens))
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The steps of every epoch, each an array of example indices, int64 `[B]`."""
+
+    sizes: Sizes
+    seed: int
+    batch_size: int
+    """Examples per step; the last one cut from an epoch may have fewer."""
+    batch_tokens: int | None = None
+    """Padded text tokens per step at most (one example may exceed it), instead of `batch_size`."""
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The steps of an epoch: every example once."""
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        order = random.permutation(len(self.sizes))
+        pool = POOL_BATCHES * self._examples_per_batch
+        batches = [
+            batch
+            for start in range(0, len(order), pool)
+            for batch in self._cut_pool(order[start : start + pool])
+        ]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def batches(self, start_step: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """`(epoch, indices)` of every step from `start_step` (0-based) on, without end."""
+        epoch, index = self.locate(start_step)
+        while True:
+            for indices in self.steps(epoch)[index:]:
+                yield epoch, indices
+            epoch, index = epoch + 1, 0
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch a step (0-based, counted from the first epoch) lies in, and its place there."""
+        if self.batch_tokens is None:
+            return divmod(step, self._steps_of(0))
+        epoch = 0
+        while step >= (count := self._steps_of(epoch)):
+            step -= count
+            epoch += 1
+        return epoch, step
+
+    def total_steps(self, epochs: float) -> int:
+        """Steps in so many epochs; a part of an epoch is rounded up."""
+        whole = math.floor(epochs)
+        part = epochs - whole
+        total = sum(self._steps_of(epoch) for epoch in range(whole))
+        return total + (math.ceil(part * self._steps_of(whole)) if part else 0)
+
+    def _steps_of(self, epoch: int) -> int:
+        if self.batch_tokens is None:
+            return math.ceil(len(self.sizes) / self.batch_size)
+        return len(self.steps(epoch))
+
+    @property
+    def _examples_per_batch(self) -> int:
+        if self.batch_tokens is None:
+            return self.batch_size
+        mean = float(np.mean(self.sizes.rows * self.sizes.longest))
+        return max(1, int(self.batch_tokens / mean))
+
+    def _cut_pool(self, pool: np.ndarray) -> list[np.ndarray]:
+        order = _longest_first(pool, self.sizes)
+        if self.batch_tokens is None:
+            # the short batch is the last of the last pool: all others are whole
+            cuts = range(self.batch_size, len(order), self.batch_size)
+            return np.split(order, list(cuts))
+        return _cut(order, self.sizes, self.batch_tokens)
+
+
+def share(
+    indices: np.ndarray,
+    sizes: Sizes,
+    rank: int,
+    world: int,
+    micro_batch_tokens: int | None = None,
+    prompt_tokens: int = 0,
+) -> list[np.ndarray]:
+    """The micro-batches that `rank` runs of a step.
+
+    Over all ranks every example stands in exactly one micro-batch, and every rank has the same
+    number of them, because each is a collective under ZeRO-3: arrays are empty where there are
+    fewer examples than places. The k-th micro-batches of all ranks hold rows of similar length and
+    near equal padded work, so ranks do not wait for each other; the numbers of *examples* differ,
+    so a mean over ranks is not the mean over the step: divide sums by the size of the step.
+
+    Args:
+        indices: the step's examples, int64 `[B]`.
+        micro_batch_tokens: padded tokens, prompt included, that a rank runs at once at most (one
+            example may exceed it: the candidates of a choice stay together); one micro-batch per
+            rank when not given.
+        prompt_tokens: P, added to every row.
+    """
+    order = _longest_first(indices, sizes)
+    whole = sizes.padded_tokens(order, prompt_tokens)
+    cap = whole if micro_batch_tokens is None else micro_batch_tokens
+    rounds = max(1, math.ceil(len(_cut(order, sizes, cap, prompt_tokens)) / world))
+    places = rounds * world
+    # The least cap that still fits the places makes their work as equal as whole examples allow.
+    low, high = 1, max(1, min(cap, whole))
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(order, sizes, middle, prompt_tokens)) <= places:
+            high = middle
+        else:
+            low = middle + 1
+    parts = _cut(order, sizes, high, prompt_tokens)
+    return _fill(parts, places)[rank::world]
+
+
+def evaluation_batches(
+    sizes: Sizes, rank: int, world: int, batch_tokens: int, prompt_tokens: int = 0
+) -> list[np.ndarray]:
+    """The batches of a whole split that `rank` evaluates; guarantees as in `share`."""
+    return share(np.arange(len(sizes)), sizes, rank, world, batch_tokens, prompt_tokens)
+
+
+def _longest_first(indices: np.ndarray, sizes: Sizes) -> np.ndarray:
+    return indices[np.argsort(-sizes.longest[indices], kind="stable")]
+
+
+def _cut(order: np.ndarray, sizes: Sizes, cap: int, prompt_tokens: int = 0) -> list[np.ndarray]:
+    """Consecutive parts of `order` (longest first) with at most `cap` padded tokens each, as few as
+    possible; an example that alone exceeds the cap is a part of its own."""
+    rows_before = np.concatenate([[0], np.cumsum(sizes.rows[order])])
+    cuts, start = [], 0
+    while start < len(order):
+        # longest first: the part's first example sets its row length
+        rows = cap // (int(sizes.longest[order[start]]) + prompt_tokens)
+        end = int(np.searchsorted(rows_before, rows_before[start] + rows, side="right")) - 1
+        start = max(end, start + 1)
+        cuts.append(start)
+    return np.split(order, cuts)[:-1]
+
+
+def _fill(parts: list[np.ndarray], places: int) -> list[np.ndarray]:
+    """As many parts as places: the largest are halved where possible, then empty ones added."""
+    while len(parts) < places:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]), default=None)
+        if largest is None or len(parts[largest]) < 2:
+            return parts + [np.empty(0, dtype=np.int64)] * (places - len(parts))
+        parts[largest : largest + 1] = np.array_split(parts[largest], 2)
+    return parts

@@ -1,0 +1,259 @@
+"""The eight SuperGLUE tasks (Wang et al., 2019, arXiv 1905.00537) as examples.
+
+Every adapter below is a pure function from one source row to examples. It takes the rows of the
+official JSON Lines files as well as those of `super_glue` on the Hub, which differ in MultiRC and
+ReCoRD (nested in the files, flat on the Hub), WSC (`target` or flat) and labels (names or indices).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from gpc_dist.config import DataConfig
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import metrics
+from gpc_dist.tasks.example import Example, Kind, Split
+from gpc_dist.tasks.metrics import Metric
+from gpc_dist.tasks.read import Row, read_rows
+from gpc_dist.tasks.task import Task
+
+_BOOLEAN = ("false", "true")
+_CB = ("entailment", "contradiction", "neutral")
+_RTE = ("entailment", "not_entailment")
+
+
+def _class_index(row: Row, labels: tuple[str, ...]) -> int | None:
+    """The label as an index: given as a name, a boolean or the Hub's index; None when withheld."""
+    label = row.get("label")
+    if label is None or label == -1:
+        return None
+    if isinstance(label, str) and label.lower() in labels:
+        return labels.index(label.lower())
+    if isinstance(label, int) and 0 <= label < len(labels):
+        return int(label)
+    raise UserError(f"label {label!r} is none of {', '.join(labels)}")
+
+
+def _boolq(row: Row) -> Iterator[Example]:
+    texts = (row["question"], row["passage"])
+    yield Example(row["idx"], (texts,), _class_index(row, _BOOLEAN))
+
+
+def _entailment(labels: tuple[str, ...], row: Row) -> Iterator[Example]:
+    texts = (row["premise"], row["hypothesis"])
+    yield Example(row["idx"], (texts,), _class_index(row, labels))
+
+
+def _copa(row: Row) -> Iterator[Example]:
+    choices = (row["choice1"], row["choice2"])
+    joiner = {"cause": "because", "effect": "so"}[row["question"]]
+    # without its full stop the premise and the joiner read on into the choice
+    premise = f"{row['premise'].rstrip('. ')} {joiner}"
+    right = _class_index(row, ("choice1", "choice2"))
+    yield Example(
+        row["idx"],
+        tuple((premise, choice) for choice in choices),
+        None if right is None else (right,),
+        meta={"candidates": choices},
+    )
+
+
+def _multirc(row: Row) -> Iterator[Example]:
+    if "paragraph" in row:  # the Hub's flat rows
+        yield _multirc_answer(row["idx"], row["paragraph"], row["question"], row["answer"], row)
+        return
+    for question in row["passage"]["questions"]:
+        for answer in question["answers"]:
+            idx = {"paragraph": row["idx"], "question": question["idx"], "answer": answer["idx"]}
+            text = row["passage"]["text"]
+            yield _multirc_answer(idx, text, question["question"], answer["text"], answer)
+
+
+def _multirc_answer(
+    idx: dict[str, int], paragraph: str, question: str, answer: str, labelled: Row
+) -> Example:
+    return Example(
+        idx,
+        ((paragraph, f"{question} {answer}"),),
+        _class_index(labelled, _BOOLEAN),
+        group=(idx["paragraph"], idx["question"]),
+    )
+
+
+def _record(row: Row) -> Iterator[Example]:
+    passage = row["passage"]
+    if isinstance(passage, str):  # the Hub's flat rows
+        yield _record_query(row["idx"], passage, row["entities"], row["query"], row["answers"])
+        return
+    text = passage["text"]
+    # `end` is the last character's index
+    entities = [text[entity["start"] : entity["end"] + 1] for entity in passage["entities"]]
+    for query in row["qas"]:
+        idx = {"passage": row["idx"], "query": query["idx"]}
+        answers = [answer["text"] for answer in query.get("answers", [])]
+        yield _record_query(idx, text, entities, query["query"], answers)
+
+
+def _record_query(
+    idx: dict[str, int], passage: str, entities: list[str], query: str, answers: list[str]
+) -> Example:
+    candidates = tuple(dict.fromkeys(entities))
+    right = tuple(i for i, candidate in enumerate(candidates) if candidate in answers)
+    if answers and not right:
+        raise UserError(f"no entity of the passage is an answer to query {idx['query']}")
+    # the news site's summary bullets stand after the article, each behind a marker line
+    passage = re.sub(r"(?<=[.!?])\n@highlight\n", " ", passage).replace("\n@highlight\n", ". ")
+    return Example(
+        idx,
+        tuple((passage, query.replace("@placeholder", entity)) for entity in candidates),
+        right or None,
+        meta={"candidates": candidates, "answers": tuple(dict.fromkeys(answers))},
+    )
+
+
+def _wic(row: Row) -> Iterator[Example]:
+    first, second = (
+        mark(row[f"sentence{k}"], {"*": (row[f"start{k}"], row[f"end{k}"])}) for k in (1, 2)
+    )
+    texts = (f"{row['word']}: {first}", second)
+    yield Example(row["idx"], (texts,), _class_index(row, _BOOLEAN))
+
+
+def _wsc(row: Row) -> Iterator[Example]:
+    span = row.get("target", row)
+    text = mark(
+        row["text"],
+        {
+            sign: locate_span(row["text"], span[f"span{k}_text"], span[f"span{k}_index"])
+            for k, sign in ((1, "*"), (2, "#"))
+        },
+    )
+    yield Example(row["idx"], ((text, None),), _class_index(row, _BOOLEAN))
+
+
+def mark(text: str, spans: Mapping[str, tuple[int, int]]) -> str:
+    """The text with each `[start, end)` span between its sign: `the * trophy * fits`.
+
+    The spaces inside keep the marked word the tokens it has elsewhere in byte-pair vocabularies,
+    which tell a word after a space from one after a sign.
+    """
+    inserts = [(end, 0, f" {sign}") for sign, (_, end) in spans.items()]
+    inserts += [(start, 1, f"{sign} ") for sign, (start, _) in spans.items()]
+    for position, _, sign in sorted(inserts, reverse=True):
+        text = text[:position] + sign + text[position:]
+    return text
+
+
+def locate_span(text: str, span: str, index: int) -> tuple[int, int]:
+    """Characters `[start, end)` of a span given by its text and the index of its first word.
+
+    WSC's indices count words between white space, but some are off by a few, and the words they
+    point at may carry punctuation (`him,"`), a possessive or another case. The occurrence nearest
+    to the index is taken; where the span's text does not occur, the words at the index.
+    """
+    words = re.sub(r"^\W+|\W+$", "", span).split()
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
+    matches = list(re.finditer(pattern, text, re.IGNORECASE))
+    if matches:
+        nearest = min(matches, key=lambda match: abs(len(text[: match.start()].split()) - index))
+        return nearest.span()
+    phrase = list(re.finditer(r"\S+", text))[index : index + len(words)]
+    if not phrase:
+        raise UserError(f"span '{span}' is neither in the text nor at its word {index}")
+    return phrase[0].start(), phrase[-1].end()
+
+
+@dataclass(frozen=True)
+class _Spec:
+    adapt: Callable[[Row], Iterator[Example]]
+    kind: Kind
+    labels: tuple[str, ...]
+    label_words: tuple[str, ...]
+    metrics: Mapping[str, Metric]
+
+
+_ACCURACY: dict[str, Metric] = {"accuracy": metrics.accuracy}
+_YES_NO = ("no", "yes")
+
+# Labels stand in the order of the Hub's indices.
+_SPECS = {
+    "boolq": _Spec(_boolq, "classification", _BOOLEAN, _YES_NO, _ACCURACY),
+    "cb": _Spec(
+        partial(_entailment, _CB),
+        "classification",
+        _CB,
+        _CB,
+        {"accuracy": metrics.accuracy, "f1_macro": metrics.f1_macro},
+    ),
+    "copa": _Spec(_copa, "choice", (), ("cause", "effect"), _ACCURACY),
+    "multirc": _Spec(
+        _multirc,
+        "classification",
+        _BOOLEAN,
+        _YES_NO,
+        {"f1_a": metrics.multirc_f1, "exact_match": metrics.multirc_exact_match},
+    ),
+    "record": _Spec(
+        _record,
+        "choice",
+        (),
+        ("entity", "answer"),
+        {"f1": metrics.record_f1, "exact_match": metrics.record_exact_match},
+    ),
+    "rte": _Spec(
+        partial(_entailment, _RTE),
+        "classification",
+        _RTE,
+        ("entailment", "not entailment"),
+        _ACCURACY,
+    ),
+    "wic": _Spec(_wic, "classification", _BOOLEAN, ("different", "same"), _ACCURACY),
+    "wsc": _Spec(_wsc, "classification", _BOOLEAN, _YES_NO, _ACCURACY),
+}
+
+NAMES = tuple(_SPECS)
+
+
+def make_superglue_task(name: str, data: DataConfig, metric: str | None = None) -> Task:
+    """The packaged task `name`; `metric` overrides the one that selects the best checkpoint."""
+    spec = _SPECS[name]
+    averaged = len(spec.metrics) > 1
+    return Task(
+        name=name,
+        kind=spec.kind,
+        labels=spec.labels,
+        label_words=spec.label_words,
+        metrics=spec.metrics,
+        main_metric=metric or ("average" if averaged else next(iter(spec.metrics))),
+        reader=partial(_read, name, data),
+        averaged=averaged,
+    )
+
+
+def _read(name: str, data: DataConfig, split: Split) -> list[Example]:
+    source, rows = read_rows(data, split, hub_config=name)
+    return adapt_rows(name, rows, source)
+
+
+def adapt_rows(name: str, rows: list[Row], source: str) -> list[Example]:
+    """The examples of a packaged task's source rows.
+
+    Raises:
+        UserError: a row that is not of the task's schema; names its number in `source`.
+    """
+    adapt = _SPECS[name].adapt
+    examples: list[Example] = []
+    for number, row in enumerate(rows):
+        try:
+            examples += adapt({"idx": number} | row)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"row {number + 1} of {source} is not a row of task {name} ({error!r}); "
+                f"it has: {', '.join(row)}"
+            ) from None
+        except UserError as error:
+            raise UserError(f"row {number + 1} of {source}: {error}") from None
+    return examples

@@ -1,0 +1,137 @@
+"""A task: how a split is read, how outputs become predictions, how predictions are scored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpc_dist.errors import UserError
+from gpc_dist.tasks.example import Example, Kind, Split
+from gpc_dist.tasks.metrics import LOWER_IS_BETTER, Metric
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is said about one example."""
+
+    id: Any
+    value: str | int | float
+    """The label (classification), the number of the chosen candidate, or the number itself."""
+    probabilities: tuple[float, ...] | None
+    """Of every label or candidate, in order; None for regression."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task to learn. `outputs` below are arrays per example, as the head gives them: class
+    logits `[C]`, candidate scores `[candidates]`, or the predicted number `[1]`."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    """Label names by class index; empty unless the task is a classification."""
+    label_words: tuple[str, ...]
+    """The labels as words of ordinary language, to start a prompt from; may be empty."""
+    metrics: Mapping[str, Metric]
+    """Metrics by name, in the order they are reported."""
+    main_metric: str
+    """The metric that selects the best checkpoint: one of `metric_names`."""
+    reader: Callable[[Split], list[Example]]
+    """Reads a split; called by `read`."""
+    averaged: bool = False
+    """Report the mean of the metrics as `average`: SuperGLUE's score of a task with two."""
+
+    def __post_init__(self) -> None:
+        if self.main_metric not in self.metric_names:
+            raise UserError(
+                f"task {self.name} has no metric '{self.main_metric}': "
+                f"set task.metric to one of {', '.join(self.metric_names)}"
+            )
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the head per row."""
+        return len(self.labels) if self.kind == "classification" else 1
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (*self.metrics, "average") if self.averaged else tuple(self.metrics)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Direction of the main metric."""
+        return self.main_metric not in LOWER_IS_BETTER
+
+    def read(self, split: Split) -> list[Example]:
+        """The examples of a split; those of `test` may lack a target.
+
+        Raises:
+            UserError: the split cannot be found or read, is empty, or lacks labels it must have.
+        """
+        examples = self.reader(split)
+        if split != "test":
+            _require_targets(examples, f"the {split} split of task {self.name}")
+        return examples
+
+    def score(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> dict[str, float]:
+        """Every metric of the outputs; raises `UserError` if an example has no target."""
+        _require_targets(examples, f"task {self.name}: what is to be scored")
+        decisions = self._decide(outputs)
+        scores = {name: metric(examples, decisions) for name, metric in self.metrics.items()}
+        if self.averaged:
+            scores["average"] = sum(scores.values()) / len(scores)
+        return scores
+
+    def predictions(
+        self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
+    ) -> list[Prediction]:
+        decisions = self._decide(outputs)
+        if self.kind == "regression":
+            return [
+                Prediction(example.id, float(number), None)
+                for example, number in zip(examples, decisions, strict=True)
+            ]
+        return [
+            Prediction(
+                example.id,
+                self.labels[index] if self.kind == "classification" else int(index),
+                _softmax(output),
+            )
+            for example, index, output in zip(examples, decisions, outputs, strict=True)
+        ]
+
+    def majority_baseline(
+        self, train: Sequence[Example], validation: Sequence[Example]
+    ) -> dict[str, float]:
+        """Scores on `validation` of what asks nothing of the text: the most frequent class or
+        candidate position of `train`, or its mean number."""
+        if self.kind == "regression":
+            mean = np.mean([example.target for example in train])  # type: ignore[arg-type]
+            return self.score(validation, [np.array([mean])] * len(validation))
+        counts: Counter[int] = Counter()
+        for example in train:
+            counts.update(example.target if isinstance(example.target, tuple) else [example.target])  # type: ignore[list-item]
+        winner = min(counts, key=lambda index: (-counts[index], index))
+        sizes = (self.outputs if self.kind == "classification" else len(e.rows) for e in validation)
+        return self.score(validation, [np.arange(size) == min(winner, size - 1) for size in sizes])
+
+    def _decide(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Class or candidate indices, int64 `[N]`; numbers, float64 `[N]`, for regression."""
+        if self.kind == "regression":
+            return np.array([float(output[0]) for output in outputs])
+        return np.array([int(np.argmax(output)) for output in outputs])
+
+
+def _require_targets(examples: Sequence[Example], what: str) -> None:
+    for example in examples:
+        if example.target is None:
+            raise UserError(f"{what} has no label at example {example.id}: every one needs a label")
+
+
+def _softmax(logits: np.ndarray) -> tuple[float, ...]:
+    shifted = np.exp(logits.astype(np.float64) - logits.max())
+    return tuple((shifted / shifted.sum()).tolist())

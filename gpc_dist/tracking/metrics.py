@@ -1,0 +1,91 @@
+"""`metrics.jsonl` and the telemetry files: one JSON object per line, each with its time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpc_dist.tracking import files
+
+STEP = "step"
+TIME = "time_s"
+
+
+class MetricLog:
+    """Appends measurements to a file that is readable at every moment.
+
+    A line is `{"step": 10, "time_s": 1700000000.0, "train/loss": 0.5, ...}` and reaches the file in
+    one write. JSON has no NaN and no infinity, so every non-finite value is written as `null`,
+    which pandas and the tracking read as NaN. There is one writer per file.
+
+    Args:
+        path: the file; created with its folder when absent. A last line torn by a crash is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._open()
+
+    def append(self, step: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
+        """Write one line.
+
+        Args:
+            step: optimizer step the values belong to; must not go down from line to line.
+            metrics: name -> number, names such as `train/loss`.
+            time_s: unix time of the measurement; now when not given.
+
+        Raises:
+            ValueError: a metric is named `step` or `time_s`.
+        """
+        if reserved := {STEP, TIME} & metrics.keys():
+            raise ValueError(f"metric name(s) {sorted(reserved)} are taken by the log itself")
+        line: dict[str, Any] = {STEP: step, TIME: time.time() if time_s is None else time_s}
+        line.update((name, _json_number(value)) for name, value in metrics.items())
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines with a larger step: a run that resumes at `step` writes them again."""
+        kept = [line for line in read_metrics(self._path) if line[STEP] <= step]
+        self._file.close()
+        files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._open()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        # unbuffered and O_APPEND: each line is one system call, whatever its length
+        self._file = self._path.open("ab", buffering=0)
+        _drop_torn_line(self._path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file in order, without a torn last one; empty when it is absent."""
+    return [line for line in files.read_lines(path)[0] if STEP in line]
+
+
+def _json_number(value: float) -> float | None:
+    # int(...) keeps counters readable; float(...) accepts numpy and torch scalars
+    if isinstance(value, int):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _drop_torn_line(path: Path) -> None:
+    size = path.stat().st_size
+    _, complete = files.read_lines(path)
+    if complete < size:
+        os.truncate(path, complete)

@@ -1,0 +1,106 @@
+"""The adapter as an MLflow model, which `mlflow models serve` and `mlflow.pyfunc.load_model` run.
+
+The model holds the adapter's own files and the name of the module that loads them; nothing is
+pickled, and nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
+
+SERVING_MODULE = "gpc_dist.training.serving"
+"""Module with `_load_pyfunc(path)`, which MLflow calls with the folder of the adapter's files."""
+
+_NEEDED = ("torch", "transformers", "safetensors")
+
+
+def log_adapter(
+    client: MlflowClient,
+    model_id: str,
+    adapter: Path,
+    facts: Mapping[str, Any],
+    loader_module: str = SERVING_MODULE,
+) -> None:
+    """Give an MLflow model that was created empty its files, and mark it ready.
+
+    Doing it twice has the effect of doing it once.
+
+    Args:
+        client: client of the store.
+        model_id: the model.
+        adapter: folder of the adapter.
+        facts: the run's facts: package `versions`, and `signature`.
+        loader_module: importable where the model is loaded.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    created = client.get_logged_model(model_id)
+    description = Model(
+        run_id=created.source_run_id,
+        artifact_path=created.artifact_location,
+        model_uuid=model_id,
+        model_id=model_id,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "model"
+        mlflow.pyfunc.save_model(
+            files,
+            loader_module=loader_module,
+            data_path=str(adapter),
+            mlflow_model=description,
+            signature=signature(facts.get("signature", {})),
+            pip_requirements=pip_requirements(facts.get("versions", {})),
+        )
+        client.log_model_artifacts(model_id, str(files))
+    client.finalize_logged_model(model_id, "READY")
+
+
+def signature(described: Mapping[str, Mapping[str, str]]) -> ModelSignature:
+    """The model's columns.
+
+    Args:
+        described: `{"inputs": {"premise": "string", ...}, "outputs": {"label": "string", ...}}`,
+            types as MLflow names them. One column of text without a name when there are no inputs.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    def schema(columns: Mapping[str, str]) -> Schema | None:
+        return (
+            Schema([ColSpec(type_, name) for name, type_ in columns.items()]) if columns else None
+        )
+
+    return ModelSignature(
+        inputs=schema(described.get("inputs", {})) or Schema([ColSpec("string")]),
+        outputs=schema(described.get("outputs", {})),
+    )
+
+
+def pip_requirements(versions: Mapping[str, str]) -> list[str]:
+    """What serving needs, at the versions of the run; local parts such as `+cu128` are dropped,
+    because no package index has them."""
+    import mlflow
+
+    import gpc_dist
+
+    pinned = [f"{name}=={versions[name].split('+')[0]}" for name in _NEEDED if name in versions]
+    return [f"gpc-dist=={gpc_dist.__version__}", f"mlflow=={mlflow.__version__}", *pinned]
+
+
+def digest(adapter: Path) -> str:
+    """SHA-256 over the names and contents of the adapter's files."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in adapter.rglob("*") if p.is_file()):
+        total.update(path.relative_to(adapter).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,397 @@
+"""The replica of one run folder in MLflow.
+
+`Replica.update` sends what MLflow does not hold yet, and may be called at any time, any number of
+times, by whoever holds the folder's tracking lock. What becomes of the files:
+
+| file              | in MLflow                                                              |
+|-------------------|------------------------------------------------------------------------|
+| `config.yaml`     | params under their dotted names; artifact                              |
+| `ds_config.json`  | artifact                                                               |
+| `facts.json`      | tags (`version.torch`, ...), description, data set input; artifact     |
+| `metrics.jsonl`   | metrics                                                                |
+| `telemetry/`      | metrics `system/<host>/...`, shown as system metrics                   |
+| `result.json`     | metrics `final/...`; artifact                                          |
+| `adapter/`        | an MLflow model, once the run is finished                              |
+| `status.json`     | the run's status; tags `gpc.state`, `gpc.reason`                       |
+
+A metric is sent once per step. MLflow cannot take a value back, so when a resumed run writes steps
+again that MLflow already holds, the first values stand. A crash between sending and noting that
+down repeats a request, which has no effect: each value carries the time of its line, and MLflow's
+stores ignore a metric they already hold with the same step, time and value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpc_dist.config import TrackingConfig
+from gpc_dist.tracking import files, metrics, model, store
+from gpc_dist.tracking.folder import RunFolder, Status
+from gpc_dist.tracking.state import TrackingState
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+# limits of MLflow's API
+_METRICS_PER_CALL = 1000
+_PER_CALL = 100  # params, and tags
+_PARAM_LENGTH = 6000
+_TAG_LENGTH = 8000
+_NAME_LENGTH = 250
+_DATASET_DIGEST_LENGTH = 36
+
+_Point = tuple[str, float, int, int]
+"""Metric, value, time in ms, step."""
+
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
+_MLFLOW_STATUS = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "killed": "KILLED",
+    "stopped": "KILLED",  # MLflow has no state for "to be continued"; `gpc.state` tells
+}
+
+
+class Replica:
+    """Brings MLflow up to date with a run folder.
+
+    Args:
+        folder: a run folder with at least `config.yaml`.
+        uri: tracking store; the one of the run's configuration when not given.
+        loader_module: module that loads the adapter as a model.
+
+    Raises:
+        UserError: the folder is not that of a run.
+    """
+
+    def __init__(
+        self, folder: RunFolder, uri: str | None = None, loader_module: str = model.SERVING_MODULE
+    ) -> None:
+        self._folder = folder
+        self._loader_module = loader_module
+        self._config = folder.read_config()
+        section = TrackingConfig.model_validate(self._config.get("tracking", {}))
+        self._experiment = section.experiment
+        if uri is not None:
+            section = section.model_copy(update={"uri": uri})
+        self.uri = store.tracking_uri(section, folder.path)
+        self.state = TrackingState.load(folder)
+        if self.state.uri != store.redact(self.uri):  # none yet, or a replica in another store
+            self.state = TrackingState(uri=store.redact(self.uri))
+        self._read: dict[Path, tuple[int, int]] = {}  # file -> bytes and lines sent
+        self._client: MlflowClient | None = None
+
+    def update(self) -> TrackingState:
+        """Send what is new. After an exception, call it again.
+
+        Raises:
+            mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
+        """
+        # First, because an end state promises that everything else is complete.
+        status = self._folder.read_status()
+        if self._client is None:
+            self._client = self._open(status)
+        self._send_new(self._folder.config, self._send_config)
+        self._send_new(self._folder.ds_config)
+        self._send_new(self._folder.facts, self._send_facts)
+        self._send_new_metrics()
+        if status.state == "finished":
+            self._send_adapter()
+        self._send_new(self._folder.result, self._send_result)
+        self._send_status(status)
+        return self.state
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    @property
+    def _mlflow(self) -> MlflowClient:
+        assert self._client is not None, "update() opens the run first"
+        return self._client
+
+    @property
+    def _run_id(self) -> str:
+        assert self.state.run_id is not None, "update() opens the run first"
+        return self.state.run_id
+
+    def _open(self, status: Status) -> MlflowClient:
+        client, experiment_id = store.connect(self.uri, self._experiment, self._folder.path.parent)
+        if self.state.run_id is None or not _is_active(client, self.state.run_id):
+            self._create(client, experiment_id, status)
+        return client
+
+    def _create(self, client: MlflowClient, experiment_id: str, status: Status) -> None:
+        if self.state.run_id is not None:  # somebody deleted it in MLflow
+            self.state = TrackingState(uri=self.state.uri)
+        self.state.experiment_id = experiment_id
+        self._save()  # the key first: a run created under it can be found again
+        found = client.search_runs([experiment_id], f"tags.`gpc.key` = '{self.state.key}'")
+        run = (
+            found[0]
+            if found
+            else client.create_run(
+                experiment_id,
+                start_time=_ms(status.started_s),
+                run_name=self._config.get("run", {}).get("name") or self._folder.path.name,
+                tags={"gpc.key": self.state.key},
+            )
+        )
+        self.state.run_id = run.info.run_id
+        self._save()
+
+    def _send_status(self, status: Status) -> None:
+        if status.state == self.state.state:
+            return
+        if status.state == "running":
+            self._mlflow.update_run(self._run_id, status="RUNNING")
+        else:
+            self._mlflow.set_terminated(
+                self._run_id, _MLFLOW_STATUS[status.state], _ms(status.updated_s)
+            )
+        self._set_tags({"gpc.state": status.state, "gpc.reason": status.reason})
+        self.state.state = status.state
+        self._save()
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def _send_new(self, path: Path, also: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Send a file as an artifact, and what else is made of its content, if it is new."""
+        if not path.exists():
+            return
+        version = f"{path.stat().st_mtime_ns}-{path.stat().st_size}"
+        if self.state.sent.get(path.name) == version:
+            return
+        text = path.read_text(encoding="utf-8")
+        self._mlflow.log_text(self._run_id, store.redact(text), path.name)
+        if also is not None:
+            also(self._folder.read_config() if path == self._folder.config else json.loads(text))
+        self.state.sent[path.name] = version
+        self._save()
+
+    def _send_config(self, config: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        self._config = config
+        held = self._mlflow.get_run(self._run_id).data.params
+        wanted = _params(config)
+        new = [Param(name, value) for name, value in wanted.items() if name not in held]
+        for start in range(0, len(new), _PER_CALL):
+            self._mlflow.log_batch(self._run_id, params=new[start : start + _PER_CALL])
+        # MLflow's params are for ever; what a resume changed (more steps, say) is told by a tag.
+        changed = {name: value for name, value in wanted.items() if held.get(name, value) != value}
+        self._set_tags(
+            {f"gpc.changed.{name}": value for name, value in changed.items()}
+            | {
+                "task": config.get("task", {}).get("name"),
+                "method": config.get("adapter", {}).get("method"),
+                "encoder": config.get("encoder", {}).get("path"),
+                "group": config.get("tracking", {}).get("group"),
+                "gpc.run_dir": str(self._folder),
+            }
+        )
+
+    def _send_facts(self, facts: dict[str, Any]) -> None:
+        plain = {k: v for k, v in facts.items() if isinstance(v, str | int | float)}
+        versions = {f"version.{name}": v for name, v in facts.get("versions", {}).items()}
+        self._set_tags(
+            plain
+            | versions
+            | {
+                "mlflow.note.content": _note(facts, self._folder),
+                "mlflow.user": facts.get("user"),
+                "mlflow.source.name": facts.get("command"),
+                "mlflow.source.type": "LOCAL",
+                "mlflow.source.git.commit": facts.get("git_commit"),
+            }
+        )
+        if dataset := facts.get("dataset"):
+            self._send_dataset(dataset)
+
+    def _send_dataset(self, described: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        examples = {k: v for k, v in described.items() if k.endswith("_examples")}
+        dataset = Dataset(
+            name=described["name"],
+            digest=described["digest"][:_DATASET_DIGEST_LENGTH],
+            source_type=described.get("source_type", "local"),
+            source=json.dumps({"uri": described["source"]}),
+            profile=json.dumps(examples),
+        )
+        use = InputTag("mlflow.data.context", "training")
+        self._mlflow.log_inputs(self._run_id, [DatasetInput(dataset, [use])])
+
+    def _send_result(self, result: dict[str, Any]) -> None:
+        step = int(result.get("steps", 0))
+        time_ms = _ms(self._folder.result.stat().st_mtime)
+        self._send_metrics(
+            ((f"final/{name}", value, time_ms, step) for name, value in _numbers(result)),
+            model_id=self.state.model_id,
+        )
+
+    def _send_adapter(self) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        adapter = self._folder.adapter
+        if not adapter.is_dir():
+            return
+        version = model.digest(adapter)
+        if self.state.sent.get("adapter") == version:
+            return
+        if self.state.sent.get("adapter created") != version:
+            created = self._mlflow.create_logged_model(
+                str(self.state.experiment_id),
+                name="adapter",
+                source_run_id=self._run_id,
+                params=_params(self._config),
+                model_type="gpc-dist adapter",
+            )
+            self.state.model_id = created.model_id
+            self.state.sent["adapter created"] = version
+            self._save()
+        facts = files.read_json(self._folder.facts)
+        model_id = str(self.state.model_id)
+        model.log_adapter(self._mlflow, model_id, adapter, facts, self._loader_module)
+        step = int(files.read_json(self._folder.result).get("steps", 0))
+        self._mlflow.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])
+        self.state.sent["adapter"] = version
+        self._save()
+
+    # -- metrics ---------------------------------------------------------------------------------
+
+    def _send_new_metrics(self) -> None:
+        self._send_log(self._folder.metrics)
+        for path in sorted(self._folder.telemetry.glob("*.jsonl")):
+            self._send_log(path, host=path.stem)
+
+    def _send_log(self, path: Path, host: str | None = None) -> None:
+        """Send the lines of a `MetricLog` that were added since the last call."""
+        offset, count = self._read.get(path, (0, 0))
+        lines, end = files.read_lines(path, offset)
+        points: list[_Point] = []
+        for number, line in enumerate(lines, start=count):
+            if host is None and metrics.STEP in line:
+                points += _points(line, step=line[metrics.STEP])
+            elif host is not None:
+                # Samples have no step of their own and go on in the same file after a resume: the
+                # number of the line is one.
+                points += _points(line, step=number, prefix=f"system/{host}/")
+        self._send_metrics(points)
+        # Not kept in the state: a resume may have cut the file. Reading it again from its start
+        # is cheap, and `state.steps` knows what MLflow holds.
+        self._read[path] = (end, count + len(lines))
+
+    def _send_metrics(self, points: Iterable[_Point], model_id: str | None = None) -> None:
+        from mlflow.entities import Metric
+
+        batch: list[Metric] = []
+        reached: dict[str, int] = {}
+        for name, value, time_ms, step in points:
+            name = _name(name)
+            if step <= max(reached.get(name, -1), self.state.steps.get(name, -1)):
+                continue
+            batch.append(Metric(name, value, time_ms, step, model_id=model_id))
+            reached[name] = step
+            if len(batch) == _METRICS_PER_CALL:
+                self._send_batch(batch, reached)
+                batch = []
+        if batch:
+            self._send_batch(batch, reached)
+
+    def _send_batch(self, batch: list[Metric], reached: Mapping[str, int]) -> None:
+        self._mlflow.log_batch(self._run_id, metrics=batch)
+        self.state.steps.update(reached)
+        self._save()
+
+    # -- small things ----------------------------------------------------------------------------
+
+    def _set_tags(self, tags: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        given = [
+            RunTag(_name(name), store.redact(_text(value))[:_TAG_LENGTH])
+            for name, value in tags.items()
+            if value is not None
+        ]
+        for start in range(0, len(given), _PER_CALL):
+            self._mlflow.log_batch(self._run_id, tags=given[start : start + _PER_CALL])
+
+    def _save(self) -> None:
+        self.state.save(self._folder)
+
+
+def _points(line: Mapping[str, Any], step: int, prefix: str = "") -> Iterator[_Point]:
+    time_ms = _ms(line.get(metrics.TIME, 0.0))
+    for name, value in line.items():
+        if name in (metrics.STEP, metrics.TIME):
+            continue
+        if value is None:  # how the log writes what is not finite
+            yield prefix + name, math.nan, time_ms, step
+        elif isinstance(value, int | float):
+            yield prefix + name, float(value), time_ms, step
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a JSON value under names such as `best/accuracy`; of a list the largest."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}/{key}" if name else key)
+    elif isinstance(value, list) and value and all(_is_number(item) for item in value):
+        yield name, float(max(value))
+    elif _is_number(value):
+        yield name, float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _params(config: Mapping[str, Any]) -> dict[str, str]:
+    """The configuration under its dotted keys, without what is not set and not about the method."""
+    return {
+        f"{section}.{key}": _text(value)[:_PARAM_LENGTH]
+        for section, keys in config.items()
+        if section != "tracking" and isinstance(keys, dict)
+        for key, value in keys.items()
+        if value not in (None, [], "")
+    }
+
+
+def _note(facts: Mapping[str, Any], folder: RunFolder) -> str:
+    """The run's description, in Markdown."""
+    place = f"`{facts.get('host', 'unknown host')}:{folder}`"
+    text = f"Folder: {place}\n"
+    if command := facts.get("command"):
+        text += f"\nTo reproduce, in `{facts.get('folder', '.')}`:\n\n    {command}\n"
+    if commit := facts.get("git_commit"):
+        text += f"\nCommit {commit}{' with local changes' if facts.get('git_dirty') else ''}.\n"
+    return text
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _name(name: str) -> str:
+    """`name` with what MLflow refuses in names replaced."""
+    return _NOT_IN_NAMES.sub("_", name)[:_NAME_LENGTH]
+
+
+def _ms(time_s: float) -> int:
+    return int(time_s * 1000)
+
+
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise

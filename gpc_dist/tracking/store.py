@@ -1,0 +1,104 @@
+"""Where MLflow keeps the runs, and the first contact with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpc_dist.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_SQLITE = "sqlite:///"
+_SERVER = re.compile(r"(https?|databricks|uc)\b")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+# MLflow's own patience (7 retries, 120 s each) would hide a server that is down for minutes; the
+# follower has a slower rhythm of its own, and `gpc-dist sync` should say so at once.
+_HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+
+
+def tracking_uri(config: TrackingConfig, run_dir: Path | str) -> str:
+    """The tracking store of a run, with an absolute path where it is a SQLite file.
+
+    It is `tracking.uri`, or else `mlflow.db` in the parent of the run folder, so that the runs
+    beside each other share one store. A relative SQLite path starts at the working folder.
+    """
+    if config.uri is None:
+        return f"{_SQLITE}{Path(run_dir).absolute().parent / 'mlflow.db'}"
+    if path := _sqlite_path(config.uri):
+        return f"{_SQLITE}{path.absolute()}"
+    return config.uri
+
+
+def ui_command(uri: str) -> str:
+    """The command that shows the store in a browser; for a tracking server, its address."""
+    if _SERVER.match(uri):
+        return redact(uri)
+    return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
+
+
+def redact(text: str) -> str:
+    """`text` without the user and password of any URI in it."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def connect(uri: str, experiment: str, runs_dir: Path) -> tuple[MlflowClient, str]:
+    """A client of the store, and the id of the experiment; both are made on first use.
+
+    Args:
+        uri: as `tracking_uri` gives it.
+        experiment: name of the experiment.
+        runs_dir: folder of the run folders; a database that is no file keeps its artifacts there.
+
+    Raises:
+        mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
+    """
+    for name, value in _HTTP_PATIENCE.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    path = _sqlite_path(uri)
+    with _creating(path) if path else nullcontext():
+        client = MlflowClient(uri, registry_uri=uri)
+        artifacts = (path.parent if path else runs_dir) / "mlartifacts"
+        location = None if _SERVER.match(uri) else artifacts.absolute().as_uri()
+        return client, _experiment_id(client, experiment, location)
+
+
+@contextmanager
+def _creating(database: Path) -> Iterator[None]:
+    # The first use of a SQLite store creates and migrates its tables, and two at once break it.
+    from filelock import FileLock
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(database.with_name(f".{database.name}.lock")):
+        yield
+
+
+def _experiment_id(client: MlflowClient, name: str, artifact_location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another run was faster
+    assert found is not None
+    return str(found.experiment_id)
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None

@@ -1,0 +1,93 @@
+"""`gpc-dist sync`: bring MLflow up to date with a run folder, without a follower."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import psutil
+
+from gpc_dist.errors import MachineError, UserError
+from gpc_dist.tracking import store
+from gpc_dist.tracking.folder import RunFolder, Status
+from gpc_dist.tracking.replica import Replica
+from gpc_dist.tracking.state import TrackingState
+
+# A follower gives a sign of life every few seconds. Silence for this long means that its machine is
+# gone, whatever clocks that disagree and slow network file systems add.
+_SILENCE_S = 600.0
+
+
+def sync_run(run_dir: Path | str, uri: str | None = None) -> TrackingState:
+    """Send MLflow what it does not hold yet of a run; a run that died is marked as killed first.
+
+    Args:
+        run_dir: the run folder.
+        uri: tracking store; the one of the run's configuration when not given. A store that has
+            not held the run before gets all of it, under a new run id.
+
+    Raises:
+        UserError: this is not the folder of a run, or its follower is still at work.
+        MachineError: the tracking store cannot be reached or refuses.
+    """
+    folder = RunFolder(run_dir)
+    folder.read_config()  # fails before anything is written into what is no run folder
+    with folder.hold_tracking():
+        _mark_if_gone(folder)
+        replica = Replica(folder, uri)
+        try:
+            replica.update()
+        except UserError:
+            raise
+        except Exception as error:  # database, HTTP and artifact stores all have their own
+            raise MachineError(
+                f"MLflow at {store.redact(replica.uri)} did not take the run {folder}: "
+                f"{store.redact(str(error))}\n"
+                "Run the command again when the store can be reached; nothing is recorded twice."
+            ) from error
+        replica.state.error = None
+        replica.state.save(folder)
+        return replica.state
+
+
+def mark_stale(run_dir: Path | str) -> bool:
+    """Write the state `killed` into a folder whose trainer ended without a word.
+
+    Needed only where the follower was ended with its trainer (a lost node, the end of a Slurm
+    job); otherwise it has done so. `sync_run` then tells MLflow.
+
+    Returns:
+        Whether the run was such a one.
+
+    Raises:
+        UserError: this is not the folder of a run.
+    """
+    folder = RunFolder(run_dir)
+    folder.read_config()
+    try:
+        with folder.hold_tracking():
+            return _mark_if_gone(folder)
+    except UserError:  # its follower is at work
+        return False
+
+
+def _mark_if_gone(folder: RunFolder) -> bool:
+    status = folder.read_status()
+    gone = status.state == "running" and _trainer_is_gone(folder, status)
+    if gone:
+        folder.mark_killed("found without its training process")
+    return gone
+
+
+def _trainer_is_gone(folder: RunFolder, status: Status) -> bool:
+    if not folder.status.exists():
+        return False  # about to start
+    if status.host != socket.gethostname():
+        return time.time() - folder.last_sign_of_life_s() > _SILENCE_S
+    try:
+        process = psutil.Process(status.pid)
+        # a process that began later than the run has only inherited the number
+        return process.create_time() > status.started_s or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,293 @@
+"""The training loop: reads top to bottom."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpc_dist.adapter.store import save_adapter
+from gpc_dist.config import warmup_steps
+from gpc_dist.engine import checkpoint
+from gpc_dist.engine.checkpoint import Checkpoint
+from gpc_dist.engine.optimizer import LaneOptimizer, reduce_gradients, send_updates
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import EpochPlan, collate, share
+from gpc_dist.training.card import task_card
+from gpc_dist.training.evaluate import all_outputs, run_batch
+from gpc_dist.training.objective import summed_loss
+from gpc_dist.training.progress import Progress
+from gpc_dist.training.schedule import factor
+from gpc_dist.training.session import Session, Split
+from gpc_dist.training.stop import StopRequest
+
+MetricSink = Callable[[int, dict[str, float]], None]
+"""Takes a step and its figures; called on rank 0 only."""
+
+
+@dataclass
+class Position:
+    """How far a run is: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """Metrics of the best evaluation so far."""
+    best_step: int | None = None
+    last: dict[str, float] = field(default_factory=dict)
+    """Metrics of the newest evaluation."""
+    stale: int = 0
+    """Evaluations since the best one."""
+    ended: bool = False
+    """Early stopping has ended the run."""
+
+
+@dataclass
+class Speed:
+    """What the steps of this process cost, evaluation and saving left out."""
+
+    step_s: list[float] = field(default_factory=list)
+    examples: int = 0
+    tokens: int = 0
+    """Text tokens without padding."""
+    padded_tokens: int = 0
+    first_step_at_s: float | None = None
+    """Unix time at which the first step was done."""
+
+    def figures(self) -> dict[str, float | None]:
+        """For `result.json`; the first step, which also warms up, does not count when there are others."""
+        total_s = sum(self.step_s)
+        return {
+            "samples_per_s": self.examples / total_s if total_s else None,
+            "tokens_per_s": self.tokens / total_s if total_s else None,
+            "padding_pct": 100 * (1 - self.tokens / self.padded_tokens) if self.padded_tokens else None,
+            "step_ms": 1000 * statistics.median(self.step_s) if self.step_s else None,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended."""
+
+    position: Position
+    speed: Speed
+    stopped_by: str | None
+    """The signal that asked for the stop; None when the run is complete."""
+
+
+def identity(session: Session) -> dict[str, Any]:
+    """What two parts of one run must agree on for the second to go on from the first's checkpoint."""
+    config = session.config.dump()
+    train = ("batch_size", "batch_tokens", "optimizer")
+    return {
+        "encoder": session.base.identity.sha256,
+        "adapter": config["adapter"],
+        "task": config["task"],
+        "data": config["data"],
+        "seed": config["run"]["seed"],
+        **{f"train.{key}": config["train"][key] for key in train},
+    }
+
+
+def train(
+    session: Session,
+    training: Split,
+    validation: Split,
+    checkpoints: Path,
+    best_adapter: Path,
+    write: MetricSink,
+) -> Outcome:
+    """Train the session's adapter until its steps are done, early stopping ends it, or a signal asks for a stop.
+
+    The best adapter so far stands in `best_adapter`, training states in `checkpoints`.
+
+    Raises:
+        UserError: the loss stays non-finite, or a checkpoint is damaged or another run's.
+    """
+    config, world, model = session.config, session.world, session.model
+    settings, stage = config.train, config.engine.zero_stage
+    plan = EpochPlan(
+        training.encoded.sizes, config.run.seed, settings.batch_size, settings.batch_tokens
+    )
+    total = settings.steps or plan.total_steps(settings.epochs or 0)
+    warmup = warmup_steps(settings, total)
+    lane = LaneOptimizer(model.adapter, settings, world, stage)
+    position = _resume(session, lane, checkpoints) if settings.resume else Position()
+    speed, nonfinite = Speed(), 0
+
+    model.train()
+    with StopRequest() as stop, Progress(total, position.step, world.is_main) as progress:
+        for epoch, indices in plan.batches(position.step):
+            if position.step >= total or position.ended:
+                return Outcome(position, speed, None)
+            started_s = time.monotonic()
+            lane.set_factor(factor(settings.schedule, position.step, warmup, total))
+            loss = _backward(session, training, indices)
+            stopping = torch.tensor(float(stop.signal is not None), device=world.device)
+            reduced = reduce_gradients([lane], torch.stack([loss, stopping]), stage)
+            mean_loss, stops = reduced.sums
+            (norm,) = reduced.norms
+            finite = math.isfinite(mean_loss) and math.isfinite(norm)
+            if finite:
+                lane.apply(norm)
+                send_updates([lane])
+            lane.clear()
+            position.step += 1
+            _count(speed, training, indices, time.monotonic() - started_s)
+
+            nonfinite = 0 if finite else nonfinite + 1
+            if nonfinite >= settings.nonfinite_patience:
+                raise UserError(
+                    f"the loss was not finite (nan or inf) for {nonfinite} steps up to step {position.step}: lower "
+                    "train.lr, use a longer train.warmup, or set engine.dtype fp32"
+                )
+            last_of_run = position.step == total
+            if world.is_main and (position.step % settings.log_every == 0 or last_of_run or not finite):
+                figures = _train_figures(mean_loss, norm, lane, speed, epoch)
+                write(position.step, figures)
+                progress.show(
+                    position.step,
+                    {"loss": mean_loss, "tokens/s": figures["train/tokens_per_s"]},
+                )
+            progress.step()
+
+            evaluated = _due(settings.eval_every, position.step, plan) or last_of_run
+            if evaluated:
+                metrics = evaluate(session, validation)
+                _note_evaluation(session, position, metrics, best_adapter)
+                if world.is_main:
+                    write(position.step, {f"val/{name}": value for name, value in metrics.items()})
+                    main = session.task.main_metric
+                    progress.show(position.step, {f"val/{main}": metrics[main]})
+            save = evaluated if settings.save_every is None else position.step % settings.save_every == 0
+            if save or last_of_run or stops > 0 or position.ended:
+                _save(session, lane, checkpoints, position)
+            if stops > 0 and not last_of_run:
+                name = world.from_main(stop.signal)
+                return Outcome(position, speed, name or "a signal on another rank")
+    raise AssertionError("a plan's steps never end")
+
+
+def evaluate(session: Session, split: Split) -> dict[str, float]:
+    """Every metric of the task on a split, on every rank."""
+    model, task = session.model, session.task
+    model.eval()
+    outputs = all_outputs(
+        model,
+        split.encoded,
+        session.pad_id,
+        session.world,
+        session.config.train.eval_batch_tokens,
+    )
+    model.train()
+    metrics = None if outputs is None else task.score(split.examples, outputs)
+    return session.world.from_main(metrics)
+
+
+def _backward(session: Session, training: Split, indices: Any) -> Tensor:
+    """Gradients of this rank's part of a step; returns its part of the step's mean loss, a scalar."""
+    world, model = session.world, session.model
+    parts = share(
+        indices,
+        training.encoded.sizes,
+        world.rank,
+        world.size,
+        session.config.engine.micro_batch_tokens,
+        model.adapter.prompt_tokens,
+    )
+    total = torch.zeros((), device=world.device)
+    for part in parts:
+        # under ZeRO-3 a pass is a collective: a rank without examples runs one that counts nothing
+        batch = collate(training.encoded, part if len(part) else indices[-1:], session.pad_id)
+        outputs = run_batch(model, batch, world.device)
+        loss = summed_loss(session.task.kind, outputs, batch.to(world.device)) / len(indices)
+        if not len(part):
+            loss = loss * 0
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _due(every: int | None, step: int, plan: EpochPlan) -> bool:
+    """Whether an evaluation is due after `step` steps: every so many, or at the end of an epoch."""
+    return plan.locate(step)[1] == 0 if every is None else step % every == 0
+
+
+def _count(speed: Speed, training: Split, indices: Any, seconds: float) -> None:
+    if speed.first_step_at_s is None:
+        speed.first_step_at_s = time.time()
+        return
+    encoded = training.encoded
+    rows = [r for i in indices for r in range(*encoded.example_starts[i : i + 2])]
+    lengths = encoded.lengths[rows]
+    speed.step_s.append(seconds)
+    speed.examples += len(indices)
+    speed.tokens += int(lengths.sum())
+    speed.padded_tokens += int(len(lengths) * lengths.max())
+
+
+def _train_figures(
+    loss: float, norm: float, lane: LaneOptimizer, speed: Speed, epoch: int
+) -> dict[str, float]:
+    figures = speed.figures()
+    return {
+        "train/loss": loss,
+        "train/grad_norm": norm,
+        "train/lr_factor": lane.factor,
+        "train/epoch": epoch,
+        "train/tokens_per_s": figures["tokens_per_s"] or 0.0,
+        "train/samples_per_s": figures["samples_per_s"] or 0.0,
+    }
+
+
+def _note_evaluation(
+    session: Session, position: Position, metrics: dict[str, float], best_adapter: Path
+) -> None:
+    """Keep the adapter if it is the best so far; end the run if none was for too long."""
+    task, patience = session.task, session.config.train.patience
+    position.last = metrics
+    value, best = metrics[task.main_metric], position.best.get(task.main_metric)
+    if best is None or (value > best if task.greater_is_better else value < best):
+        position.best, position.best_step, position.stale = metrics, position.step, 0
+        if session.world.is_main:
+            save_adapter(
+                best_adapter, session.model.adapter, session.base.identity, task_card(session)
+            )
+    else:
+        position.stale += 1
+        position.ended = patience is not None and position.stale >= patience
+
+
+def _save(session: Session, lane: LaneOptimizer, folder: Path, position: Position) -> None:
+    tensors = lane.state()
+    rng = session.world.gather(checkpoint.rng_state())
+    if session.world.is_main:
+        assert rng is not None
+        state = {"position": asdict(position), "identity": identity(session)}
+        checkpoint.save(folder, Checkpoint(position.step, tensors, rng, state))
+        checkpoint.prune(folder, session.config.train.keep_last, position.best_step)
+
+
+def _resume(session: Session, lane: LaneOptimizer, folder: Path) -> Position:
+    """Take up the newest complete checkpoint, if there is one."""
+    path = checkpoint.newest(folder)
+    if path is None:
+        return Position()
+    saved = checkpoint.load(path)
+    mine, theirs = identity(session), saved.state["identity"]
+    if differing := [key for key in mine if mine[key] != theirs.get(key)]:
+        raise UserError(
+            f"{path} belongs to a run with another {', '.join(differing)}: give this run its own --run.name, or "
+            "--train.resume false to start again here"
+        )
+    lane.load(saved.tensors)
+    if len(saved.rng) == session.world.size:
+        torch.set_rng_state(saved.rng[session.world.rank])
+    return Position(**saved.state["position"])
+

@@ -1,0 +1,213 @@
+"""`gpc-dist train`: one run, from its configuration to `result.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpc_dist.config import Config
+from gpc_dist.engine import checkpoint
+from gpc_dist.engine.distributed import World, join
+from gpc_dist.engine.telemetry import GpuTelemetry
+from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
+from gpc_dist.tasks import Example, Task, limit, make_task
+from gpc_dist.tracking import facts, files, follower
+from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.metrics import MetricLog
+from gpc_dist.tracking.store import tracking_uri, ui_command
+from gpc_dist.training import loop
+from gpc_dist.training.session import Session, load_base, open_session, seed_everything
+
+
+def run_training(config: Config, started_s: float, argv: Sequence[str]) -> int:
+    """Train as configured, as one rank of the job; returns the exit code.
+
+    Args:
+        started_s: unix time at which the user's command began.
+        argv: that command, for the record.
+    """
+    world = join(config.engine)
+    try:
+        return _run(config, world, started_s, argv)
+    finally:
+        world.leave()
+
+
+def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) -> int:
+    task = make_task(config.task, config.data)
+    train = limit(task.read("train"), config.data.limit_train, config.run.seed)
+    validation = limit(task.read("validation"), config.data.limit_eval)
+    seed_everything(config.run.seed)
+    folder = RunFolder(config.run.folder)
+    recording = None
+    if world.is_main:
+        _open_folder(folder, config, argv, task, train, validation)
+        if config.tracking.enabled:
+            recording = follower.start(folder.path)
+    try:
+        code = _train(config, world, folder, task, train, validation, started_s)
+    except BaseException as error:
+        if world.is_main:
+            ended = "failed" if isinstance(error, Exception) else "killed"
+            folder.write_status(ended, str(error) or type(error).__name__)
+            if recording:
+                recording.finish(config.tracking.finish_timeout_s)
+        raise
+    if world.is_main and recording:
+        state = recording.finish(config.tracking.finish_timeout_s)
+        if folder.result.is_file():
+            result = files.read_json(folder.result)
+            files.write_json(folder.result, result | {"mlflow_run_id": state.run_id})
+    if world.is_main:
+        _say_where(config, folder)
+    return code
+
+
+def _open_folder(
+    folder: RunFolder,
+    config: Config,
+    argv: Sequence[str],
+    task: Task,
+    train: list[Example],
+    validation: list[Example],
+) -> None:
+    if not config.train.resume:
+        folder.start_over()
+        for path in (folder.checkpoints, folder.adapter):
+            shutil.rmtree(path, ignore_errors=True)
+    folder.result.unlink(missing_ok=True)
+    folder.write_status("running")
+    files.write_text(folder.config, config.to_yaml())
+    digest = hashlib.sha256(repr([(e.rows, e.target) for e in train]).encode()).hexdigest()
+    described = {
+        "dataset": {
+            "name": task.name,
+            "source": str(config.data.path),
+            "digest": digest,
+            "train_examples": len(train),
+            "validation_examples": len(validation),
+        }
+    }
+    files.write_json(folder.facts, facts.collect_facts(argv) | described)
+
+
+def _train(
+    config: Config,
+    world: World,
+    folder: RunFolder,
+    task: Task,
+    train: list[Example],
+    validation: list[Example],
+    started_s: float,
+) -> int:
+    base = load_base(config, world)
+    session = open_session(config, world, task, base)
+    if world.is_main:
+        files.write_json(folder.ds_config, session.ds_config)
+    training, evaluation = session.split(train), session.split(validation)
+    samples = 0
+
+    def write_telemetry(sample: dict[str, float]) -> None:
+        nonlocal samples
+        with MetricLog(folder.host_telemetry()) as log:
+            log.append(samples, sample)
+        samples += 1
+
+    sink: loop.MetricSink = lambda step, figures: None
+    log = None
+    if world.is_main:
+        log = MetricLog(folder.metrics)
+        log.truncate_after(_saved_step(folder.checkpoints))
+        sink = log.append
+    with GpuTelemetry(write_telemetry, enabled=world.local_rank == 0) as telemetry:
+        outcome = loop.train(
+            session, training, evaluation, folder.checkpoints, folder.adapter, sink
+        )
+    energy = world.gather(telemetry.energy_j)
+    memory = world.gather(_peak_memory_mib(world))
+    if log:
+        log.close()
+    if outcome.stopped_by is not None:
+        if world.is_main:
+            step = outcome.position.step
+            folder.write_status("stopped", f"{outcome.stopped_by} at step {step}")
+            print(
+                f"stopped by {outcome.stopped_by}; state saved at step {step}: the same command goes on from there",
+                file=sys.stderr,
+            )
+        return EXIT_STOPPED
+    if world.is_main:
+        assert memory is not None and energy is not None
+        result = _result(session, outcome, task.majority_baseline(train, validation))
+        spent = [joules for joules in energy if joules is not None]
+        first = outcome.speed.first_step_at_s
+        result |= {
+            "peak_memory_mib": memory,
+            "energy_j": sum(spent) if spent else None,
+            "first_step_s": None if first is None else first - started_s,
+            "wall_s": time.time() - started_s,
+            "mlflow_run_id": None,
+        }
+        files.write_json(folder.result, result)
+        folder.write_status("finished")
+        _print_result(result)
+    return EXIT_DONE
+
+
+def _saved_step(checkpoints: Path) -> int:
+    """Step of the checkpoint a run goes on from; 0 when it starts."""
+    path = checkpoint.newest(checkpoints)
+    return 0 if path is None else checkpoint.step_of(path)
+
+
+def _peak_memory_mib(world: World) -> float:
+    """Most memory this rank has held: of its GPU, or resident on the CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _result(
+    session: Session, outcome: loop.Outcome, baseline: dict[str, float]
+) -> dict[str, Any]:
+    config, position = session.config, outcome.position
+    return {
+        "task": session.task.name,
+        "method": config.adapter.method,
+        "main_metric": session.task.main_metric,
+        "metrics": {"best": position.best, "last": position.last, "best_step": position.best_step},
+        "majority_baseline": baseline,
+        "steps": position.step,
+        "seed": config.run.seed,
+        "world_size": session.world.size,
+        "zero_stage": config.engine.zero_stage,
+        "encoder": session.base.identity.dump(),
+        "trainable_parameters": sum(p.numel() for p in session.model.adapter.parameters()),
+        "frozen_parameters": session.base.parameters,
+        **outcome.speed.figures(),
+        "load_s": session.base.load_s,
+    }
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    name = result["main_metric"]
+    best, baseline = result["metrics"]["best"].get(name), result["majority_baseline"][name]
+    print(
+        f"{result['task']} with {result['method']}: best {name} {best:.4f} at step "
+        f"{result['metrics']['best_step']} (majority baseline {baseline:.4f}), "
+        f"{result['trainable_parameters']:,} of {result['frozen_parameters']:,} parameters trained"
+    )
+
+
+def _say_where(config: Config, folder: RunFolder) -> None:
+    print(f"run folder: {folder}")
+    if config.tracking.enabled:
+        print(f"compare runs: {ui_command(tracking_uri(config.tracking, folder.path))}")

@@ -1,0 +1,125 @@
+"""A session: the ranks, the task, the frozen encoder and an adapter, ready to run."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpc_dist.adapter.families import EncoderParts
+from gpc_dist.adapter.fingerprint import EncoderIdentity, identify
+from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
+from gpc_dist.adapter.lane import Adapter
+from gpc_dist.config import Config
+from gpc_dist.engine import deepspeed_config, frozen
+from gpc_dist.engine.distributed import World, encoder_dtype
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import Encoded, Example, Task, encode
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of a split and their tokens."""
+
+    examples: list[Example]
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen encoder on its way into a session: loaded whole, not yet placed."""
+
+    parts: EncoderParts
+    identity: EncoderIdentity
+    tokenizer: Any
+    parameters: int
+    """N."""
+    load_s: float
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything that runs, on one rank."""
+
+    config: Config
+    world: World
+    task: Task
+    base: Base
+    model: GraftedEncoder
+    ds_config: dict[str, Any]
+
+    @property
+    def text_tokens(self) -> int:
+        return text_tokens(self.config, self.base.parts)
+
+    @property
+    def pad_id(self) -> int:
+        return self.base.tokenizer.pad_token_id or 0
+
+    def split(self, examples: list[Example]) -> Split:
+        """Tokenise examples for this session's encoder."""
+        return Split(examples, encode(examples, self.base.tokenizer, self.text_tokens))
+
+
+def text_tokens(config: Config, parts: EncoderParts) -> int:
+    """T at most: `data.max_length`, or what the encoder's positions leave beside the prompt.
+
+    Raises:
+        UserError: they leave too little.
+    """
+    if parts.max_positions is None:
+        return config.data.max_length
+    prompt = 0 if config.adapter.method == "linear-probe" else config.adapter.prompt_tokens
+    room = parts.max_positions - prompt
+    if room < 8:
+        raise UserError(
+            f"adapter.prompt_tokens {prompt} leaves {room} of the encoder's {parts.max_positions} positions for "
+            "text: use a shorter prompt"
+        )
+    return min(config.data.max_length, room)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def load_base(config: Config, world: World) -> Base:
+    """Read the frozen encoder and its tokenizer."""
+    start = time.monotonic()
+    tokenizer = frozen.load_tokenizer(config.encoder)
+    parts = frozen.load_encoder(config.encoder, encoder_dtype(config.engine, world.device))
+    return Base(
+        parts, identify(parts.encoder), tokenizer, frozen.count_parameters(parts), time.monotonic() - start
+    )
+
+
+def open_session(
+    config: Config, world: World, task: Task, base: Base, adapter: Adapter | None = None
+) -> Session:
+    """Graft an adapter onto the encoder and place both where they run.
+
+    Args:
+        adapter: a trained one; a fresh one, started from `run.seed`, when not given.
+    """
+    if adapter is None:
+        adapter = new_adapter(
+            base.parts,
+            config.adapter,
+            task.outputs,
+            tokenizer=base.tokenizer,
+            label_words=task.label_words,
+            seed=config.run.seed,
+        )
+    dtype = encoder_dtype(config.engine, world.device)
+    ds_config = deepspeed_config.resolve(config, world.size, dtype)
+    model = GraftedEncoder(base.parts, [adapter.to(world.device)])
+    if config.engine.activation_checkpointing:
+        model.checkpoint_activations()
+    frozen.place(base.parts, world, ds_config)
+    return Session(config, world, task, base, model, ds_config)

@@ -1,0 +1,32 @@
+"""A stop on request: the signal only sets a flag, which the loop reads at a step's end."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+class StopRequest:
+    """While it is entered, SIGINT, SIGTERM and SIGUSR2 ask for a stop; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        """Name of the signal that came, if one came."""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        # a stuck step must not keep the user from ending the program
+        signal.signal(number, self._previous[number])
