@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpc_dist import __version__, config
-from gpc_dist.errors import UserError
+from gpc_dist.errors import EXIT_DONE, UserError
+from gpc_dist.shipped import SHIPPED, shipped_folder
+
+_STARTED_S = "GPC_DIST_STARTED_S"
+"""Environment variable through which the ranks know when the user's command began."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `gpc_dist.errors`)."""
-    started_s = float(os.environ.get("GPC_DIST_STARTED_S", time.time()))
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
     try:
-        return options.run(options, rest, started_s, arguments)
+        return options.run(options, rest, arguments)
     except UserError as error:
         print(f"gpc-dist: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("gpc-dist: interrupted", file=sys.stderr)
+        return 128 + 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gpc-dist",
-        description="Tune a Global Prompt Cell on a frozen pretrained encoder, on one machine or many.",
-        epilog="Start with: gpc-dist train demo",
-    )
-    parser.add_argument("--version", action="version", version=f"gpc-dist {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    train = commands.add_parser(
-        "train",
-        help="train an adapter",
-        usage="gpc-dist train RECIPE [--section.key VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("recipe", metavar="RECIPE")
-    train.set_defaults(run=_train)
-    return parser
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
 
 
 def overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """`--a.b c` and `--a.b=c` pairs; raises UserError on anything else or on a key given twice."""
+    """The `--section.key VALUE` and `--section.key=VALUE` pairs of a command line.
+
+    Raises:
+        UserError: something else, a key without a value, or a key given twice.
+    """
     found: dict[str, str] = {}
     pending = list(arguments)
     while pending:
@@ -64,19 +61,196 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _train(options: Any, rest: list[str], started_s: float, arguments: list[str]) -> int:
-    from gpc_dist.engine import launch
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gpc-dist",
+        description="Tune a Global Prompt Cell on a frozen pretrained encoder, on one machine or many.",
+        epilog="Start with `gpc-dist doctor`, then `gpc-dist train demo`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gpc-dist {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    def command(
+        name: str,
+        run: Callable[[Any, list[str], list[str]], int],
+        summary: str,
+        detail: str = "",
+        arguments: str = "",
+        settings: bool = False,
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=summary,
+            usage=f"gpc-dist {name} {arguments}".rstrip()
+            + (" [--section.key VALUE ...]" if settings else ""),
+            description=f"{summary}\n\n{detail}" if detail else summary,
+            epilog=_settings_help() if settings else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    train = command(
+        "train",
+        _train,
+        "Train an adapter.",
+        "Writes one folder (run.dir, by default runs/<run.name>): configuration, metrics, checkpoints, the best\n"
+        "adapter and result.json. Stopped or killed, the same command goes on from the last checkpoint.\n\n"
+        "example: gpc-dist train rte --data.path SuperGLUE/RTE --engine.ranks 2 --train.lr 3e-3",
+        arguments="RECIPE",
+        settings=True,
+    )
+    train.add_argument(
+        "recipe", metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(config.recipe_names())}"
+    )
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "Measure a trained adapter on its task's validation split.",
+        "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
+        arguments="ADAPTER",
+        settings=True,
+    )
+    evaluate.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+
+    predict = command(
+        "predict",
+        _predict,
+        "Write a trained adapter's predictions for a file.",
+        "A packaged task is written in SuperGLUE's submission format, any other as JSON lines with\n"
+        "probabilities. The input has the columns of the training data; labels are not needed.\n\n"
+        "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
+        arguments="ADAPTER --input FILE --output FILE",
+        settings=True,
+    )
+    predict.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+    predict.add_argument("--input", required=True, type=Path, help="JSONL, CSV, TSV or Parquet file")
+    predict.add_argument("--output", required=True, type=Path, help="file to write, or a folder")
+
+    results = command("results", _results, "Show finished runs side by side.", arguments="RUN ...")
+    results.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
+
+    sync = command(
+        "sync",
+        _sync,
+        "Bring MLflow up to date with a run's folder.",
+        "For runs whose tracking server was down or out of reach. Nothing is recorded twice.",
+        arguments="[--uri URI] RUN ...",
+    )
+    sync.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
+    sync.add_argument("--uri", help="MLflow tracking URI; the run's own when not given")
+
+    command("doctor", _doctor, "Say what this machine has and what is missing.")
+
+    init = command(
+        "init",
+        _init,
+        f"Copy the files that are made to be edited ({', '.join(SHIPPED)}) into a folder.",
+        arguments="DIR",
+    )
+    init.add_argument("folder", metavar="DIR", type=Path)
+    return parser
+
+
+def _settings_help() -> str:
+    """Every configuration key with its default and its documentation."""
+    lines = ["settings (--section.key VALUE):"]
+    for key, field in config.keys().items():
+        default = "none" if field.default is None else field.default
+        lines.append(f"  --{key}  [{default}]")
+        lines += [f"      {line}" for line in (field.description or "").splitlines()]
+    return "\n".join(lines)
+
+
+def _train(options: Any, rest: list[str], arguments: list[str]) -> int:
     settings = config.load(options.recipe, overrides(rest))
-    ranks = launch.wanted_ranks(settings.engine)
-    if ranks > 1 and not launch.given_ranks():
-        os.environ["GPC_DIST_STARTED_S"] = str(started_s)
-        command = [sys.executable, "-m", "gpc_dist.cli", *arguments]
-        return launch.start_ranks(command, ranks, cpu_only=settings.engine.device == "cpu")
+    started_s = float(os.environ.get(_STARTED_S, time.time()))
+    code = _start_ranks(settings, arguments)
+    if code is not None:
+        return code
     from gpc_dist.training.run import run_training
 
     return run_training(settings, started_s, ["gpc-dist", *arguments])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _evaluate(options: Any, rest: list[str], arguments: list[str]) -> int:
+    settings = overrides(rest)
+    code = _start_ranks(config.build({}, settings), arguments)
+    if code is not None:
+        return code
+    from gpc_dist.training.inference import run_evaluation
+
+    return run_evaluation(options.adapter, settings)
+
+
+def _predict(options: Any, rest: list[str], arguments: list[str]) -> int:
+    settings = overrides(rest)
+    if not options.input.is_file():
+        raise UserError(f"--input {options.input} does not exist")
+    code = _start_ranks(config.build({}, settings), arguments)
+    if code is not None:
+        return code
+    from gpc_dist.training.inference import run_prediction
+
+    return run_prediction(options.adapter, options.input, options.output, settings)
+
+
+def _start_ranks(settings: config.Config, arguments: list[str]) -> int | None:
+    """Run this very command as several ranks, if several are wanted and none were given."""
+    from gpc_dist.engine import launch
+
+    ranks = launch.wanted_ranks(settings.engine)
+    if launch.given_ranks() or ranks == 1:
+        return None
+    os.environ.setdefault(_STARTED_S, str(time.time()))
+    command = [sys.executable, "-m", "gpc_dist", *arguments]
+    return launch.start_ranks(command, ranks, cpu_only=not launch.visible_gpus())
+
+
+def _results(options: Any, rest: list[str], _: list[str]) -> int:
+    _refuse(rest)
+    from gpc_dist.training.results import results_table
+
+    print(results_table(options.runs))
+    return EXIT_DONE
+
+
+def _sync(options: Any, rest: list[str], _: list[str]) -> int:
+    _refuse(rest)
+    from gpc_dist.tracking.sync import sync_run
+
+    for folder in options.runs:
+        state = sync_run(folder, options.uri)
+        print(f"{folder}: MLflow run {state.run_id} is up to date")
+    return EXIT_DONE
+
+
+def _doctor(_: Any, rest: list[str], __: list[str]) -> int:
+    _refuse(rest)
+    from gpc_dist.training.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _init(options: Any, rest: list[str], _: list[str]) -> int:
+    _refuse(rest)
+    present = [name for name in SHIPPED if (options.folder / name).exists()]
+    if present:
+        raise UserError(
+            f"{options.folder} already has {', '.join(present)}: move it away, or choose another DIR"
+        )
+    for name in SHIPPED:
+        ignored = shutil.ignore_patterns("__pycache__", "*.py", "demo_data")
+        shutil.copytree(shipped_folder(name), options.folder / name, ignore=ignored)
+    print(
+        f"copied {', '.join(SHIPPED)} to {options.folder}; start with: gpc-dist train {options.folder}/recipes/rte.yaml"
+    )
+    return EXIT_DONE
+
+
+def _refuse(rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"unexpected argument '{rest[0]}'")

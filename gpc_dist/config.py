@@ -67,7 +67,7 @@ class TaskConfig(Section):
 class DataConfig(Section):
     path: str | None = None
     """Folder of JSONL/CSV/TSV/Parquet files named after their split, one such file (the training
-    split), or a Hub id."""
+    split), a Hub id, or `demo` (the packaged data set)."""
     config: str | None = None
     """Configuration name of a Hub data set (`rte` of `super_glue`)."""
     train: str | None = None
@@ -274,9 +274,7 @@ def _recipe_text(recipe: str) -> str:
         return path.read_text(encoding="utf-8")
     if recipe in recipe_names():
         return (resources.files("gpc_dist") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
-    raise UserError(
-        f"no recipe '{recipe}': give a YAML file or one of {', '.join(recipe_names())}"
-    )
+    raise UserError(f"no recipe '{recipe}': give a YAML file or one of {', '.join(recipe_names())}")
 
 
 def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from gpc_dist.errors import MachineError
 
-SHIPPED = ("ds_configs",)
+SHIPPED = ("ds_configs", "recipes")
 
 
 def shipped_folder(name: str) -> Path:
     """Where a shipped folder lies: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
-    for folder in (package / "shipped" / name, package.parent / name):
+    for folder in (package / name, package.parent / name):
         if folder.is_dir():
             return folder
     raise MachineError(f"the installation lacks its folder {name}: install gpc-dist again")

@@ -111,9 +111,7 @@ class GraftedEncoder(nn.Module):
         if token_types is not None and self.parts.takes_token_types:
             extra["token_type_ids"] = _pad_left(token_types, tokens, 0)
         if tokens:
-            starts = [
-                lane.start(r.stop - r.start) for lane, r in zip(self.lanes, rows, strict=True)
-            ]
+            starts = [lane.start(r.stop - r.start) for lane, r in zip(self.lanes, rows, strict=True)]
             embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
             mask = _pad_left(attention_mask, tokens, 1)
         self._rows = rows

@@ -35,9 +35,7 @@ class Prompt(nn.Module):
     def __init__(self, tokens: int, shape: EncoderShape, deep: bool):
         super().__init__()
         self.start = nn.Parameter(torch.zeros(tokens, shape.embedding_size))
-        self.deep = (
-            nn.Parameter(torch.zeros(shape.layers - 1, tokens, shape.hidden_size)) if deep else None
-        )
+        self.deep = nn.Parameter(torch.zeros(shape.layers - 1, tokens, shape.hidden_size)) if deep else None
 
 
 class Adapter(nn.Module):
@@ -66,9 +64,7 @@ class Adapter(nn.Module):
             if method == "gpc":
                 make = CELLS[config.cell]
                 count = shape.layers - 1 if config.cell_per_layer else 1
-                self.cell = nn.ModuleList(
-                    [make(shape.hidden_size, config.cell_rank) for _ in range(count)]
-                )
+                self.cell = nn.ModuleList([make(shape.hidden_size, config.cell_rank) for _ in range(count)])
             self.head = Head(shape.hidden_size, outputs, config.pooling)
             if self.prompt is not None and self.prompt.deep is not None:
                 nn.init.normal_(self.prompt.deep, std=0.02)

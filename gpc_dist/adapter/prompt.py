@@ -70,9 +70,7 @@ def _frequent_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None)
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), vocab_size)))
     # BERT's vocabulary opens with placeholders "[unused0]" ... that were never trained
-    ids = [
-        i for i, t in enumerate(tokens) if t and i not in special and not t.startswith("[unused")
-    ]
+    ids = [i for i, t in enumerate(tokens) if t and i not in special and not t.startswith("[unused")]
     return torch.tensor(ids[:FREQUENT_TOKENS])
 
 

@@ -59,9 +59,7 @@ def _read(config: EngineConfig) -> dict[str, Any]:
     name = config.ds_config or regime(config)
     path = Path(name) if name.endswith(".json") else shipped_folder("ds_configs") / f"{name}.json"
     if not path.is_file():
-        raise UserError(
-            f"engine.ds_config '{name}' is neither a JSON file nor one of {', '.join(regimes())}"
-        )
+        raise UserError(f"engine.ds_config '{name}' is neither a JSON file nor one of {', '.join(regimes())}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

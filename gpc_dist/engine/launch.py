@@ -40,7 +40,7 @@ def wanted_ranks(config: EngineConfig) -> int:
     """`engine.ranks`, or with `auto` one for each visible GPU and at least one."""
     if config.ranks != "auto":
         return config.ranks
-    return 1 if config.device == "cpu" else max(1, _visible_gpus())
+    return 1 if config.device == "cpu" else max(1, visible_gpus())
 
 
 def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
@@ -129,7 +129,7 @@ def _describe(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
     """GPUs, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -105,7 +105,8 @@ class LaneOptimizer:
                 state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 self.inner.state[parameter] = {
                     # AdamW keeps its step count on the CPU; Adafactor's is a plain number
-                    key: _as_kept(key, value, parameter, self.inner) for key, value in state.items()
+                    key: _as_kept(key, value, parameter, self.inner)
+                    for key, value in state.items()
                 }
 
 
@@ -119,9 +120,7 @@ class Reduced:
     """Gradient norm of each lane before clipping; not finite if its loss was not."""
 
 
-def reduce_gradients(
-    lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage: int
-) -> Reduced:
+def reduce_gradients(lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage: int) -> Reduced:
     """Sum the gradients of all lanes, and a few `numbers` [n] with them, over the ranks.
 
     One all-reduce of one flat float32 buffer (at stage 2 one reduction to each owner), whatever
@@ -187,9 +186,7 @@ def _owned_by(owner: int, lanes: Iterable[LaneOptimizer]) -> list[torch.nn.Param
 
 
 def _flat_gradients(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    return torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
-    )
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
 
 
 def _set_gradients(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:

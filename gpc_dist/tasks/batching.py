@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class EpochPlan:
     """Examples per step; the last one cut from an epoch may have fewer."""
     batch_tokens: int | None = None
     """Padded text tokens per step at most (one example may exceed it), instead of `batch_size`."""
+    _counts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Steps of the epochs counted so far: a token budget makes them differ."""
 
     def steps(self, epoch: int) -> list[np.ndarray]:
         """The steps of an epoch: every example once."""
@@ -82,12 +84,15 @@ class EpochPlan:
         whole = math.floor(epochs)
         part = epochs - whole
         total = sum(self._steps_of(epoch) for epoch in range(whole))
-        return total + (math.ceil(part * self._steps_of(whole)) if part else 0)
+        # rounded, so that 0.1 of ten steps is one step whatever the binary fraction says
+        return total + (math.ceil(round(part * self._steps_of(whole), 6)) if part else 0)
 
     def _steps_of(self, epoch: int) -> int:
         if self.batch_tokens is None:
             return math.ceil(len(self.sizes) / self.batch_size)
-        return len(self.steps(epoch))
+        if epoch not in self._counts:
+            self._counts[epoch] = len(self.steps(epoch))
+        return self._counts[epoch]
 
     @property
     def _examples_per_batch(self) -> int:

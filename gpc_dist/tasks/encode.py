@@ -100,7 +100,7 @@ def encode(
     row_segments = np.array([[numbers[text] for text in row] for row in rows], dtype=np.int64)
     return Encoded(
         segment_ids=segment_ids,
-        segment_starts=_starts(segment_lengths),
+        segment_starts=_starts(np.minimum(segment_lengths, room)),
         row_segments=row_segments,
         row_kept=_longest_first(segment_lengths[row_segments], room),
         frame=frame,
@@ -128,18 +128,19 @@ def _probe(tokenizer: PreTrainedTokenizerBase, segments: int) -> tuple[Frame, bo
 def _tokenize(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of all texts, int32 `[S]`, and the tokens of each (at most `most`), int64 `[U]`."""
-    ids, lengths = [], []
+    """The first `most` token ids of each text, int32 `[S]`, and its tokens in all, int64 `[U]`."""
+    ids: list[np.ndarray] = []
+    lengths: list[int] = []
     for start in range(0, len(texts), _CHUNK):
         lists = tokenizer(
             texts[start : start + _CHUNK],
             add_special_tokens=False,
-            truncation=True,
-            max_length=most,
             return_attention_mask=False,
             return_token_type_ids=False,
+            verbose=False,  # no warning about texts that are longer than the encoder's positions
         )["input_ids"]
-        ids.append(np.fromiter(chain.from_iterable(lists), dtype=np.int32))
+        cut = chain.from_iterable(tokens[:most] for tokens in lists)
+        ids.append(np.fromiter(cut, dtype=np.int32))
         lengths += [len(tokens) for tokens in lists]
     return np.concatenate(ids), np.array(lengths, dtype=np.int64)
 
@@ -148,7 +149,7 @@ def _longest_first(lengths: np.ndarray, room: int) -> np.ndarray:
     """Tokens that each segment keeps where a row has room for so many; `[R, 1 or 2]` as `lengths`.
 
     The rule of the tokenizers library: the shorter segment stays whole up to half of the room, the
-    longer one takes what is left.
+    longer one (the second of two equals) takes what is left.
     """
     if lengths.shape[1] == 1:
         return np.minimum(lengths, room)

@@ -26,6 +26,9 @@ _STEMS: dict[Split, tuple[str, ...]] = {
 }
 
 
+_DEMO = Path(__file__).parents[1] / "recipes" / "demo_data"
+
+
 def read_rows(
     data: DataConfig, split: Split, hub_config: str | None = None
 ) -> tuple[str, list[Row]]:
@@ -43,6 +46,8 @@ def read_rows(
     """
     named: str | None = getattr(data, split)
     path = Path(data.path) if data.path is not None else None
+    if data.path == "demo":
+        path = _DEMO
     if path is not None and not path.exists() and _is_hub_id(str(data.path)):
         source = f"{data.path} ({split})"
         rows = _read_hub(str(data.path), data.config or hub_config, named or split)
@@ -123,8 +128,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"line {number} of {path} is not valid JSON ({error}): "
-                    "write one JSON object per line"
+                    f"line {number} of {path} is not valid JSON ({error}): write one JSON object per line"
                 ) from None
             if not isinstance(row, dict):
                 raise UserError(

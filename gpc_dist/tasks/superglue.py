@@ -158,17 +158,21 @@ def locate_span(text: str, span: str, index: int) -> tuple[int, int]:
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
     matches = list(re.finditer(pattern, text, re.IGNORECASE))
     if matches:
-        nearest = min(matches, key=lambda match: abs(len(text[: match.start()].split()) - index))
-        return nearest.span()
+        return min(matches, key=lambda match: abs(_words_before(text, match) - index)).span()
     phrase = list(re.finditer(r"\S+", text))[index : index + len(words)]
     if not phrase:
         raise UserError(f"span '{span}' is neither in the text nor at its word {index}")
     return phrase[0].start(), phrase[-1].end()
 
 
+def _words_before(text: str, match: re.Match[str]) -> int:
+    return len(re.findall(r"\S\s", text[: match.start()]))
+
+
 @dataclass(frozen=True)
 class _Spec:
     adapt: Callable[[Row], Iterator[Example]]
+    columns: tuple[str, ...]
     kind: Kind
     labels: tuple[str, ...]
     label_words: tuple[str, ...]
@@ -180,17 +184,26 @@ _YES_NO = ("no", "yes")
 
 # Labels stand in the order of the Hub's indices.
 _SPECS = {
-    "boolq": _Spec(_boolq, "classification", _BOOLEAN, _YES_NO, _ACCURACY),
+    "boolq": _Spec(_boolq, ("question", "passage"), "classification", _BOOLEAN, _YES_NO, _ACCURACY),
     "cb": _Spec(
         partial(_entailment, _CB),
+        ("premise", "hypothesis"),
         "classification",
         _CB,
         _CB,
         {"accuracy": metrics.accuracy, "f1_macro": metrics.f1_macro},
     ),
-    "copa": _Spec(_copa, "choice", (), ("cause", "effect"), _ACCURACY),
+    "copa": _Spec(
+        _copa,
+        ("premise", "question", "choice1", "choice2"),
+        "choice",
+        (),
+        ("cause", "effect"),
+        _ACCURACY,
+    ),
     "multirc": _Spec(
         _multirc,
+        ("paragraph", "question", "answer"),
         "classification",
         _BOOLEAN,
         _YES_NO,
@@ -198,6 +211,7 @@ _SPECS = {
     ),
     "record": _Spec(
         _record,
+        ("passage", "query", "entities"),
         "choice",
         (),
         ("entity", "answer"),
@@ -205,13 +219,23 @@ _SPECS = {
     ),
     "rte": _Spec(
         partial(_entailment, _RTE),
+        ("premise", "hypothesis"),
         "classification",
         _RTE,
         ("entailment", "not entailment"),
         _ACCURACY,
     ),
-    "wic": _Spec(_wic, "classification", _BOOLEAN, ("different", "same"), _ACCURACY),
-    "wsc": _Spec(_wsc, "classification", _BOOLEAN, _YES_NO, _ACCURACY),
+    "wic": _Spec(
+        _wic,
+        ("word", "sentence1", "sentence2"),
+        "classification",
+        _BOOLEAN,
+        ("different", "same"),
+        _ACCURACY,
+    ),
+    "wsc": _Spec(
+        _wsc, ("text", "span1_text", "span2_text"), "classification", _BOOLEAN, _YES_NO, _ACCURACY
+    ),
 }
 
 NAMES = tuple(_SPECS)
@@ -228,7 +252,9 @@ def make_superglue_task(name: str, data: DataConfig, metric: str | None = None) 
         label_words=spec.label_words,
         metrics=spec.metrics,
         main_metric=metric or ("average" if averaged else next(iter(spec.metrics))),
+        columns=spec.columns,
         reader=partial(_read, name, data),
+        parser=partial(_parse, name),
         averaged=averaged,
     )
 
@@ -236,6 +262,11 @@ def make_superglue_task(name: str, data: DataConfig, metric: str | None = None) 
 def _read(name: str, data: DataConfig, split: Split) -> list[Example]:
     source, rows = read_rows(data, split, hub_config=name)
     return adapt_rows(name, rows, source)
+
+
+def _parse(name: str, rows: list[Row]) -> list[Example]:
+    hidden = [{**row, "label": None} for row in rows]
+    return adapt_rows(name, hidden, "the input")
 
 
 def adapt_rows(name: str, rows: list[Row], source: str) -> list[Example]:

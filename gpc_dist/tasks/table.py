@@ -35,7 +35,9 @@ def make_table_task(config: TaskConfig, data: DataConfig) -> Task:
         label_words=tuple(label.replace("_", " ") for label in labels),
         metrics=metrics,
         main_metric=config.metric or next(iter(metrics)),
+        columns=_columns(config),
         reader=partial(_read, config, data, labels),
+        parser=partial(_parse, config, labels),
     )
 
 
@@ -73,6 +75,22 @@ def _read(
 ) -> list[Example]:
     source, rows = read_rows(data, split)
     labelled = split != "test" or any(config.label in row for row in rows)
+    return _examples(config, labels, labelled, rows, source)
+
+
+def _parse(config: TaskConfig, labels: tuple[str, ...], rows: list[Row]) -> list[Example]:
+    return _examples(config, labels, False, rows, "the input")
+
+
+def _columns(config: TaskConfig) -> tuple[str, ...]:
+    """The columns that the texts and choices name, alone or in a template."""
+    named = [_COLUMN.findall(text) or [text] for text in (*config.text, *config.choices)]
+    return tuple(dict.fromkeys(column for columns in named for column in columns))
+
+
+def _examples(
+    config: TaskConfig, labels: tuple[str, ...], labelled: bool, rows: list[Row], source: str
+) -> list[Example]:
     examples = []
     for number, row in enumerate(rows):
         try:
@@ -127,9 +145,11 @@ def _target(config: TaskConfig, labels: tuple[str, ...], row: Row) -> Target:
         return None
     if config.kind == "regression":
         return _number(value)
-    if config.kind == "choice":
-        return (_choice(value, len(config.choices)),)
     label = _label_text(value)
+    if label == "-1" and label not in labels:
+        return None  # how files exported from the Hub write a withheld label
+    if config.kind == "choice":
+        return (_choice(label, len(config.choices)),)
     if label not in labels:
         raise UserError(
             f"label '{label}' is none of the labels learnt from the training split "
@@ -161,11 +181,10 @@ def _number(value: Any) -> float:
     return number
 
 
-def _choice(value: Any, choices: int) -> int:
-    text = _label_text(value)
-    if not text.isdecimal() or int(text) >= choices:
+def _choice(label: str, choices: int) -> int:
+    if not label.isdecimal() or int(label) >= choices:
         raise UserError(
-            f"label {value!r} is not the index of a choice: use 0 to {choices - 1}, "
+            f"label '{label}' is not the index of a choice: use 0 to {choices - 1}, "
             "in the order of task.choices"
         )
-    return int(text)
+    return int(label)

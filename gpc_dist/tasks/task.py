@@ -12,6 +12,7 @@ import numpy as np
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.example import Example, Kind, Split
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER, Metric
+from gpc_dist.tasks.read import Row
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class Task:
     """Metrics by name, in the order they are reported."""
     main_metric: str
     """The metric that selects the best checkpoint: one of `metric_names`."""
+    columns: tuple[str, ...]
+    """Columns of a source row that hold text."""
     reader: Callable[[Split], list[Example]]
     """Reads a split; called by `read`."""
+    parser: Callable[[list[Row]], list[Example]]
+    """Makes examples of rows without labels; called by `parse`."""
     averaged: bool = False
     """Report the mean of the metrics as `average`: SuperGLUE's score of a task with two."""
 
@@ -76,6 +81,14 @@ class Task:
         if split != "test":
             _require_targets(examples, f"the {split} split of task {self.name}")
         return examples
+
+    def parse(self, rows: list[Row]) -> list[Example]:
+        """The examples of source rows that come from elsewhere than a split; labels are ignored.
+
+        Raises:
+            UserError: a row lacks a column the task reads.
+        """
+        return self.parser(rows)
 
     def score(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> dict[str, float]:
         """Every metric of the outputs; raises `UserError` if an example has no target."""

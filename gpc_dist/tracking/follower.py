@@ -157,7 +157,7 @@ class _Recorder:
     @property
     def pause_s(self) -> float:
         """Seconds until the next attempt: the usual rhythm, or longer after each failure."""
-        return min(_PERIOD_S * 2**self._failures, _LONGEST_PAUSE_S)
+        return min(_PERIOD_S * 2.0**self._failures, _LONGEST_PAUSE_S)
 
     def update(self) -> bool:
         """Whether MLflow now holds all there is."""

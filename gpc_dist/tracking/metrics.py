@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from gpc_dist.tracking import files
 
@@ -32,12 +32,14 @@ class MetricLog:
         self._path = path
         self._open()
 
-    def append(self, step: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
+    def append(
+        self, step: int, metrics: Mapping[str, SupportsFloat], time_s: float | None = None
+    ) -> None:
         """Write one line.
 
         Args:
             step: optimizer step the values belong to; must not go down from line to line.
-            metrics: name -> number, names such as `train/loss`.
+            metrics: name -> number (numpy and torch scalars too), names such as `train/loss`.
             time_s: unix time of the measurement; now when not given.
 
         Raises:
@@ -76,9 +78,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in files.read_lines(path)[0] if STEP in line]
 
 
-def _json_number(value: float) -> float | None:
-    # int(...) keeps counters readable; float(...) accepts numpy and torch scalars
-    if isinstance(value, int):
+def _json_number(value: SupportsFloat) -> float | None:
+    if isinstance(value, int):  # counters stay readable
         return int(value)
     number = float(value)
     return number if math.isfinite(number) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,9 @@ def log_adapter(
         model_uuid=model_id,
         model_id=model_id,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # an example would be a row of somebody's data
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
         files = Path(folder) / "model"
         mlflow.pyfunc.save_model(
             files,

@@ -76,11 +76,10 @@ class Replica:
         self._folder = folder
         self._loader_module = loader_module
         self._config = folder.read_config()
-        section = TrackingConfig.model_validate(self._config.get("tracking", {}))
-        self._experiment = section.experiment
-        if uri is not None:
-            section = section.model_copy(update={"uri": uri})
-        self.uri = store.tracking_uri(section, folder.path)
+        section = self._config.get("tracking", {})
+        self._experiment = section.get("experiment") or TrackingConfig().experiment
+        where = TrackingConfig(uri=uri or section.get("uri"))
+        self.uri = store.tracking_uri(where, folder.path)
         self.state = TrackingState.load(folder)
         if self.state.uri != store.redact(self.uri):  # none yet, or a replica in another store
             self.state = TrackingState(uri=store.redact(self.uri))
@@ -159,24 +158,24 @@ class Replica:
 
     # -- files -----------------------------------------------------------------------------------
 
-    def _send_new(self, path: Path, also: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def _send_new(self, path: Path, also: Callable[[], None] | None = None) -> None:
         """Send a file as an artifact, and what else is made of its content, if it is new."""
         if not path.exists():
             return
         version = f"{path.stat().st_mtime_ns}-{path.stat().st_size}"
         if self.state.sent.get(path.name) == version:
             return
-        text = path.read_text(encoding="utf-8")
-        self._mlflow.log_text(self._run_id, store.redact(text), path.name)
+        text = store.redact(path.read_text(encoding="utf-8"))
+        self._mlflow.log_text(self._run_id, text, path.name)
         if also is not None:
-            also(self._folder.read_config() if path == self._folder.config else json.loads(text))
+            also()
         self.state.sent[path.name] = version
         self._save()
 
-    def _send_config(self, config: dict[str, Any]) -> None:
+    def _send_config(self) -> None:
         from mlflow.entities import Param
 
-        self._config = config
+        config = self._config = self._folder.read_config()
         held = self._mlflow.get_run(self._run_id).data.params
         wanted = _params(config)
         new = [Param(name, value) for name, value in wanted.items() if name not in held]
@@ -195,7 +194,8 @@ class Replica:
             }
         )
 
-    def _send_facts(self, facts: dict[str, Any]) -> None:
+    def _send_facts(self) -> None:
+        facts = files.read_json(self._folder.facts)
         plain = {k: v for k, v in facts.items() if isinstance(v, str | int | float)}
         versions = {f"version.{name}": v for name, v in facts.get("versions", {}).items()}
         self._set_tags(
@@ -226,7 +226,8 @@ class Replica:
         use = InputTag("mlflow.data.context", "training")
         self._mlflow.log_inputs(self._run_id, [DatasetInput(dataset, [use])])
 
-    def _send_result(self, result: dict[str, Any]) -> None:
+    def _send_result(self) -> None:
+        result = files.read_json(self._folder.result)
         step = int(result.get("steps", 0))
         time_ms = _ms(self._folder.result.stat().st_mtime)
         self._send_metrics(

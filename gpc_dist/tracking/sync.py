@@ -87,7 +87,9 @@ def _trainer_is_gone(folder: RunFolder, status: Status) -> bool:
         return time.time() - folder.last_sign_of_life_s() > _SILENCE_S
     try:
         process = psutil.Process(status.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
         # a process that began later than the run has only inherited the number
-        return process.create_time() > status.started_s or process.status() == psutil.STATUS_ZOMBIE
+        return bool(process.create_time() > status.started_s)
     except psutil.NoSuchProcess:
         return True

@@ -112,9 +112,7 @@ def train(
     """
     config, world, model = session.config, session.world, session.model
     settings, stage = config.train, config.engine.zero_stage
-    plan = EpochPlan(
-        training.encoded.sizes, config.run.seed, settings.batch_size, settings.batch_tokens
-    )
+    plan = EpochPlan(training.encoded.sizes, config.run.seed, settings.batch_size, settings.batch_tokens)
     total = settings.steps or plan.total_steps(settings.epochs or 0)
     warmup = warmup_steps(settings, total)
     lane = LaneOptimizer(model.adapter, settings, world, stage)
@@ -256,9 +254,7 @@ def _note_evaluation(
     if best is None or (value > best if task.greater_is_better else value < best):
         position.best, position.best_step, position.stale = metrics, position.step, 0
         if session.world.is_main:
-            save_adapter(
-                best_adapter, session.model.adapter, session.base.identity, task_card(session)
-            )
+            save_adapter(best_adapter, session.model.adapter, session.base.identity, task_card(session))
     else:
         position.stale += 1
         position.ended = patience is not None and position.stale >= patience
@@ -290,4 +286,3 @@ def _resume(session: Session, lane: LaneOptimizer, folder: Path) -> Position:
     if len(saved.rng) == session.world.size:
         torch.set_rng_state(saved.rng[session.world.rank])
     return Position(**saved.state["position"])
-

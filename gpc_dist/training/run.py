@@ -128,9 +128,7 @@ def _train(
         log.truncate_after(_saved_step(folder.checkpoints))
         sink = log.append
     with GpuTelemetry(write_telemetry, enabled=world.local_rank == 0) as telemetry:
-        outcome = loop.train(
-            session, training, evaluation, folder.checkpoints, folder.adapter, sink
-        )
+        outcome = loop.train(session, training, evaluation, folder.checkpoints, folder.adapter, sink)
     energy = world.gather(telemetry.energy_j)
     memory = world.gather(_peak_memory_mib(world))
     if log:
@@ -175,9 +173,7 @@ def _peak_memory_mib(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _result(
-    session: Session, outcome: loop.Outcome, baseline: dict[str, float]
-) -> dict[str, Any]:
+def _result(session: Session, outcome: loop.Outcome, baseline: dict[str, float]) -> dict[str, Any]:
     config, position = session.config, outcome.position
     return {
         "task": session.task.name,

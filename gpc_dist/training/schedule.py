@@ -6,9 +6,7 @@ import math
 from typing import Literal
 
 
-def factor(
-    schedule: Literal["linear", "cosine", "constant"], step: int, warmup: int, total: int
-) -> float:
+def factor(schedule: Literal["linear", "cosine", "constant"], step: int, warmup: int, total: int) -> float:
     """Share of the peak learning rate at a step, between 0 and 1.
 
     Rises in a line over the first `warmup` steps; then stays (`constant`), or falls to 0 at `total`

@@ -1,0 +1,3 @@
+from gpc_dist.cli import entry
+
+entry()
