@@ -20,14 +20,13 @@ class Unit(nn.Sequential):
     """
 
     def __init__(self, hidden_size: int, rank: int | None, zero: bool = False):
-        if rank is None:
-            super().__init__(nn.Linear(hidden_size, hidden_size, bias=False))
-        else:
-            super().__init__(
-                nn.Linear(hidden_size, rank, bias=False), nn.Linear(rank, hidden_size, bias=False)
-            )
+        last = nn.Linear(rank or hidden_size, hidden_size, bias=False)
         if zero:
-            nn.init.zeros_(self[-1].weight)
+            nn.init.zeros_(last.weight)
+        if rank is None:
+            super().__init__(last)
+        else:
+            super().__init__(nn.Linear(hidden_size, rank, bias=False), last)
 
 
 class RecurrentCell(nn.Module):

@@ -35,10 +35,10 @@ class EncoderIdentity:
 def identify(encoder: nn.Module, folder: Path | None = None) -> EncoderIdentity:
     """Identity of an encoder; its weight files are those of `folder`, or of the place it names itself."""
     config: Any = encoder.config
-    path = getattr(encoder, "name_or_path", "") or config.model_type
-    files = _weight_files(folder, path, getattr(config, "_commit_hash", None))
+    path = getattr(encoder, "name_or_path", "")
+    files = _weight_files(folder, path, getattr(config, "_commit_hash", None)) if folder or path else []
     return EncoderIdentity(
-        path=path,
+        path=path or config.model_type,
         revision=getattr(config, "_commit_hash", None),
         model_type=config.model_type,
         hidden_size=config.hidden_size,

@@ -35,7 +35,8 @@ class GraftedEncoder(nn.Module):
     """A frozen encoder with one or more adapters (lanes).
 
     Use `attach` to make one from a `transformers` model. `lanes` may be changed between passes; all
-    lanes of one pass have the same number of prompt tokens.
+    lanes of one pass have the same number of prompt tokens. The hooks act within a pass of this object
+    only: called by itself, or through another graft, the encoder is what it was.
     """
 
     def __init__(self, parts: EncoderParts, lanes: Sequence[Adapter]):
@@ -53,10 +54,27 @@ class GraftedEncoder(nn.Module):
         ]
 
     @property
+    def adapters(self) -> list[Adapter]:
+        """The adapters of all lanes, in order."""
+        return list(self.lanes)  # type: ignore[arg-type]
+
+    @property
     def adapter(self) -> Adapter:
         """The adapter of a single-lane encoder."""
-        (lane,) = self.lanes
-        return lane  # type: ignore[return-value]
+        (adapter,) = self.adapters
+        return adapter
+
+    @property
+    def prompt_tokens(self) -> int:
+        """P, which is the same for all lanes of a pass.
+
+        Raises:
+            ValueError: lanes with prompts of different lengths.
+        """
+        lengths = {adapter.prompt_tokens for adapter in self.adapters}
+        if len(lengths) > 1:
+            raise ValueError(f"lanes of one pass need equal prompt lengths, not {sorted(lengths)}")
+        return lengths.pop()
 
     def train(self, mode: bool = True) -> GraftedEncoder:
         """As `nn.Module.train`, but the frozen encoder stays in eval mode: no dropout inside it."""
@@ -84,49 +102,54 @@ class GraftedEncoder(nn.Module):
             float32 `[R, outputs]`, or with `lane_rows` a list of `[R_k, outputs_k]`, one for each lane.
         """
         counts = [len(input_ids)] if lane_rows is None else list(lane_rows)
-        if len(counts) != len(self.lanes) or sum(counts) != len(input_ids):
+        if len(counts) != len(self.lanes) or sum(counts) != len(input_ids) or min(counts) < 0:
             raise ValueError(
-                f"lane_rows {counts} must have one entry for each of {len(self.lanes)} lanes and add up to "
-                f"{len(input_ids)} rows"
+                f"lane_rows {counts} must have one count of rows for each of {len(self.lanes)} lanes and add "
+                f"up to {len(input_ids)}"
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         edges = [sum(counts[:k]) for k in range(len(counts) + 1)]
         rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         states = self._encode(input_ids, attention_mask, token_type_ids, rows)
-        outputs = [lane.head(states[r], attention_mask[r]) for lane, r in zip(self.lanes, rows, strict=True)]
+        outputs = [lane.head(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)]
         return outputs[0] if lane_rows is None else outputs
 
     def _encode(
         self, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None, rows: list[slice]
     ) -> Tensor:
         """States of the text positions in the last layer: `[R, T, H]`."""
-        lengths = {lane.prompt_tokens for lane in self.lanes}
-        if len(lengths) > 1:
-            raise ValueError(f"lanes of one pass need equal prompt lengths, not {sorted(lengths)}")
-        (tokens,) = lengths
+        tokens, positions = self.prompt_tokens, self.parts.max_positions
+        if positions is not None and tokens + input_ids.shape[1] > positions:
+            raise ValueError(
+                f"{input_ids.shape[1]} text tokens do not fit beside {tokens} prompt tokens: the encoder has "
+                f"{positions} positions, so truncate the text to {positions - tokens}"
+            )
         with torch.no_grad():
             embeds = self.token_embeddings(input_ids)
         mask, extra = attention_mask, {}
         if token_types is not None and self.parts.takes_token_types:
             extra["token_type_ids"] = _pad_left(token_types, tokens, 0)
         if tokens:
-            starts = [lane.start(r.stop - r.start) for lane, r in zip(self.lanes, rows, strict=True)]
+            starts = [lane.start(r.stop - r.start) for lane, r in zip(self.adapters, rows, strict=True)]
             embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
             mask = _pad_left(attention_mask, tokens, 1)
         self._rows = rows
-        output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
+        try:
+            output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
+        finally:
+            self._rows = []
         return output.last_hidden_state[:, tokens:]
 
     def _write_prompt(self, index: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of layer `index`: put the next prompt state before the text states."""
-        if not any(lane.rewrites_prompt for lane in self.lanes):
+        if not self._rows or not any(lane.rewrites_prompt for lane in self.adapters):
             return None
         encoded = output[0] if isinstance(output, tuple) else output
-        previous, tokens = args[0], self.lanes[0].prompt_tokens
+        previous, tokens = args[0], self.prompt_tokens
         prompts = [
             lane.next_prompt(index, encoded[r, :tokens], previous[r, :tokens])
-            for lane, r in zip(self.lanes, self._rows, strict=True)
+            for lane, r in zip(self.adapters, self._rows, strict=True)
         ]
         written = torch.cat([torch.cat(prompts), encoded[:, tokens:]], dim=1)
         return (written, *output[1:]) if isinstance(output, tuple) else written
@@ -162,7 +185,7 @@ class GraftedEncoder(nn.Module):
         adapter, card = load_adapter(folder)
         parts = locate(encoder)
         card.check_encoder(identify(parts.encoder))
-        return cls(parts, [adapter])
+        return cls(parts, [adapter.to(parts.token_embeddings.weight.device)])
 
 
 def attach(
@@ -210,7 +233,9 @@ def new_adapter(
     Raises:
         UserError: the prompt is longer than the encoder's position table.
     """
-    adapter = Adapter(config, parts.shape, outputs, seed)
+    embeddings: Any = parts.token_embeddings
+    device = embeddings.weight.device
+    adapter = Adapter(config, parts.shape, outputs, seed).to(device)
     if adapter.prompt is None:
         return adapter
     if parts.max_positions is not None and config.prompt_tokens >= parts.max_positions:
@@ -218,8 +243,6 @@ def new_adapter(
             f"adapter.prompt_tokens {config.prompt_tokens} leaves no room for text: the encoder has "
             f"{parts.max_positions} positions"
         )
-    embeddings: Any = parts.token_embeddings
-    device = embeddings.weight.device
     with torch.no_grad():
         start = starting_prompt(
             config,
@@ -230,7 +253,7 @@ def new_adapter(
             torch.Generator().manual_seed(seed),
         )
         adapter.prompt.start.copy_(start)
-    return adapter.to(device)
+    return adapter
 
 
 def _pad_left(x: Tensor, count: int, value: int) -> Tensor:

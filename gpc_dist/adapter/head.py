@@ -26,7 +26,7 @@ class Head(nn.Module):
         if self.pooling == "first":
             pooled = text_states[:, 0].float()
         else:
-            weight = attention_mask.unsqueeze(-1).to(text_states.dtype)
-            total = torch.sum(text_states * weight, dim=1, dtype=torch.float32)
-            pooled = total / weight.sum(dim=1, dtype=torch.float32).clamp(min=1)
+            text = attention_mask.unsqueeze(-1).bool()
+            total = torch.sum(text_states.masked_fill(~text, 0), dim=1, dtype=torch.float32)
+            pooled = total / text.sum(dim=1).clamp(min=1)
         return self.linear(pooled.to(self.linear.weight.dtype))

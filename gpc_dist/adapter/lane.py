@@ -57,6 +57,7 @@ class Adapter(nn.Module):
         method = config.method
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            head = Head(shape.hidden_size, outputs, config.pooling)  # first: the same for every method
             self.prompt = None
             if method != "linear-probe":
                 self.prompt = Prompt(config.prompt_tokens, shape, deep=method == "deep-prompt")
@@ -65,7 +66,7 @@ class Adapter(nn.Module):
                 make = CELLS[config.cell]
                 count = shape.layers - 1 if config.cell_per_layer else 1
                 self.cell = nn.ModuleList([make(shape.hidden_size, config.cell_rank) for _ in range(count)])
-            self.head = Head(shape.hidden_size, outputs, config.pooling)
+            self.head = head
             if self.prompt is not None and self.prompt.deep is not None:
                 nn.init.normal_(self.prompt.deep, std=0.02)
 

@@ -48,7 +48,7 @@ def starting_prompt(
     frequent = _frequent_tokens(vocab_size, tokenizer)
     sample = frequent[torch.randperm(len(frequent), generator=generator)][:count]
     if config.prompt_init == "vocab":
-        ids = sample.repeat(-(-count // len(sample)))[:count]
+        ids = sample
     elif config.prompt_init == "uniform":
         # the range that gives noise the standard deviation of the embeddings it stands in for
         bound = embed(sample).float().std() * 3**0.5
@@ -56,11 +56,10 @@ def starting_prompt(
         return (torch.rand(size, generator=generator) * 2 - 1) * bound.cpu()
     else:
         ids = _token_ids(config, tokenizer, label_words)
-        if config.prompt_init == "text":
-            ids = ids.repeat(-(-count // len(ids)))[:count]
-        else:
+        if config.prompt_init == "labels":
             # Lester et al.: what the label words leave over is filled from the vocabulary
-            ids = torch.cat([ids, sample])[:count]
+            ids = torch.cat([ids, sample])
+    ids = ids.repeat(-(-count // len(ids)))[:count]
     return embed(ids).float().cpu().clone()
 
 
@@ -68,7 +67,7 @@ def _frequent_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None)
     if tokenizer is None:
         return torch.arange(min(FREQUENT_TOKENS, vocab_size))
     special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), vocab_size)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))
     # BERT's vocabulary opens with placeholders "[unused0]" ... that were never trained
     ids = [i for i, t in enumerate(tokens) if t and i not in special and not t.startswith("[unused")]
     return torch.tensor(ids[:FREQUENT_TOKENS])

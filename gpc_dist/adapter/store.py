@@ -92,10 +92,10 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
         UserError: no adapter there, a corrupt file, or tensors that do not fit the card.
     """
     card = read_card(folder)
-    adapter = Adapter(card.adapter, card.shape, card.outputs)
     path = Path(folder) / WEIGHTS
     try:
+        adapter = Adapter(card.adapter, card.shape, card.outputs)
         adapter.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} cannot be loaded into its adapter: {error}") from None
     return adapter, card

@@ -86,7 +86,7 @@ def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
         return _wait(processes, errors)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], errors: list[IO[bytes]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]]) -> int:
     while all(p.poll() is None for p in processes) or any(
         p.poll() is None for p in processes if not _failed(processes)
     ):

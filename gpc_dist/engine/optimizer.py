@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class LaneOptimizer:
         self.named = dict(adapter.named_parameters())
         self.owner = _owners(self.named, world.size) if self.partitioned else {}
         rates = {"prompt": config.lr, "cell": config.cell_lr, "head": config.head_lr}
-        groups = []
+        groups: list[dict[str, Any]] = []
         for part in PARTS:
             owned = [p for n, p in self.named.items() if n.split(".")[0] == part and self._owns(n)]
             if owned:
@@ -210,7 +211,7 @@ def _owners(named: dict[str, torch.nn.Parameter], size: int) -> dict[str, int]:
     return owners
 
 
-def _make(groups: list[dict[str, object]], config: TrainConfig) -> torch.optim.Optimizer:
+def _make(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
     from transformers import Adafactor

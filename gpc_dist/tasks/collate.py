@@ -77,9 +77,7 @@ def collate(encoded: Encoded, indices: Sequence[int] | np.ndarray, pad_id: int) 
     )
 
 
-def _fill_rows(
-    encoded: Encoded, rows: np.ndarray, input_ids: np.ndarray, token_types: np.ndarray
-) -> None:
+def _fill_rows(encoded: Encoded, rows: np.ndarray, input_ids: np.ndarray, token_types: np.ndarray) -> None:
     """Writes the rows into `[R, T]` tables, one piece of the frame at a time for all rows."""
     flat_ids, flat_types = input_ids.reshape(-1), token_types.reshape(-1)
     cursor = np.arange(len(rows)) * input_ids.shape[1]

@@ -69,9 +69,7 @@ class Encoded:
         return Sizes(rows=np.diff(self.example_starts), longest=longest)
 
 
-def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Encoded:
+def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenises examples of one task.
 
     Args:
@@ -85,11 +83,7 @@ def encode(
     Raises:
         UserError: `max_length` leaves no room beside the special tokens.
     """
-    rows = [
-        tuple(text for text in row if text is not None)
-        for example in examples
-        for row in example.rows
-    ]
+    rows = [tuple(text for text in row if text is not None) for example in examples for row in example.rows]
     frame, has_token_types = _probe(tokenizer, segments=len(rows[0]))
     room = max_length - sum(token is not None for token, _ in frame)
     if room < len(rows[0]):

@@ -25,19 +25,16 @@ _STEMS: dict[Split, tuple[str, ...]] = {
     "test": ("test",),
 }
 
-
 _DEMO = Path(__file__).parents[1] / "recipes" / "demo_data"
 
 
-def read_rows(
-    data: DataConfig, split: Split, hub_config: str | None = None
-) -> tuple[str, list[Row]]:
+def read_rows(data: DataConfig, split: Split, hub_config: str | None = None) -> tuple[str, list[Row]]:
     """The rows of one split and the name of their source (for messages).
 
     Args:
-        data: `data.path` is a folder, a file (the training split) or a Hub id; `data.train`,
-            `data.validation` and `data.test` name a file (in that folder, or any path) or a Hub
-            split where the usual names do not do.
+        data: `data.path` is a folder, a file (the training split), a Hub id or `demo` (the data of
+            that recipe); `data.train`, `data.validation` and `data.test` name a file (in that
+            folder, or any path) or a Hub split where the usual names do not do.
         hub_config: configuration name to take from the Hub when `data.config` is not set.
 
     Raises:
@@ -45,9 +42,7 @@ def read_rows(
             malformed content, no rows.
     """
     named: str | None = getattr(data, split)
-    path = Path(data.path) if data.path is not None else None
-    if data.path == "demo":
-        path = _DEMO
+    path = _DEMO if data.path == "demo" else Path(data.path) if data.path else None
     if path is not None and not path.exists() and _is_hub_id(str(data.path)):
         source = f"{data.path} ({split})"
         rows = _read_hub(str(data.path), data.config or hub_config, named or split)
@@ -131,9 +126,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
                     f"line {number} of {path} is not valid JSON ({error}): write one JSON object per line"
                 ) from None
             if not isinstance(row, dict):
-                raise UserError(
-                    f"line {number} of {path} is not a JSON object: write one object per line"
-                )
+                raise UserError(f"line {number} of {path} is not a JSON object: write one object per line")
             yield row
 
 
@@ -200,9 +193,7 @@ def _read_hub(name: str, config: str | None, split: str) -> list[Row]:
 
 def name_classes(rows: list[Row], features: Any) -> list[Row]:
     """The rows with the integers of `datasets.ClassLabel` columns as their names; -1 is None."""
-    names = {
-        column: feature.names for column, feature in features.items() if hasattr(feature, "names")
-    }
+    names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
     return [
         row | {c: names[c][row[c]] if row[c] is not None and row[c] >= 0 else None for c in names}
         for row in rows

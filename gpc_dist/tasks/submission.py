@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpc_dist.files import write_text
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.task import Prediction, Task
 
@@ -34,7 +33,8 @@ def write_predictions(
     name, form = _FORMATS.get(task.name, ("predictions.jsonl", _table))
     file = path if path.suffix and not path.is_dir() else path / name
     predicted = list(zip(examples, task.predictions(examples, outputs), strict=True))
-    _write_lines(file, form(predicted))
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in form(predicted))
+    write_text(file, "".join(lines))
     return file
 
 
@@ -83,18 +83,3 @@ _FORMATS: dict[str, tuple[str, Callable[[Predicted], Iterable[dict[str, Any]]]]]
     "wic": ("WiC.jsonl", _plain),
     "wsc": ("WSC.jsonl", _capitalized),
 }
-
-
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as lines:
-            for row in rows:
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from gpc_dist.config import DataConfig
 from gpc_dist.errors import UserError
@@ -63,7 +64,10 @@ def _copa(row: Row) -> Iterator[Example]:
 
 def _multirc(row: Row) -> Iterator[Example]:
     if "paragraph" in row:  # the Hub's flat rows
-        yield _multirc_answer(row["idx"], row["paragraph"], row["question"], row["answer"], row)
+        idx = row["idx"]
+        if not isinstance(idx, dict):  # a row of no data set, numbered here: a question of its own
+            idx = {"paragraph": idx, "question": idx, "answer": idx}
+        yield _multirc_answer(idx, row["paragraph"], row["question"], row["answer"], row)
         return
     for question in row["passage"]["questions"]:
         for answer in question["answers"]:
@@ -86,7 +90,8 @@ def _multirc_answer(
 def _record(row: Row) -> Iterator[Example]:
     passage = row["passage"]
     if isinstance(passage, str):  # the Hub's flat rows
-        yield _record_query(row["idx"], passage, row["entities"], row["query"], row["answers"])
+        answers = row.get("answers", [])
+        yield _record_query(row["idx"], passage, row["entities"], row["query"], answers)
         return
     text = passage["text"]
     # `end` is the last character's index
@@ -97,13 +102,11 @@ def _record(row: Row) -> Iterator[Example]:
         yield _record_query(idx, text, entities, query["query"], answers)
 
 
-def _record_query(
-    idx: dict[str, int], passage: str, entities: list[str], query: str, answers: list[str]
-) -> Example:
+def _record_query(idx: Any, passage: str, entities: list[str], query: str, answers: list[str]) -> Example:
     candidates = tuple(dict.fromkeys(entities))
     right = tuple(i for i, candidate in enumerate(candidates) if candidate in answers)
     if answers and not right:
-        raise UserError(f"no entity of the passage is an answer to query {idx['query']}")
+        raise UserError(f"no entity of the passage is an answer to query '{query}'")
     # the news site's summary bullets stand after the article, each behind a marker line
     passage = re.sub(r"(?<=[.!?])\n@highlight\n", " ", passage).replace("\n@highlight\n", ". ")
     return Example(
@@ -115,9 +118,7 @@ def _record_query(
 
 
 def _wic(row: Row) -> Iterator[Example]:
-    first, second = (
-        mark(row[f"sentence{k}"], {"*": (row[f"start{k}"], row[f"end{k}"])}) for k in (1, 2)
-    )
+    first, second = (mark(row[f"sentence{k}"], {"*": (row[f"start{k}"], row[f"end{k}"])}) for k in (1, 2))
     texts = (f"{row['word']}: {first}", second)
     yield Example(row["idx"], (texts,), _class_index(row, _BOOLEAN))
 
@@ -173,6 +174,7 @@ def _words_before(text: str, match: re.Match[str]) -> int:
 class _Spec:
     adapt: Callable[[Row], Iterator[Example]]
     columns: tuple[str, ...]
+    """What a flat row needs for a prediction; the files' nested rows hold the same."""
     kind: Kind
     labels: tuple[str, ...]
     label_words: tuple[str, ...]
@@ -227,14 +229,19 @@ _SPECS = {
     ),
     "wic": _Spec(
         _wic,
-        ("word", "sentence1", "sentence2"),
+        ("word", "sentence1", "start1", "end1", "sentence2", "start2", "end2"),
         "classification",
         _BOOLEAN,
         ("different", "same"),
         _ACCURACY,
     ),
     "wsc": _Spec(
-        _wsc, ("text", "span1_text", "span2_text"), "classification", _BOOLEAN, _YES_NO, _ACCURACY
+        _wsc,
+        ("text", "span1_text", "span1_index", "span2_text", "span2_index"),
+        "classification",
+        _BOOLEAN,
+        _YES_NO,
+        _ACCURACY,
     ),
 }
 

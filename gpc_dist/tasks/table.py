@@ -49,9 +49,7 @@ def _check_description(config: TaskConfig) -> None:
                 f"least two in task.choices (given: {config.text} and {config.choices})"
             )
     elif not 1 <= len(config.text) <= 2:
-        raise UserError(
-            f"task {config.name} needs one or two columns in task.text (given: {config.text})"
-        )
+        raise UserError(f"task {config.name} needs one or two columns in task.text (given: {config.text})")
     if config.labels is not None and len(set(config.labels)) < max(2, len(config.labels)):
         raise UserError(f"task.labels needs two or more different labels (given: {config.labels})")
 
@@ -70,9 +68,7 @@ def _labels_in_train(config: TaskConfig, data: DataConfig) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _read(
-    config: TaskConfig, data: DataConfig, labels: tuple[str, ...], split: Split
-) -> list[Example]:
+def _read(config: TaskConfig, data: DataConfig, labels: tuple[str, ...], split: Split) -> list[Example]:
     source, rows = read_rows(data, split)
     labelled = split != "test" or any(config.label in row for row in rows)
     return _examples(config, labels, labelled, rows, source)
@@ -100,9 +96,7 @@ def _examples(
     return examples
 
 
-def _example(
-    config: TaskConfig, labels: tuple[str, ...], labelled: bool, number: int, row: Row
-) -> Example:
+def _example(config: TaskConfig, labels: tuple[str, ...], labelled: bool, number: int, row: Row) -> Example:
     texts = [_text(row, template, "task.text") for template in config.text]
     candidates = tuple(_text(row, template, "task.choices") for template in config.choices)
     rows: tuple[tuple[str, str | None], ...]
@@ -128,7 +122,7 @@ def _text(row: Row, template: str, key: str) -> str:
 def _cell(row: Row, column: str, key: str) -> str:
     if column not in row:
         raise UserError(_no_column(column, key, row))
-    if row[column] is None:
+    if _is_null(row[column]):
         raise UserError(f"column '{column}' is empty: drop the row or fill it in")
     return str(row[column])
 
@@ -159,7 +153,12 @@ def _target(config: TaskConfig, labels: tuple[str, ...], row: Row) -> Target:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    return _is_null(value) or value == ""
+
+
+def _is_null(value: Any) -> bool:
+    """None, or the NaN that stands for it in data frames."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _label_text(value: Any) -> str:

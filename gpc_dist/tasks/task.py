@@ -42,7 +42,7 @@ class Task:
     main_metric: str
     """The metric that selects the best checkpoint: one of `metric_names`."""
     columns: tuple[str, ...]
-    """Columns of a source row that hold text."""
+    """Columns of a source row that a prediction needs."""
     reader: Callable[[Split], list[Example]]
     """Reads a split; called by `read`."""
     parser: Callable[[list[Row]], list[Example]]
@@ -99,9 +99,7 @@ class Task:
             scores["average"] = sum(scores.values()) / len(scores)
         return scores
 
-    def predictions(
-        self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
-    ) -> list[Prediction]:
+    def predictions(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> list[Prediction]:
         decisions = self._decide(outputs)
         if self.kind == "regression":
             return [
@@ -117,17 +115,13 @@ class Task:
             for example, index, output in zip(examples, decisions, outputs, strict=True)
         ]
 
-    def majority_baseline(
-        self, train: Sequence[Example], validation: Sequence[Example]
-    ) -> dict[str, float]:
+    def majority_baseline(self, train: Sequence[Example], validation: Sequence[Example]) -> dict[str, float]:
         """Scores on `validation` of what asks nothing of the text: the most frequent class or
         candidate position of `train`, or its mean number."""
         if self.kind == "regression":
-            mean = np.mean([example.target for example in train])  # type: ignore[arg-type]
+            mean = np.mean(np.array([example.target for example in train]))
             return self.score(validation, [np.array([mean])] * len(validation))
-        counts: Counter[int] = Counter()
-        for example in train:
-            counts.update(example.target if isinstance(example.target, tuple) else [example.target])  # type: ignore[list-item]
+        counts = Counter(index for example in train for index in _right_indices(example))
         winner = min(counts, key=lambda index: (-counts[index], index))
         sizes = (self.outputs if self.kind == "classification" else len(e.rows) for e in validation)
         return self.score(validation, [np.arange(size) == min(winner, size - 1) for size in sizes])
@@ -143,6 +137,11 @@ def _require_targets(examples: Sequence[Example], what: str) -> None:
     for example in examples:
         if example.target is None:
             raise UserError(f"{what} has no label at example {example.id}: every one needs a label")
+
+
+def _right_indices(example: Example) -> tuple[int, ...]:
+    target: Any = example.target
+    return target if isinstance(target, tuple) else (target,)
 
 
 def _softmax(logits: np.ndarray) -> tuple[float, ...]:

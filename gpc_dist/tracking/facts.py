@@ -83,9 +83,7 @@ def _gpus() -> dict[str, str | int]:
         return {}
     try:
         count = pynvml.nvmlDeviceGetCount()
-        names = {
-            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)
-        }
+        names = {pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)}
         return {"gpu": ", ".join(sorted(names)), "gpus": count} if count else {}
     except pynvml.NVMLError:
         return {}

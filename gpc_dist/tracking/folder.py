@@ -77,9 +77,7 @@ class RunFolder:
         try:
             tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(
-                f"{self.path} is not the folder of a run: it has no {self.config.name}"
-            ) from None
+            raise UserError(f"{self.path} is not the folder of a run: it has no {self.config.name}") from None
         except yaml.YAMLError as error:
             raise UserError(f"{self.config} is not valid YAML: {error}") from None
         return tree or {}

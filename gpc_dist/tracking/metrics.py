@@ -32,9 +32,7 @@ class MetricLog:
         self._path = path
         self._open()
 
-    def append(
-        self, step: int, metrics: Mapping[str, SupportsFloat], time_s: float | None = None
-    ) -> None:
+    def append(self, step: int, metrics: Mapping[str, SupportsFloat], time_s: float | None = None) -> None:
         """Write one line.
 
         Args:

@@ -1,7 +1,9 @@
 """The adapter as an MLflow model, which `mlflow models serve` and `mlflow.pyfunc.load_model` run.
 
 The model holds the adapter's own files and the name of the module that loads them; nothing is
-pickled, and nothing of it is imported here.
+pickled, and nothing of it is imported here. Where gpc-dist is installed already:
+
+    mlflow models serve -m models:/<model_id> --env-manager local
 """
 
 from __future__ import annotations
@@ -67,25 +69,24 @@ def log_adapter(
     client.finalize_logged_model(model_id, "READY")
 
 
-def signature(described: Mapping[str, Mapping[str, str]]) -> ModelSignature:
-    """The model's columns.
+def signature(described: Mapping[str, Mapping[str, str]]) -> ModelSignature | None:
+    """The columns MLflow holds a request to; None, and no check but the loader's, for none given.
+
+    A signature is never guessed: one that says less than the task reads makes MLflow drop columns
+    from a request without a word.
 
     Args:
-        described: `{"inputs": {"premise": "string", ...}, "outputs": {"label": "string", ...}}`,
-            types as MLflow names them. One column of text without a name when there are no inputs.
+        described: `{"inputs": {"premise": "string", ...}, "outputs": {"prediction": "string"}}`,
+            types as MLflow names them; `outputs` may be left out.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
     def schema(columns: Mapping[str, str]) -> Schema | None:
-        return (
-            Schema([ColSpec(type_, name) for name, type_ in columns.items()]) if columns else None
-        )
+        return Schema([ColSpec(type_, name) for name, type_ in columns.items()]) if columns else None
 
-    return ModelSignature(
-        inputs=schema(described.get("inputs", {})) or Schema([ColSpec("string")]),
-        outputs=schema(described.get("outputs", {})),
-    )
+    inputs = schema(described.get("inputs", {}))
+    return ModelSignature(inputs, schema(described.get("outputs", {}))) if inputs else None
 
 
 def pip_requirements(versions: Mapping[str, str]) -> list[str]:

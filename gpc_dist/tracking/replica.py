@@ -22,15 +22,12 @@ stores ignore a metric they already hold with the same step, time and value.
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpc_dist.config import TrackingConfig
-from gpc_dist.tracking import files, metrics, model, store
+from gpc_dist.tracking import files, metrics, model, store, translate
 from gpc_dist.tracking.folder import RunFolder, Status
 from gpc_dist.tracking.state import TrackingState
 
@@ -41,15 +38,7 @@ if TYPE_CHECKING:
 # limits of MLflow's API
 _METRICS_PER_CALL = 1000
 _PER_CALL = 100  # params, and tags
-_PARAM_LENGTH = 6000
-_TAG_LENGTH = 8000
-_NAME_LENGTH = 250
-_DATASET_DIGEST_LENGTH = 36
 
-_Point = tuple[str, float, int, int]
-"""Metric, value, time in ms, step."""
-
-_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 _MLFLOW_STATUS = {
     "finished": "FINISHED",
     "failed": "FAILED",
@@ -135,7 +124,7 @@ class Replica:
             if found
             else client.create_run(
                 experiment_id,
-                start_time=_ms(status.started_s),
+                start_time=translate.ms(status.started_s),
                 run_name=self._config.get("run", {}).get("name") or self._folder.path.name,
                 tags={"gpc.key": self.state.key},
             )
@@ -150,7 +139,7 @@ class Replica:
             self._mlflow.update_run(self._run_id, status="RUNNING")
         else:
             self._mlflow.set_terminated(
-                self._run_id, _MLFLOW_STATUS[status.state], _ms(status.updated_s)
+                self._run_id, _MLFLOW_STATUS[status.state], translate.ms(status.updated_s)
             )
         self._set_tags({"gpc.state": status.state, "gpc.reason": status.reason})
         self.state.state = status.state
@@ -162,7 +151,8 @@ class Replica:
         """Send a file as an artifact, and what else is made of its content, if it is new."""
         if not path.exists():
             return
-        version = f"{path.stat().st_mtime_ns}-{path.stat().st_size}"
+        stat = path.stat()
+        version = f"{stat.st_mtime_ns}-{stat.st_size}"
         if self.state.sent.get(path.name) == version:
             return
         text = store.redact(path.read_text(encoding="utf-8"))
@@ -177,7 +167,7 @@ class Replica:
 
         config = self._config = self._folder.read_config()
         held = self._mlflow.get_run(self._run_id).data.params
-        wanted = _params(config)
+        wanted = translate.params(config)
         new = [Param(name, value) for name, value in wanted.items() if name not in held]
         for start in range(0, len(new), _PER_CALL):
             self._mlflow.log_batch(self._run_id, params=new[start : start + _PER_CALL])
@@ -185,53 +175,29 @@ class Replica:
         changed = {name: value for name, value in wanted.items() if held.get(name, value) != value}
         self._set_tags(
             {f"gpc.changed.{name}": value for name, value in changed.items()}
-            | {
-                "task": config.get("task", {}).get("name"),
-                "method": config.get("adapter", {}).get("method"),
-                "encoder": config.get("encoder", {}).get("path"),
-                "group": config.get("tracking", {}).get("group"),
-                "gpc.run_dir": str(self._folder),
-            }
+            | translate.config_tags(config)
+            | {"gpc.run_dir": str(self._folder)}
         )
 
     def _send_facts(self) -> None:
         facts = files.read_json(self._folder.facts)
-        plain = {k: v for k, v in facts.items() if isinstance(v, str | int | float)}
-        versions = {f"version.{name}": v for name, v in facts.get("versions", {}).items()}
-        self._set_tags(
-            plain
-            | versions
-            | {
-                "mlflow.note.content": _note(facts, self._folder),
-                "mlflow.user": facts.get("user"),
-                "mlflow.source.name": facts.get("command"),
-                "mlflow.source.type": "LOCAL",
-                "mlflow.source.git.commit": facts.get("git_commit"),
-            }
-        )
+        self._set_tags(translate.fact_tags(facts, self._folder))
         if dataset := facts.get("dataset"):
             self._send_dataset(dataset)
 
     def _send_dataset(self, described: Mapping[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        examples = {k: v for k, v in described.items() if k.endswith("_examples")}
-        dataset = Dataset(
-            name=described["name"],
-            digest=described["digest"][:_DATASET_DIGEST_LENGTH],
-            source_type=described.get("source_type", "local"),
-            source=json.dumps({"uri": described["source"]}),
-            profile=json.dumps(examples),
-        )
+        dataset = Dataset(**translate.dataset(described))
         use = InputTag("mlflow.data.context", "training")
         self._mlflow.log_inputs(self._run_id, [DatasetInput(dataset, [use])])
 
     def _send_result(self) -> None:
         result = files.read_json(self._folder.result)
         step = int(result.get("steps", 0))
-        time_ms = _ms(self._folder.result.stat().st_mtime)
+        time_ms = translate.ms(self._folder.result.stat().st_mtime)
         self._send_metrics(
-            ((f"final/{name}", value, time_ms, step) for name, value in _numbers(result)),
+            ((f"final/{name}", value, time_ms, step) for name, value in translate.numbers(result)),
             model_id=self.state.model_id,
         )
 
@@ -249,7 +215,7 @@ class Replica:
                 str(self.state.experiment_id),
                 name="adapter",
                 source_run_id=self._run_id,
-                params=_params(self._config),
+                params=translate.params(self._config),
                 model_type="gpc-dist adapter",
             )
             self.state.model_id = created.model_id
@@ -274,26 +240,26 @@ class Replica:
         """Send the lines of a `MetricLog` that were added since the last call."""
         offset, count = self._read.get(path, (0, 0))
         lines, end = files.read_lines(path, offset)
-        points: list[_Point] = []
+        points: list[translate.Point] = []
         for number, line in enumerate(lines, start=count):
             if host is None and metrics.STEP in line:
-                points += _points(line, step=line[metrics.STEP])
+                points += translate.points(line, step=line[metrics.STEP])
             elif host is not None:
                 # Samples have no step of their own and go on in the same file after a resume: the
                 # number of the line is one.
-                points += _points(line, step=number, prefix=f"system/{host}/")
+                points += translate.points(line, step=number, prefix=f"system/{host}/")
         self._send_metrics(points)
         # Not kept in the state: a resume may have cut the file. Reading it again from its start
         # is cheap, and `state.steps` knows what MLflow holds.
         self._read[path] = (end, count + len(lines))
 
-    def _send_metrics(self, points: Iterable[_Point], model_id: str | None = None) -> None:
+    def _send_metrics(self, points: Iterable[translate.Point], model_id: str | None = None) -> None:
         from mlflow.entities import Metric
 
         batch: list[Metric] = []
         reached: dict[str, int] = {}
         for name, value, time_ms, step in points:
-            name = _name(name)
+            name = translate.name(name)
             if step <= max(reached.get(name, -1), self.state.steps.get(name, -1)):
                 continue
             batch.append(Metric(name, value, time_ms, step, model_id=model_id))
@@ -314,77 +280,12 @@ class Replica:
     def _set_tags(self, tags: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        given = [
-            RunTag(_name(name), store.redact(_text(value))[:_TAG_LENGTH])
-            for name, value in tags.items()
-            if value is not None
-        ]
+        given = [RunTag(name, value) for name, value in translate.tags(tags).items()]
         for start in range(0, len(given), _PER_CALL):
             self._mlflow.log_batch(self._run_id, tags=given[start : start + _PER_CALL])
 
     def _save(self) -> None:
         self.state.save(self._folder)
-
-
-def _points(line: Mapping[str, Any], step: int, prefix: str = "") -> Iterator[_Point]:
-    time_ms = _ms(line.get(metrics.TIME, 0.0))
-    for name, value in line.items():
-        if name in (metrics.STEP, metrics.TIME):
-            continue
-        if value is None:  # how the log writes what is not finite
-            yield prefix + name, math.nan, time_ms, step
-        elif isinstance(value, int | float):
-            yield prefix + name, float(value), time_ms, step
-
-
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a JSON value under names such as `best/accuracy`; of a list the largest."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(item, f"{name}/{key}" if name else key)
-    elif isinstance(value, list) and value and all(_is_number(item) for item in value):
-        yield name, float(max(value))
-    elif _is_number(value):
-        yield name, float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _params(config: Mapping[str, Any]) -> dict[str, str]:
-    """The configuration under its dotted keys, without what is not set and not about the method."""
-    return {
-        f"{section}.{key}": _text(value)[:_PARAM_LENGTH]
-        for section, keys in config.items()
-        if section != "tracking" and isinstance(keys, dict)
-        for key, value in keys.items()
-        if value not in (None, [], "")
-    }
-
-
-def _note(facts: Mapping[str, Any], folder: RunFolder) -> str:
-    """The run's description, in Markdown."""
-    place = f"`{facts.get('host', 'unknown host')}:{folder}`"
-    text = f"Folder: {place}\n"
-    if command := facts.get("command"):
-        text += f"\nTo reproduce, in `{facts.get('folder', '.')}`:\n\n    {command}\n"
-    if commit := facts.get("git_commit"):
-        text += f"\nCommit {commit}{' with local changes' if facts.get('git_dirty') else ''}.\n"
-    return text
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _name(name: str) -> str:
-    """`name` with what MLflow refuses in names replaced."""
-    return _NOT_IN_NAMES.sub("_", name)[:_NAME_LENGTH]
-
-
-def _ms(time_s: float) -> int:
-    return int(time_s * 1000)
 
 
 def _is_active(client: MlflowClient, run_id: str) -> bool:

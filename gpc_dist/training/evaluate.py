@@ -35,7 +35,7 @@ def all_outputs(
         batch_tokens: padded tokens, prompt included, of one batch of a rank.
         on_batch: called after each batch.
     """
-    sizes, prompt = encoded.sizes, model.lanes[0].prompt_tokens
+    sizes, prompt = encoded.sizes, model.prompt_tokens
     found: list[tuple[int, np.ndarray]] = []
     for indices in evaluation_batches(sizes, world.rank, world.size, batch_tokens, prompt):
         # under ZeRO-3 a pass is a collective: a rank without examples runs one and drops the result

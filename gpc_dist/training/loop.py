@@ -197,7 +197,7 @@ def _backward(session: Session, training: Split, indices: Any) -> Tensor:
         world.rank,
         world.size,
         session.config.engine.micro_batch_tokens,
-        model.adapter.prompt_tokens,
+        model.prompt_tokens,
     )
     total = torch.zeros((), device=world.device)
     for part in parts:

@@ -56,8 +56,8 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
         code = _train(config, world, folder, task, train, validation, started_s)
     except BaseException as error:
         if world.is_main:
-            ended = "failed" if isinstance(error, Exception) else "killed"
-            folder.write_status(ended, str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
+            folder.write_status("failed" if isinstance(error, Exception) else "killed", reason)
             if recording:
                 recording.finish(config.tracking.finish_timeout_s)
         raise

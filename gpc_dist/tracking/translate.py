@@ -1,0 +1,135 @@
+"""From the words of a run's files to those of MLflow, within the limits of its API."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gpc_dist.tracking import metrics, store
+from gpc_dist.tracking.folder import RunFolder
+
+_PARAM_LENGTH = 6000
+_TAG_LENGTH = 8000
+_NAME_LENGTH = 250
+_DIGEST_LENGTH = 36
+
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
+
+Point = tuple[str, float, int, int]
+"""Metric, value, unix time in ms, step."""
+
+
+def points(line: Mapping[str, Any], step: int, prefix: str = "") -> Iterator[Point]:
+    """The measurements in a line of a `MetricLog`, under their names after `prefix`."""
+    time_ms = ms(line.get(metrics.TIME, 0.0))
+    for key, value in line.items():
+        if key in (metrics.STEP, metrics.TIME):
+            continue
+        if value is None:  # how the log writes what is not finite
+            yield prefix + key, math.nan, time_ms, step
+        elif isinstance(value, int | float):
+            yield prefix + key, float(value), time_ms, step
+
+
+def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a JSON value under names such as `best/accuracy`; of a list the largest."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from numbers(item, f"{path}/{key}" if path else key)
+    elif isinstance(value, list) and value and all(_is_number(item) for item in value):
+        yield path, float(max(value))
+    elif _is_number(value):
+        yield path, float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def params(config: Mapping[str, Any]) -> dict[str, str]:
+    """The configuration under its dotted keys, without what is not set and not about the method."""
+    return {
+        f"{section}.{key}": text(value)[:_PARAM_LENGTH]
+        for section, keys in config.items()
+        if section != "tracking" and isinstance(keys, dict)
+        for key, value in keys.items()
+        if value not in (None, [], "")
+    }
+
+
+def tags(values: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of these values, without those that are None, and without credentials."""
+    return {
+        name(key): store.redact(text(value))[:_TAG_LENGTH]
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def config_tags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs are told apart and held together by."""
+    return {
+        "task": config.get("task", {}).get("name"),
+        "method": config.get("adapter", {}).get("method"),
+        "encoder": config.get("encoder", {}).get("path"),
+        "group": config.get("tracking", {}).get("group"),
+    }
+
+
+def fact_tags(facts: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """Every plain fact, `version.<package>`, and what MLflow's UI shows beside a run."""
+    plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float)}
+    versions = {f"version.{key}": value for key, value in facts.get("versions", {}).items()}
+    shown = {
+        "mlflow.note.content": _note(facts, folder),
+        "mlflow.user": facts.get("user"),
+        "mlflow.source.name": facts.get("command"),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": facts.get("git_commit"),
+    }
+    return plain | versions | shown
+
+
+def dataset(described: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments of MLflow's `Dataset`.
+
+    Args:
+        described: `name`, `source` (folder or Hub id), `digest`, and numbers of examples under
+            `<split>_examples`.
+    """
+    examples = {key: value for key, value in described.items() if key.endswith("_examples")}
+    return {
+        "name": described["name"],
+        "digest": described["digest"][:_DIGEST_LENGTH],
+        "source_type": "local",
+        "source": json.dumps({"uri": described["source"]}),
+        "profile": json.dumps(examples),
+    }
+
+
+def _note(facts: Mapping[str, Any], folder: RunFolder) -> str:
+    """The run's description, in Markdown."""
+    note = f"Folder: `{facts.get('host', 'unknown host')}:{folder}`\n"
+    if command := facts.get("command"):
+        note += f"\nTo reproduce, in `{facts.get('folder', '.')}`:\n\n    {command}\n"
+    if commit := facts.get("git_commit"):
+        note += f"\nCommit {commit}{' with local changes' if facts.get('git_dirty') else ''}.\n"
+    return note
+
+
+def text(value: Any) -> str:
+    """How a value stands in a param or a tag: as JSON, a string as it is."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def name(key: str) -> str:
+    """`key` with what MLflow refuses in names replaced."""
+    return _NOT_IN_NAMES.sub("_", key)[:_NAME_LENGTH]
+
+
+def ms(time_s: float) -> int:
+    """Seconds as the whole milliseconds of MLflow's times."""
+    return int(time_s * 1000)

@@ -1,0 +1,138 @@
+"""Metrics against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import Example, Task
+from gpc_dist.tasks import metrics as m
+from gpc_dist.tasks.example import Target
+
+
+def examples(*targets: Target) -> list[Example]:
+    return [Example(n, (("text", None),), target) for n, target in enumerate(targets)]
+
+
+def test_accuracy_counts_any_right_candidate() -> None:
+    assert m.accuracy(examples(0, 1, 1, 0), np.array([0, 1, 0, 0])) == 0.75
+    assert m.accuracy(examples((0, 2), (1,)), np.array([2, 0])) == 0.5
+
+
+def test_f1_macro_is_the_mean_over_classes() -> None:
+    # class 0: P 2/3, R 1, F 4/5; class 1: P 1/2, R 1/2, F 1/2; class 2: never said, F 0
+    right, said = examples(0, 0, 1, 1, 2), np.array([0, 0, 0, 1, 1])
+    assert m.f1_macro(right, said) == pytest.approx((4 / 5 + 1 / 2 + 0) / 3)
+
+
+def test_matthews() -> None:
+    # TP 2, TN 1, FP 1, FN 0: (2*1 - 1*0) / sqrt(3 * 2 * 2 * 1)
+    assert m.matthews(examples(1, 1, 0, 0), np.array([1, 1, 0, 1])) == pytest.approx(2 / 12**0.5)
+    assert m.matthews(examples(1, 0), np.array([1, 1])) == 0.0
+
+
+def test_regression_metrics() -> None:
+    right, said = examples(1.0, 2.0, 3.0, 4.0), np.array([1.0, 3.0, 2.0, 8.0])
+    # deviations (-1.5, -.5, .5, 1.5) and (-2.5, -.5, -1.5, 4.5): 10 / sqrt(5 * 29)
+    assert m.pearson(right, said) == pytest.approx(10 / 145**0.5)
+    # one swap of neighbours among four ranks: 1 - 6 * 2 / (4 * 15)
+    assert m.spearman(right, said) == pytest.approx(0.8)
+    assert m.rmse(right, said) == pytest.approx((18 / 4) ** 0.5)
+
+
+def test_a_constant_has_no_correlation() -> None:
+    right = examples(1.0, 2.0, 3.0)
+    assert m.pearson(right, np.full(3, 2.0)) == m.spearman(right, np.full(3, 2.0)) == 0.0
+
+
+def test_multirc() -> None:
+    answers = [
+        Example(n, (("p", "q"),), target, group=group)
+        for n, (target, group) in enumerate([(1, (0, 0)), (0, (0, 0)), (1, (0, 1)), (1, (0, 1)), (1, (1, 0))])
+    ]
+    said = np.array([1, 0, 0, 1, 1])
+    # all answers: TP 3, FP 0, FN 1; questions (0, 0) and (1, 0) of three are whole
+    assert m.multirc_f1(answers, said) == pytest.approx(6 / 7)
+    assert m.multirc_exact_match(answers, said) == pytest.approx(2 / 3)
+
+
+def test_record() -> None:
+    query = Example(
+        0,
+        (("p", "q"),) * 3,
+        (0, 1),
+        meta={
+            "candidates": ("The U.S. Navy", "US Navy", "Navy Pier Museum"),
+            "answers": ("US Navy", "the Navy"),
+        },
+    )
+    assert m.normalize_answer("The U.S.  Navy!") == "us navy"
+    for decision, f1, exact in ((0, 1.0, 1.0), (1, 1.0, 1.0), (2, 2 / 4, 0.0)):
+        assert m.record_f1([query], np.array([decision])) == pytest.approx(f1)
+        assert m.record_exact_match([query], np.array([decision])) == exact
+
+
+def make_task(**changes: object) -> Task:
+    settings = {
+        "name": "moods",
+        "kind": "classification",
+        "labels": ("bad", "good"),
+        "label_words": ("bad", "good"),
+        "metrics": {"accuracy": m.accuracy, "f1_macro": m.f1_macro},
+        "main_metric": "accuracy",
+        "columns": ("text",),
+        "reader": lambda split: examples(0, 1),
+        "parser": lambda rows: examples(*[None] * len(rows)),
+    }
+    return Task(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+LOGITS = [np.array([2.0, 0.0]), np.array([0.0, 1.0]), np.array([1.0, -1.0])]
+
+
+def test_score_reports_every_metric_and_the_average_where_wanted() -> None:
+    right = examples(0, 1, 1)
+    scores = make_task().score(right, LOGITS)
+    assert scores == {"accuracy": pytest.approx(2 / 3), "f1_macro": pytest.approx(2 / 3)}
+    averaged = make_task(averaged=True, main_metric="average").score(right, LOGITS)
+    assert averaged["average"] == pytest.approx(2 / 3)
+
+
+def test_predictions_carry_labels_and_probabilities() -> None:
+    first = make_task().predictions(examples(0, 1, 1), LOGITS)[0]
+    assert (first.id, first.value) == (0, "bad")
+    assert first.probabilities == pytest.approx((np.e**2 / (1 + np.e**2), 1 / (1 + np.e**2)))
+    number = make_task(kind="regression", labels=()).predictions(examples(0.5), [np.array([2.5])])
+    assert (number[0].value, number[0].probabilities) == (2.5, None)
+
+
+def test_majority_baseline() -> None:
+    baseline = make_task().majority_baseline(examples(1, 1, 0), examples(1, 0, 0, 0))
+    assert baseline["accuracy"] == 0.25
+    choices = [Example(n, (("a", "b"),) * 2, (n % 2,)) for n in range(3)]  # right: 0, 1, 0
+    choice = make_task(kind="choice", labels=(), metrics={"accuracy": m.accuracy})
+    assert choice.majority_baseline(choices, choices) == {"accuracy": pytest.approx(2 / 3)}
+    numbers = make_task(kind="regression", labels=(), metrics={"rmse": m.rmse}, main_metric="rmse")
+    assert numbers.majority_baseline(examples(1.0, 3.0), examples(2.0, 4.0))["rmse"] == 2**0.5
+    assert not numbers.greater_is_better
+    assert choice.greater_is_better
+
+
+def test_outputs_of_the_head() -> None:
+    assert make_task().outputs == 2
+    assert make_task(kind="choice", labels=()).outputs == 1
+
+
+def test_what_has_no_label_cannot_be_scored_or_trained_on() -> None:
+    with pytest.raises(UserError, match="no label at example 1"):
+        make_task().score(examples(0, None), LOGITS[:2])
+    unlabelled = make_task(reader=lambda split: examples(0, None))
+    assert len(unlabelled.read("test")) == 2
+    with pytest.raises(UserError, match="the validation split of task moods has no label"):
+        unlabelled.read("validation")
+
+
+def test_an_unknown_metric_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"task.metric to one of accuracy, f1_macro"):
+        make_task(main_metric="bleu")

@@ -1,0 +1,186 @@
+"""Finding and reading a split, and what is said when that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpc_dist.config import DataConfig
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import Example, limit
+from gpc_dist.tasks.read import name_classes, read_file, read_rows
+
+ROWS = [{"text": "sun, and rain", "label": "b"}, {"text": '"Fog" and an open " quote', "label": "a"}]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    if path.suffix in (".jsonl", ".json"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        pq = pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        quoted = ([row["text"].replace('"', '""'), row["label"]] for row in rows)
+        path.write_text("text,label\n" + "".join(f'"{t}",{label}\n' for t, label in quoted))
+    else:
+        path.write_text("text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    assert read_file(write(tmp_path / f"t.{suffix}")) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [
+        ("train", "train.csv"),
+        ("validation", "validation.jsonl"),
+        ("validation", "val.json"),
+        ("validation", "valid.tsv"),
+        ("validation", "dev.jsonl"),
+        ("test", "test.jsonl"),
+    ],
+)
+def test_splits_are_found_by_their_usual_names(tmp_path: Path, split: Any, name: str) -> None:
+    write(tmp_path / name)
+    source, rows = read_rows(DataConfig(path=str(tmp_path)), split)
+    assert (source, rows) == (str(tmp_path / name), ROWS)
+
+
+def test_named_files_are_found_in_the_folder_and_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "mine.jsonl")
+    elsewhere = write(tmp_path / "other.jsonl", ROWS[:1])
+    data = DataConfig(
+        path=str(tmp_path / "data"), train="mine.jsonl", validation=str(elsewhere), test="no.csv"
+    )
+    assert read_rows(data, "train")[1] == ROWS
+    assert read_rows(data, "validation")[1] == ROWS[:1]
+    assert read_rows(DataConfig(test=str(elsewhere)), "test")[1] == ROWS[:1]
+    with pytest.raises(UserError, match=r"data.test 'no.csv' does not exist \(looked at .*data/no"):
+        read_rows(data, "test")
+
+
+def test_a_single_file_is_the_training_split(tmp_path: Path) -> None:
+    data = DataConfig(path=str(write(tmp_path / "all.csv")))
+    assert read_rows(data, "train")[1] == ROWS
+    with pytest.raises(UserError, match=r"set data.validation to the validation file"):
+        read_rows(data, "validation")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", '{"a": 1}\n{"a": \n', "line 2 of .*train.jsonl is not valid JSON"),
+        ("train.jsonl", '{"a": 1}\n\n[1]\n', "line 3 of .* is not a JSON object"),
+        ("train.jsonl", "\n", "has no rows: the train split needs at least one"),
+        ("train.csv", "text,label\n", "has no rows"),
+        ("train.csv", "", "has no rows"),
+        (
+            "train.csv",
+            "text,label\na,b,c\n",
+            "line 2 of .* has 3 fields, its header has 2: text, l",
+        ),
+        ("train.parquet", "nothing of the kind", "is not a Parquet file"),
+        ("train.csv", b"text\n\xff\xfe\n", "is not UTF-8 text"),
+    ],
+)
+def test_bad_content_is_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        read_rows(DataConfig(path=str(tmp_path)), "train")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,label\na,b\n", encoding="utf-8-sig")
+    assert read_file(tmp_path / "t.csv") == [{"text": "a", "label": "b"}]
+
+
+def test_what_cannot_be_found_is_named_with_what_there_is(tmp_path: Path) -> None:
+    write(tmp_path / "notes.csv")
+    with pytest.raises(UserError, match=r"no train file in .* it holds notes.csv\): set data.train"):
+        read_rows(DataConfig(path=str(tmp_path)), "train")
+    write(tmp_path / "train.csv")
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"several train files \(train.jsonl, train.csv\)"):
+        read_rows(DataConfig(path=str(tmp_path)), "train")
+    with pytest.raises(UserError, match="does not exist: give a folder, a file or a Hub id"):
+        read_rows(DataConfig(path=str(tmp_path / "nowhere")), "train")
+    with pytest.raises(UserError, match=r"no data: set data.path"):
+        read_rows(DataConfig(), "train")
+    with pytest.raises(UserError, match=r"its name must end in .jsonl, .json, .csv"):
+        read_file(tmp_path / "train.xlsx")
+
+
+def test_the_demo_data_come_along() -> None:
+    assert all(set(row) == {"text", "label"} for row in read_rows(DataConfig(path="demo"), "train")[1])
+
+
+class FakeTable(list[dict[str, Any]]):
+    features: dict[str, Any]
+
+
+class FakeLabel:
+    names = ("no", "yes")
+
+
+def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> FakeTable:
+        asked.append((name, config, split))
+        table = FakeTable([{"text": "x", "label": 1}, {"text": "y", "label": -1}])
+        table.features = {"text": object(), "label": FakeLabel()}
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source, rows = read_rows(DataConfig(path="super_glue"), "validation", hub_config="rte")
+    assert source == "super_glue (validation)"
+    assert rows == [{"text": "x", "label": "yes"}, {"text": "y", "label": None}]
+    read_rows(DataConfig(path="a/b", config="c", train="train[:5]"), "train", hub_config="rte")
+    assert asked == [("super_glue", "rte", "validation"), ("a/b", "c", "train[:5]")]
+
+
+def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("cannot reach the Hub\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError) as caught:
+        read_rows(DataConfig(path="dta/rte"), "train")
+    assert str(caught.value) == (
+        "data.path 'dta/rte' is no local file or folder, and split 'train' of it could not be "
+        "taken from the Hugging Face Hub: cannot reach the Hub"
+    )
+
+
+def test_class_names_of_real_features() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"label": datasets.ClassLabel(names=["a", "b"]), "n": datasets.Value("int32")}
+    )
+    rows = name_classes([{"label": 1, "n": 1}, {"label": None, "n": 0}], features)
+    assert rows == [{"label": "b", "n": 1}, {"label": None, "n": 0}]
+
+
+def test_limit_draws_training_examples_and_takes_the_first_others() -> None:
+    examples = [Example(n, (("x", None),)) for n in range(100)]
+    drawn = [e.id for e in limit(examples, 10, seed=1)]
+    assert len(set(drawn)) == 10
+    assert drawn == sorted(drawn)
+    assert drawn != list(range(10))
+    assert drawn == [e.id for e in limit(examples, 10, seed=1)]
+    assert drawn != [e.id for e in limit(examples, 10, seed=2)]
+    assert [e.id for e in limit(examples, 3)] == [0, 1, 2]
+    assert limit(examples, None, seed=1) == limit(examples, 500) == examples

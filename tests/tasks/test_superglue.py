@@ -1,0 +1,349 @@
+"""The eight tasks, from rows in the schema of the official files and in that of the Hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpc_dist.config import DataConfig, TaskConfig
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import Example, make_task
+from gpc_dist.tasks.superglue import NAMES, adapt_rows, locate_span, mark
+
+PROJECT = Path(__file__).parents[2]
+
+# Official row counts, where a MultiRC example is one answer and a ReCoRD example one query.
+COUNTS = {
+    "boolq": ("BoolQ", 9427, 3270),
+    "cb": ("CB", 250, 56),
+    "copa": ("COPA", 400, 100),
+    "multirc": ("MultiRC", 27243, 4848),
+    "record": ("ReCoRD", 32, 32),
+    "rte": ("RTE", 2490, 277),
+    "wic": ("WiC", 5428, 638),
+    "wsc": ("WSC", 554, 104),
+}
+
+FILE_ROWS: dict[str, list[dict[str, Any]]] = {
+    "boolq": [{"question": "is tin a metal", "passage": "Tin is a soft metal.", "idx": 7, "label": True}],
+    "cb": [{"premise": "I doubt it rained.", "hypothesis": "it rained", "idx": 0, "label": "neutral"}],
+    "copa": [
+        {
+            "premise": "The kettle whistled.",
+            "choice1": "The water boiled.",
+            "choice2": "The cup fell.",
+            "question": "cause",
+            "idx": 3,
+            "label": 0,
+        }
+    ],
+    "multirc": [
+        {
+            "idx": 4,
+            "passage": {
+                "text": "Ada fed the goats. Then she slept.",
+                "questions": [
+                    {
+                        "idx": 8,
+                        "question": "Who ate?",
+                        "answers": [
+                            {"idx": 20, "text": "The goats", "label": 1},
+                            {"idx": 21, "text": "The hens", "label": 0},
+                        ],
+                    },
+                    {
+                        "idx": 9,
+                        "question": "Who slept?",
+                        "answers": [{"idx": 22, "text": "Ada", "label": 1}],
+                    },
+                ],
+            },
+        }
+    ],
+    "record": [
+        {
+            "idx": 5,
+            "passage": {
+                "text": "Oslo beat Bergen.\n@highlight\nOslo won\n@highlight\nBergen lost",
+                "entities": [
+                    {"start": 0, "end": 3},
+                    {"start": 10, "end": 15},
+                    {"start": 29, "end": 32},
+                ],
+            },
+            "qas": [
+                {
+                    "idx": 11,
+                    "query": "Fans of @placeholder sang.",
+                    "answers": [{"start": 0, "end": 3, "text": "Oslo"}],
+                }
+            ],
+        }
+    ],
+    "rte": [{"premise": "Ann sold it.", "hypothesis": "It was sold.", "idx": 1, "label": "entailment"}],
+    "wic": [
+        {
+            "word": "bank",
+            "sentence1": "We sat on the bank.",
+            "sentence2": "Banks lend money.",
+            "start1": 14,
+            "end1": 18,
+            "start2": 0,
+            "end2": 5,
+            "idx": 2,
+            "label": False,
+        }
+    ],
+    "wsc": [
+        {
+            "text": 'Tom thanked Bill. "Keep it," he said.',
+            "target": {
+                "span1_text": "tom",
+                "span1_index": 0,
+                "span2_text": "he",
+                "span2_index": 6,
+            },
+            "idx": 6,
+            "label": True,
+        }
+    ],
+}
+
+HUB_ROWS: dict[str, list[dict[str, Any]]] = {
+    "boolq": [{**FILE_ROWS["boolq"][0], "label": 1}],
+    "cb": [{**FILE_ROWS["cb"][0], "label": 2}],
+    "copa": FILE_ROWS["copa"],
+    "multirc": [
+        {
+            "paragraph": "Ada fed the goats. Then she slept.",
+            "question": question,
+            "answer": answer,
+            "idx": {"paragraph": 4, "question": question_idx, "answer": answer_idx},
+            "label": label,
+        }
+        for question, question_idx, answer, answer_idx, label in [
+            ("Who ate?", 8, "The goats", 20, 1),
+            ("Who ate?", 8, "The hens", 21, 0),
+            ("Who slept?", 9, "Ada", 22, 1),
+        ]
+    ],
+    "record": [
+        {
+            "passage": "Oslo beat Bergen.\n@highlight\nOslo won\n@highlight\nBergen lost",
+            "query": "Fans of @placeholder sang.",
+            "entities": ["Oslo", "Bergen"],
+            "entity_spans": {"text": ["Oslo"], "start": [0], "end": [4]},
+            "answers": ["Oslo"],
+            "idx": {"passage": 5, "query": 11},
+        }
+    ],
+    "rte": [{**FILE_ROWS["rte"][0], "label": 0}],
+    "wic": [{**FILE_ROWS["wic"][0], "label": 0}],
+    "wsc": [
+        {
+            "text": 'Tom thanked Bill. "Keep it," he said.',
+            "span1_text": "tom",
+            "span1_index": 0,
+            "span2_text": "he",
+            "span2_index": 6,
+            "idx": 6,
+            "label": 1,
+        }
+    ],
+}
+
+_GOATS = "Ada fed the goats. Then she slept."
+_OSLO = "Oslo beat Bergen. Oslo won. Bergen lost"
+EXPECTED = {
+    "boolq": [Example(7, (("is tin a metal", "Tin is a soft metal."),), 1)],
+    "cb": [Example(0, (("I doubt it rained.", "it rained"),), 2)],
+    "copa": [
+        Example(
+            3,
+            (
+                ("The kettle whistled because", "The water boiled."),
+                ("The kettle whistled because", "The cup fell."),
+            ),
+            (0,),
+            meta={"candidates": ("The water boiled.", "The cup fell.")},
+        )
+    ],
+    "multirc": [
+        Example(
+            {"paragraph": 4, "question": question, "answer": answer},
+            ((_GOATS, text),),
+            target,
+            group=(4, question),
+        )
+        for question, answer, text, target in [
+            (8, 20, "Who ate? The goats", 1),
+            (8, 21, "Who ate? The hens", 0),
+            (9, 22, "Who slept? Ada", 1),
+        ]
+    ],
+    "record": [
+        Example(
+            {"passage": 5, "query": 11},
+            ((_OSLO, "Fans of Oslo sang."), (_OSLO, "Fans of Bergen sang.")),
+            (0,),
+            meta={"candidates": ("Oslo", "Bergen"), "answers": ("Oslo",)},
+        )
+    ],
+    "rte": [Example(1, (("Ann sold it.", "It was sold."),), 0)],
+    "wic": [Example(2, (("bank: We sat on the * bank *.", "* Banks * lend money."),), 0)],
+    "wsc": [Example(6, (('* Tom * thanked Bill. "Keep it," # he # said.', None),), 1)],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_the_official_files(name: str) -> None:
+    assert adapt_rows(name, FILE_ROWS[name], "file") == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_the_hub(name: str) -> None:
+    assert adapt_rows(name, HUB_ROWS[name], "hub") == EXPECTED[name]
+
+
+def without_labels(name: str) -> list[dict[str, Any]]:
+    if name == "multirc":
+        return [{**row, "label": -1} for row in HUB_ROWS[name]]
+    if name == "record":
+        return [{**row, "answers": []} for row in HUB_ROWS[name]]
+    return [{k: v for k, v in row.items() if k != "label"} for row in FILE_ROWS[name]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_without_labels_are_read_as_test_rows_only(name: str, write_rows: Any) -> None:
+    folder = write_rows(val=without_labels(name), test=without_labels(name))
+    task = make_task(TaskConfig(name=name), DataConfig(path=str(folder)))
+    test = task.read("test")
+    assert [e.rows for e in test] == [e.rows for e in EXPECTED[name]]
+    assert all(example.target is None for example in test)
+    with pytest.raises(UserError, match="has no label"):
+        task.read("validation")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_no_data_set_need_the_tasks_columns_only(name: str) -> None:
+    task = make_task(TaskConfig(name=name), DataConfig())
+    rows = [{column: row[column] for column in task.columns} for row in HUB_ROWS[name]]
+    parsed = task.parse(rows)
+    assert [example.rows for example in parsed] == [example.rows for example in EXPECTED[name]]
+    assert all(example.target is None for example in parsed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_official_files(name: str, superglue_folder: Path) -> None:
+    folder, train_count, validation_count = COUNTS[name]
+    names = {"train": "train_32.jsonl", "validation": "val_32.jsonl"} if name == "record" else {}
+    task = make_task(TaskConfig(name=name), DataConfig(path=str(superglue_folder / folder), **names))
+    train, validation = task.read("train"), task.read("validation")
+    assert (len(train), len(validation)) == (train_count, validation_count)
+    for example in train + validation:
+        if task.kind == "classification":
+            assert len(example.rows) == 1
+            assert example.target in range(task.outputs)
+        else:
+            assert isinstance(example.target, tuple)
+            assert example.target
+            assert len(set(example.meta["candidates"])) == len(example.rows) >= 2
+    baseline = task.majority_baseline(train, validation)
+    assert task.main_metric in baseline
+    assert all(0 <= score <= 1 for score in baseline.values())
+
+
+def test_spans_of_the_official_wsc_rows_are_found(superglue_folder: Path) -> None:
+    lines = (superglue_folder / "WSC" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    found = 0
+    for row in map(json.loads, lines):
+        for k in (1, 2):
+            span = row["target"][f"span{k}_text"]
+            start, end = locate_span(row["text"], span, row["target"][f"span{k}_index"])
+            found += row["text"][start:end].lower().split() == span.lower().split()
+    assert found == 2 * len(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "index", "expected"),
+    [
+        ("It fell, and it broke.", "it", 3, "it"),
+        ("It fell, and it broke.", "it", 0, "It"),
+        ('Give it to him," she said.', "him", 3, "him"),
+        ("The dog saw a dog.", "dog", 3, "dog"),
+        ("Emma's mother waved.", "Emma", 0, "Emma"),
+        ("Near the old  mill he stopped.", "the old mill", 1, "the old  mill"),
+        ("Then the tape, which tore", "the tape.", 0, "the tape"),
+        ("One two three four", "nowhere here", 1, "two three"),
+    ],
+)
+def test_spans_are_found_by_text_near_their_index(text: str, span: str, index: int, expected: str) -> None:
+    start, end = locate_span(text, span, index)
+    assert text[start:end] == expected
+
+
+def test_the_occurrence_nearest_to_the_index_is_taken() -> None:
+    text = "a dog and a dog and a dog"
+    assert locate_span(text, "dog", 5)[0] == text.index("dog", 5)
+    assert locate_span(text, "dog", 99)[0] == text.rindex("dog")
+    # the words are `"it`, `and`, `"it`: a quote before a word does not count as one
+    assert locate_span('"it and "it', "it", 2) == (9, 11)
+
+
+def test_marks_of_touching_spans_do_not_cross() -> None:
+    assert mark("ab", {"*": (0, 1), "#": (1, 2)}) == "* a *# b #"
+
+
+def test_labels_words_and_metrics() -> None:
+    tasks = {name: make_task(TaskConfig(name=name), DataConfig()) for name in NAMES}
+    assert {name: task.main_metric for name, task in tasks.items()} == {
+        **dict.fromkeys(NAMES, "accuracy"),
+        **dict.fromkeys(("cb", "multirc", "record"), "average"),
+    }
+    assert tasks["multirc"].metric_names == ("f1_a", "exact_match", "average")
+    assert tasks["record"].metric_names == ("f1", "exact_match", "average")
+    assert tasks["cb"].labels == ("entailment", "contradiction", "neutral")
+    assert [tasks[name].outputs for name in NAMES] == [2, 3, 1, 2, 1, 2, 2, 2]
+    assert all(task.label_words for task in tasks.values())
+    chosen = make_task(TaskConfig(name="cb", metric="f1_macro"), DataConfig())
+    assert chosen.main_metric == "f1_macro"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("rte", {"premise": "p", "label": 0}, r"row 2 of f .*'hypothesis'.*has: premise, label"),
+        ("copa", {"premise": "p", "choice1": "a"}, "row 2 of f is not a row of task copa"),
+        ("cb", {"premise": "p", "hypothesis": "h", "label": "yes"}, "row 2 of f: label 'yes'"),
+        ("boolq", {"question": "q", "passage": "p", "label": 2}, "row 2 of f: label 2 is none of"),
+        (
+            "record",
+            {**HUB_ROWS["record"][0], "answers": ["Rome"]},
+            "row 2 of f: no entity of the passage is an answer to query 'Fans of @",
+        ),
+    ],
+)
+def test_a_wrong_row_is_named(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        adapt_rows(name, [FILE_ROWS[name][0], row], "f")
+
+
+def test_a_local_run_imports_nothing_heavy(write_rows: Any) -> None:
+    folder = write_rows(train=FILE_ROWS["wic"])
+    program = f"""
+import sys
+from gpc_dist.config import DataConfig, TaskConfig
+from gpc_dist.tasks import make_task
+make_task(TaskConfig(name="wic"), DataConfig(path={str(folder)!r})).read("train")
+heavy = {{"torch", "sklearn", "scipy", "datasets", "transformers", "pyarrow", "pandas"}}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,177 @@
+"""User tables: a task from configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpc_dist.config import DataConfig, TaskConfig, build
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import Task, make_task
+
+MOODS = [
+    {"title": "Rain", "body": "It poured.", "mood": "quite_bad", "id": "r-1"},
+    {"title": "Sun", "body": "It shone.", "mood": "good", "id": "r-2"},
+]
+
+
+def table(folder: Path, **task: Any) -> Task:
+    return make_task(TaskConfig(**{"name": "mine", **task}), DataConfig(path=str(folder)))
+
+
+def test_classification_with_labels_from_the_training_split(write_rows: Any) -> None:
+    folder = write_rows(train=MOODS, val=MOODS[::-1])
+    task = table(folder, text=["body"], label="mood")
+    assert (task.labels, task.outputs) == (("good", "quite_bad"), 2)
+    assert task.label_words == ("good", "quite bad")
+    assert (task.metric_names, task.main_metric) == (
+        ("accuracy", "f1_macro", "matthews"),
+        "accuracy",
+    )
+    train = task.read("train")
+    assert [(e.id, e.rows, e.target) for e in train] == [
+        ("r-1", (("It poured.", None),), 1),
+        ("r-2", (("It shone.", None),), 0),
+    ]
+    outputs = [np.array([0.0, 1.0]), np.array([1.0, 0.0])]
+    assert task.score(train, outputs) == {"accuracy": 1.0, "f1_macro": 1.0, "matthews": 1.0}
+
+
+def test_templates_and_two_segments(write_rows: Any) -> None:
+    folder = write_rows(train=MOODS)
+    task = table(folder, text=["{title} ({id})", "body"], label="mood")
+    assert task.read("train")[0].rows == (("Rain (r-1)", "It poured."),)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ("train.csv", "text,label\na,0\nb,10\nc,9\n"),
+        ("train.tsv", "text\tlabel\na\t0\nb\t10\nc\t9\n"),
+        ("train.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": 10.0}\n'
+                        '{"text": "c", "label": "9"}\n'),
+    ],
+    ids=["csv", "tsv", "jsonl"],
+)  # fmt: skip
+def test_labels_are_the_same_in_every_format(tmp_path: Path, content: tuple[str, str]) -> None:
+    (tmp_path / content[0]).write_text(content[1])
+    task = table(tmp_path, text=["text"])
+    assert task.labels == ("0", "10", "9")
+    assert [e.target for e in task.read("train")] == [0, 1, 2]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": "a", "label": True}, {"text": "b", "label": False}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    task = table(tmp_path, text=["text"])
+    assert task.labels == ("false", "true")
+    assert [(e.id, e.target) for e in task.read("train")] == [(0, 1), (1, 0)]
+
+
+def test_given_labels_fix_the_order_and_spare_the_training_split(write_rows: Any) -> None:
+    folder = write_rows(test=[{"text": "a", "label": 2}])
+    config = build({"task": {"name": "mine", "text": ["text"], "labels": [3, 2]}}).task
+    task = make_task(config, DataConfig(path=str(folder)))
+    assert task.labels == ("3", "2")
+    assert task.read("test")[0].target == 1
+
+
+def test_choice(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("why,a,b,answer\nrain,wet,dry,0\nsun,wet,dry,1\n")
+    task = table(tmp_path, kind="choice", text=["why: {why}"], choices=["a", "so {b}"], label="answer")
+    assert (task.outputs, task.labels, task.metric_names) == (1, (), ("accuracy",))
+    first, second = task.read("train")
+    assert first.rows == (("why: rain", "wet"), ("why: rain", "so dry"))
+    assert (first.target, second.target) == ((0,), (1,))
+    assert first.meta["candidates"] == ("wet", "so dry")
+    assert task.score([first, second], [np.array([1.0, 0.0])] * 2) == {"accuracy": 0.5}
+
+
+def test_regression(write_rows: Any) -> None:
+    rows = [{"text": str(n), "label": label} for n, label in enumerate([1, "2.5", 4.0])]
+    task = table(write_rows(train=rows), kind="regression", text=["text"], metric="rmse")
+    assert (task.outputs, task.main_metric, task.greater_is_better) == (1, "rmse", False)
+    train = task.read("train")
+    assert [e.target for e in train] == [1.0, 2.5, 4.0]
+    assert all(isinstance(e.target, float) for e in train)
+    perfect = task.score(train, [np.array([1.0]), np.array([2.5]), np.array([4.0])])
+    assert perfect == {"pearson": pytest.approx(1), "spearman": pytest.approx(1), "rmse": 0.0}
+
+
+def test_a_test_split_needs_no_labels(write_rows: Any) -> None:
+    unlabelled = [{k: v for k, v in row.items() if k != "mood"} for row in MOODS]
+    folder = write_rows(train=MOODS, val=unlabelled, test=unlabelled)
+    task = table(folder, text=["body"], label="mood")
+    assert [e.target for e in task.read("test")] == [None, None]
+    withheld = [{**row, "mood": -1} for row in MOODS]
+    folder = write_rows(test=withheld)
+    assert [e.target for e in task.read("test")] == [None, None]
+    with pytest.raises(UserError, match=r"row 1 of .*val.jsonl: there is no column 'mood' \(task"):
+        task.read("validation")
+
+
+def test_rows_of_no_data_set_are_parsed_without_labels(write_rows: Any) -> None:
+    task = table(write_rows(train=MOODS), text=["{title}: {body}"], label="mood")
+    assert task.columns == ("title", "body")
+    (example,) = task.parse([{"title": "Fog", "body": "It hid.", "mood": "unheard of"}])
+    assert (example.rows, example.target) == ((("Fog: It hid.", None),), None)
+    with pytest.raises(UserError, match=r"row 1 of the input: there is no column 'body'"):
+        task.parse([{"title": "Fog"}])
+    with pytest.raises(UserError, match=r"row 1 of the input: column 'body' is empty"):
+        task.parse([{"title": "Fog", "body": float("nan")}])
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"name": "rtee"}, r"unknown task 'rtee': use a packaged one \(boolq, cb, .*describe a t"),
+        ({"name": "rte", "text": ["body"]}, "'rte' is a packaged task, but"),
+        ({"text": ["a", "b", "c"]}, "needs one or two columns in task.text"),
+        ({"kind": "choice", "text": ["a"], "choices": ["b"]}, "at least two in task.choices"),
+        ({"text": ["body"], "labels": ["x", "x"]}, "two or more different labels"),
+        ({"text": ["body"], "label": "mod"}, "no column 'mod' .* there are: title, body, mood, id"),
+        ({"text": ["body"], "label": "mood", "metric": "bleu"}, "task.metric to one of accuracy"),
+    ],
+)
+def test_a_wrong_description_is_explained(write_rows: Any, task: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        table(write_rows(train=MOODS), **task)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ({"text": ["bdy"]}, {}, r"row 1 .*no column 'bdy' \(task.text\); there are: title, body"),
+        ({"text": ["{titel}!"]}, {}, "no column 'titel'"),
+        ({}, {"mood": "odd"}, "row 3 of .*: label 'odd' is none of the labels .*good, quite_bad"),
+        ({}, {"body": None}, "row 3 of .*: column 'body' is empty"),
+        ({}, {"mood": None}, "has no label at example r-3"),
+        ({"kind": "regression"}, {}, "row 1 of .*'quite_bad' is not a finite number"),
+        (
+            {"kind": "choice", "choices": ["title", "id"], "text": []},
+            {},
+            "row 1 of .*'quite_bad' is not the index of a choice: use 0 to 1",
+        ),
+        (
+            {"kind": "choice", "choices": ["title", "id"], "text": [], "label": "right"},
+            {"right": 2},
+            "row 3 of .*'2' is not the index of a choice: use 0 to 1",
+        ),
+    ],
+)
+def test_a_wrong_row_is_named(
+    write_rows: Any, task: dict[str, Any], row: dict[str, Any], message: str
+) -> None:
+    extra = {"title": "Wind", "body": "It blew.", "mood": "good", "id": "r-3", **row}
+    folder = write_rows(train=MOODS, val=[*({**mood, "right": 0} for mood in MOODS), extra])
+    with pytest.raises(UserError, match=message):
+        table(folder, **{"text": ["body"], "label": "mood", **task}).read("validation")
+
+
+def test_one_label_is_nothing_to_learn(write_rows: Any) -> None:
+    with pytest.raises(UserError, match=r"column 'mood' of .* holds the one label 'good'"):
+        table(write_rows(train=MOODS[1:]), text=["body"], label="mood")

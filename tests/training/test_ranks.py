@@ -1,0 +1,217 @@
+"""The same run on one and on two ranks, at every ZeRO stage, stopped and resumed in every direction.
+
+Every run is a real one: processes with gloo, DeepSpeed where something is sharded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import command, losses
+
+ARRANGEMENTS = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (1, 3)]
+"""Ranks and ZeRO stage."""
+
+
+def train(recipe: Path, folder: Path, ranks: int, stage: int, *more: object) -> Path:
+    done = command(
+        "train", recipe, "--run.dir", folder, "--engine.ranks", ranks, "--engine.zero_stage", stage, *more
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> dict[tuple[int, int], Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        (ranks, stage): train(tiny_recipe, root / f"{ranks}-{stage}", ranks, stage)
+        for ranks, stage in ARRANGEMENTS
+    }
+
+
+def trained(folder: Path) -> dict[str, object]:
+    return load_file(folder / "adapter" / "adapter.safetensors")
+
+
+def last_state(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS[1:])
+def test_losses_do_not_depend_on_ranks_or_stage(
+    runs: dict[tuple[int, int], Path], arrangement: tuple[int, int]
+) -> None:
+    reference, found = losses(runs[1, 0]), losses(runs[arrangement])
+    assert len(reference) == 12
+    assert found == pytest.approx(reference, rel=2e-4)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_result_says_what_was_run(
+    runs: dict[tuple[int, int], Path], arrangement: tuple[int, int]
+) -> None:
+    result = json.loads((runs[arrangement] / "result.json").read_text())
+    assert (result["world_size"], result["zero_stage"]) == arrangement
+    assert result["steps"] == 12
+    assert len(result["peak_memory_mib"]) == arrangement[0]
+    assert result["trainable_parameters"] == sum(t.numel() for t in trained(runs[arrangement]).values())
+    assert 0 <= result["padding_pct"] < 100
+    assert result["metrics"]["best"].keys() >= {"accuracy"}
+
+
+def test_stages_0_to_2_on_equal_ranks_make_the_same_adapter(runs: dict[tuple[int, int], Path]) -> None:
+    zero, one = (load_file(last_state(runs[2, s]) / "trained.safetensors") for s in (0, 1))
+    assert zero.keys() == one.keys()
+    assert all(zero[name].equal(one[name]) for name in zero)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, stage: int
+) -> None:
+    folder = train(tiny_recipe, tmp_path / "run", 2, stage, "--train.save_every", "5", "--train.keep_last", "9")
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    shutil.rmtree(folder / "checkpoints" / "step-00000010")
+    train(tiny_recipe, folder, 2, stage)
+    assert losses(folder) == losses(runs[2, stage])
+    for name in ("trained.safetensors", "rng.safetensors"):
+        mine, other = (load_file(last_state(f) / name) for f in (folder, runs[2, stage]))
+        assert mine.keys() == other.keys()
+        assert all(mine[key].equal(other[key]) for key in mine)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 0), (1, 0)), ((1, 0), (2, 1)), ((2, 1), (2, 3)), ((2, 2), (1, 3))]
+)
+def test_resume_on_other_ranks_and_stages(
+    runs: dict[tuple[int, int], Path],
+    tiny_recipe: Path,
+    tmp_path: Path,
+    before: tuple[int, int],
+    after: tuple[int, int],
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs[before], folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    assert last_state(folder).name == "step-00000008"
+    train(tiny_recipe, folder, *after)
+    assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=2e-4)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_the_frozen_weights_are_the_checkpoints(
+    runs: dict[tuple[int, int], Path], tiny_encoder: Path
+) -> None:
+    """Nothing writes the encoder's file, and the adapter names it by its hash."""
+    from gpc_dist.adapter.fingerprint import fingerprint_files
+
+    card = json.loads((runs[2, 3] / "adapter" / "adapter_config.json").read_text())
+    assert card["encoder"]["sha256"] == fingerprint_files([tiny_encoder / "model.safetensors"])
+
+
+def test_an_adapter_folder_holds_trained_tensors_and_nothing_else(
+    runs: dict[tuple[int, int], Path],
+) -> None:
+    folder = runs[2, 3] / "adapter"
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
+    count = sum(t.numel() for t in trained(runs[2, 3]).values())
+    header = (folder / "adapter.safetensors").stat().st_size - 4 * count
+    assert 0 < header < 1024
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_stops_with_state_saved_and_the_run_goes_on(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpc_dist", "train", str(tiny_recipe), "--run.dir", str(folder)]
+        + ["--engine.ranks", "2", "--train.steps", "100000", "--train.schedule", "constant"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert f"stopped by {number.name}" in said
+    step = max(losses(folder))
+    assert last_state(folder).name == f"step-{step:08d}"
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    train(tiny_recipe, folder, 1, 0, "--train.steps", step + 2, "--train.schedule", "constant")
+    assert sorted(losses(folder)) == list(range(1, step + 3))
+
+
+def test_a_killed_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpc_dist", "train", str(tiny_recipe), "--run.dir", str(folder)]
+        + ["--engine.ranks", "2", "--train.steps", "100000"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {
+        dict(
+            entry.split("=", 1)
+            for entry in Path(f"/proc/{child}/environ").read_text().split("\0")
+            if "=" in entry
+        )["RANK"]: int(child)
+        for child in children
+    }
+    subprocess.run(["kill", "-9", str(ranks["1"])], check=True)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "signal SIGKILL" in said
+
+
+def test_more_ranks_than_examples_in_a_step(tiny_recipe: Path, tmp_path: Path) -> None:
+    one = train(tiny_recipe, tmp_path / "one", 1, 0, "--train.batch_size", "1", "--train.steps", "4")
+    two = train(tiny_recipe, tmp_path / "two", 2, 3, "--train.batch_size", "1", "--train.steps", "4")
+    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+
+
+def test_accumulation_changes_nothing(runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path) -> None:
+    folder = train(tiny_recipe, tmp_path / "run", 2, 3, "--engine.micro_batch_tokens", "40")
+    assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=2e-4)
+
+
+def test_activation_checkpointing_changes_nothing_under_zero_3(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = train(tiny_recipe, tmp_path / "run", 2, 3, "--engine.activation_checkpointing", "true")
+    assert losses(folder) == pytest.approx(losses(runs[2, 3]), rel=1e-5)
+
+
+def test_bf16_follows_fp32(runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path) -> None:
+    folder = train(tiny_recipe, tmp_path / "run", 2, 3, "--engine.dtype", "bf16")
+    assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=0.05)
+    assert all(t.dtype.is_floating_point and t.element_size() == 4 for t in trained(folder).values())
+
+
+def test_cpu_offload_of_the_frozen_weights(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = train(tiny_recipe, tmp_path / "run", 2, 3, "--engine.offload_param", "cpu")
+    assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=2e-4)
+
+
