@@ -47,7 +47,8 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 TEXT_FIELDS = {"rte": ("premise", "hypothesis"), "boolq": ("question", "passage")}
-LABELS = {"rte": ["entailment", "not_entailment"], "boolq": [False, True]}
+LABELS: dict[str, list[Any]] = {"rte": ["entailment", "not_entailment"], "boolq": [False, True]}
+Example = dict[str, Any]  # token lists and the label
 WARMUP_STEPS = 2  # not counted in the throughput
 LOG_EVERY = 10  # steps
 
@@ -114,10 +115,8 @@ def ds_config(args: argparse.Namespace, world_size: int) -> dict[str, Any]:
     }
 
 
-def load_examples(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    """Read and tokenise the training set; return one dict of token lists and label per example."""
+def load_examples(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Read and tokenise the training set."""
     with (args.data / "train.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     first, second = ([row[field] for row in rows] for field in TEXT_FIELDS[args.task])
@@ -128,7 +127,7 @@ def load_examples(
     return [dict(zip(columns, example, strict=True)) for example in examples]
 
 
-def endless_batches(loader: DataLoader, sampler: DistributedSampler) -> Iterator[Any]:
+def endless_batches(loader: DataLoader[Any], sampler: DistributedSampler[Any]) -> Iterator[Any]:
     """Yield batches for ever, in a new random order each epoch."""
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
@@ -163,11 +162,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     set_seed(args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(args.encoder)
-    examples = load_examples(args, tokenizer)
-    sampler: DistributedSampler = DistributedSampler(
+    examples: Any = load_examples(args, tokenizer)  # a list serves as a Dataset
+    sampler: DistributedSampler[Example] = DistributedSampler(
         examples, world_size, rank, shuffle=True, seed=args.seed, drop_last=True
     )
-    loader = DataLoader(
+    loader: DataLoader[Example] = DataLoader(
         examples,
         batch_size=args.batch_size // world_size,
         sampler=sampler,

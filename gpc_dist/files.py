@@ -1,13 +1,18 @@
-"""Atomic writes: a reader sees the old content or the new one, never half of it."""
+"""Files that are whole or absent (atomic writes), and lines of JSON that may be torn at the end."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from gpc_dist.errors import UserError
 
 
 def fsync_folder(folder: Path) -> None:
@@ -20,18 +25,17 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text` (UTF-8) in one step."""
+    """Replace the file at `path` by `text` (UTF-8) in one step; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
@@ -66,3 +70,51 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` for a JSON value, indented. Raises ValueError on NaN and infinities."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when the file is absent.
+
+    Raises:
+        UserError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): restore or remove it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: restore or remove it")
+    return value
+
+
+def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of the complete lines from byte `offset` on, and the offset after them.
+
+    A last line without its newline is still being written (or torn by a crash) and is left for the
+    next call. Lines that hold no JSON object are skipped: a node that loses power can leave blocks
+    of zeros in a file.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    complete = data[: data.rfind(b"\n") + 1]
+    records = [record for line in complete.splitlines() if (record := _record(line)) is not None]
+    return records, offset + len(complete)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    return value if isinstance(value, dict) else None

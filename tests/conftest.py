@@ -105,7 +105,9 @@ tracking: {{enabled: false}}
     return path
 
 
-def command(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `gpc-dist` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "gpc_dist", *map(str, arguments)],

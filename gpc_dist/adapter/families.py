@@ -3,7 +3,7 @@
 The rule: in the encoder (the encoder half of an encoder-decoder model), the outermost
 `nn.ModuleList` whose length is the configuration's `num_hidden_layers` and whose modules are of one
 class is the layer stack. Each layer must take the hidden states `[B, T, H]` as its first positional
-argument and return them, alone or as a tuple's first item, and the encoder must take
+argument and return them, alone or as a tuple's first item, for the next layer, and the encoder must take
 `inputs_embeds` and honour the padding of `attention_mask`. For the families of `TESTED` this has been
 checked by this project's tests; any other encoder is probed with a toy batch when the adapter is
 attached, and refused with the reason if it does not behave so.
@@ -15,6 +15,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ from gpc_dist.adapter.lane import EncoderShape
 from gpc_dist.errors import UserError
 
 TESTED = frozenset(
-    "albert bert deberta-v2 distilbert electra modernbert mt5 roberta t5 umt5 xlm-roberta "
-    "xlm-roberta-xl".split()
+    "albert bert deberta-v2 distilbert electra modernbert mt5 roberta t5 umt5 xlm-roberta xlm-roberta-xl".split()
 )
 
 REFUSED = {
@@ -148,14 +148,12 @@ def probe(parts: EncoderParts) -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, 8, parts.shape.embedding_size, generator=generator)
     states = states.to(parameter.device, parameter.dtype)
-    calls: list[tuple[int, bool]] = []
+    calls: list[tuple[int, Any, Any]] = []
 
     def record(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            size = (*states.shape[:2], parts.shape.hidden_size)
-            tensors = [args[0] if args else None, first]
-            calls.append((index, all(isinstance(t, Tensor) and t.shape == size for t in tensors)))
+            calls.append((index, args[0] if args else None, first))
 
         return hook
 
@@ -178,10 +176,13 @@ def probe(parts: EncoderParts) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    if [index for index, _ in calls] != list(range(len(parts.layers))):
+    if [index for index, _, _ in calls] != list(range(len(parts.layers))):
         raise refuse("its layers do not run once each, in order")
-    if not all(shaped for _, shaped in calls):
+    size = (*states.shape[:2], parts.shape.hidden_size)
+    if not all(isinstance(t, Tensor) and t.shape == size for _, *both in calls for t in both):
         raise refuse("its layers do not pass the hidden states [B, T, H] as first argument and result")
+    if not all(torch.equal(a[2], b[1]) for a, b in pairwise(calls)):
+        raise refuse("what a layer gives is not what the next one gets")
     padded = torch.cat([states, -states], dim=1)
     if not close(run(padded, 8), reference, 1e-4 if parameter.dtype == torch.float32 else 1e-2):
         raise refuse("padding changes its result")

@@ -112,7 +112,9 @@ class GraftedEncoder(nn.Module):
         edges = [sum(counts[:k]) for k in range(len(counts) + 1)]
         rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         states = self._encode(input_ids, attention_mask, token_type_ids, rows)
-        outputs = [lane.head(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)]
+        outputs = [
+            lane.head(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)
+        ]
         return outputs[0] if lane_rows is None else outputs
 
     def _encode(
@@ -167,8 +169,8 @@ class GraftedEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter of a single-lane encoder to `folder` (see `adapter.store`)."""
-        from gpc_dist.adapter.store import save_adapter
         from gpc_dist.adapter.fingerprint import identify
+        from gpc_dist.adapter.store import save_adapter
 
         save_adapter(folder, self.adapter, identify(self.encoder))
 
@@ -185,7 +187,7 @@ class GraftedEncoder(nn.Module):
         adapter, card = load_adapter(folder)
         parts = locate(encoder)
         card.check_encoder(identify(parts.encoder))
-        return cls(parts, [adapter.to(parts.token_embeddings.weight.device)])
+        return cls(parts, [adapter.to(next(parts.token_embeddings.parameters()).device)])
 
 
 def attach(
@@ -234,7 +236,7 @@ def new_adapter(
         UserError: the prompt is longer than the encoder's position table.
     """
     embeddings: Any = parts.token_embeddings
-    device = embeddings.weight.device
+    device: torch.device = embeddings.weight.device
     adapter = Adapter(config, parts.shape, outputs, seed).to(device)
     if adapter.prompt is None:
         return adapter

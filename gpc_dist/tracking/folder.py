@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from gpc_dist import files
 from gpc_dist.errors import UserError
-from gpc_dist.tracking import files
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

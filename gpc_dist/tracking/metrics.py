@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from gpc_dist.tracking import files
+from gpc_dist import files
 
 STEP = "step"
 TIME = "time_s"

@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpc_dist import files
 from gpc_dist.config import TrackingConfig
-from gpc_dist.tracking import files, metrics, model, store, translate
+from gpc_dist.tracking import metrics, model, store, translate
 from gpc_dist.tracking.folder import RunFolder, Status
 from gpc_dist.tracking.state import TrackingState
 

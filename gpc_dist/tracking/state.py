@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import asdict, dataclass, field, fields
 
-from gpc_dist.tracking import files
+from gpc_dist import files
 from gpc_dist.tracking.folder import RunFolder
 
 

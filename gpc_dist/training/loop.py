@@ -29,7 +29,7 @@ from gpc_dist.training.session import Session, Split
 from gpc_dist.training.stop import StopRequest
 
 MetricSink = Callable[[int, dict[str, float]], None]
-"""Takes a step and its figures; called on rank 0 only."""
+"""Takes a step and its figures."""
 
 
 @dataclass
@@ -101,11 +101,14 @@ def train(
     validation: Split,
     checkpoints: Path,
     best_adapter: Path,
-    write: MetricSink,
+    write: MetricSink | None,
 ) -> Outcome:
-    """Train the session's adapter until its steps are done, early stopping ends it, or a signal asks for a stop.
+    """Train the session's adapter until its steps are done, early stopping ends it, or a signal stops it.
 
     The best adapter so far stands in `best_adapter`, training states in `checkpoints`.
+
+    Args:
+        write: where figures go, on rank 0; None elsewhere.
 
     Raises:
         UserError: the loss stays non-finite, or a checkpoint is damaged or another run's.
@@ -146,7 +149,7 @@ def train(
                     "train.lr, use a longer train.warmup, or set engine.dtype fp32"
                 )
             last_of_run = position.step == total
-            if world.is_main and (position.step % settings.log_every == 0 or last_of_run or not finite):
+            if write and (position.step % settings.log_every == 0 or last_of_run or not finite):
                 figures = _train_figures(mean_loss, norm, lane, speed, epoch)
                 write(position.step, figures)
                 progress.show(
@@ -159,7 +162,7 @@ def train(
             if evaluated:
                 metrics = evaluate(session, validation)
                 _note_evaluation(session, position, metrics, best_adapter)
-                if world.is_main:
+                if write:
                     write(position.step, {f"val/{name}": value for name, value in metrics.items()})
                     main = session.task.main_metric
                     progress.show(position.step, {f"val/{main}": metrics[main]})

@@ -8,8 +8,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from gpc_dist import files
 from gpc_dist.errors import UserError
-from gpc_dist.tracking import files
 
 
 def results_table(folders: Sequence[Path]) -> str:

@@ -8,23 +8,28 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.engine import checkpoint
 from gpc_dist.engine.distributed import World, join
 from gpc_dist.engine.telemetry import GpuTelemetry
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
 from gpc_dist.tasks import Example, Task, limit, make_task
-from gpc_dist.tracking import facts, files, follower
+from gpc_dist.tracking import facts, follower
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.tracking.store import tracking_uri, ui_command
 from gpc_dist.training import loop
 from gpc_dist.training.session import Session, load_base, open_session, seed_everything
+
+_RUN_ID_TIMEOUT_S = 30.0
+"""How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
 
 
 def run_training(config: Config, started_s: float, argv: Sequence[str]) -> int:
@@ -53,7 +58,7 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
         if config.tracking.enabled:
             recording = follower.start(folder.path)
     try:
-        code = _train(config, world, folder, task, train, validation, started_s)
+        outcome, result = _train(config, world, folder, task, train, validation, started_s)
     except BaseException as error:
         if world.is_main:
             reason = str(error) or type(error).__name__
@@ -61,14 +66,23 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
             if recording:
                 recording.finish(config.tracking.finish_timeout_s)
         raise
-    if world.is_main and recording:
-        state = recording.finish(config.tracking.finish_timeout_s)
-        if folder.result.is_file():
-            result = files.read_json(folder.result)
-            files.write_json(folder.result, result | {"mlflow_run_id": state.run_id})
     if world.is_main:
+        if outcome.stopped_by is None:
+            run_id = recording.wait_for_run_id(_RUN_ID_TIMEOUT_S) if recording else None
+            files.write_json(folder.result, result | {"mlflow_run_id": run_id})
+            folder.write_status("finished")
+            _print_result(result)
+        else:
+            folder.write_status("stopped", f"{outcome.stopped_by} at step {outcome.position.step}")
+            print(
+                f"stopped by {outcome.stopped_by}; state saved at step {outcome.position.step}: the same command "
+                "goes on from there",
+                file=sys.stderr,
+            )
+        if recording:
+            recording.finish(config.tracking.finish_timeout_s)
         _say_where(config, folder)
-    return code
+    return EXIT_DONE if outcome.stopped_by is None else EXIT_STOPPED
 
 
 def _open_folder(
@@ -94,7 +108,8 @@ def _open_folder(
             "digest": digest,
             "train_examples": len(train),
             "validation_examples": len(validation),
-        }
+        },
+        "signature": {"inputs": dict.fromkeys(task.columns, "string")},
     }
     files.write_json(folder.facts, facts.collect_facts(argv) | described)
 
@@ -107,7 +122,8 @@ def _train(
     train: list[Example],
     validation: list[Example],
     started_s: float,
-) -> int:
+) -> tuple[loop.Outcome, dict[str, Any]]:
+    """Train, and say what came of it: the contents of `result.json`, on rank 0."""
     base = load_base(config, world)
     session = open_session(config, world, task, base)
     if world.is_main:
@@ -121,43 +137,28 @@ def _train(
             log.append(samples, sample)
         samples += 1
 
-    sink: loop.MetricSink = lambda step, figures: None
-    log = None
-    if world.is_main:
-        log = MetricLog(folder.metrics)
-        log.truncate_after(_saved_step(folder.checkpoints))
-        sink = log.append
-    with GpuTelemetry(write_telemetry, enabled=world.local_rank == 0) as telemetry:
-        outcome = loop.train(session, training, evaluation, folder.checkpoints, folder.adapter, sink)
+    with ExitStack() as stack:
+        log = None
+        if world.is_main:
+            log = stack.enter_context(MetricLog(folder.metrics))
+            log.truncate_after(_saved_step(folder.checkpoints))
+        telemetry = stack.enter_context(GpuTelemetry(write_telemetry, enabled=world.local_rank == 0))
+        outcome = loop.train(
+            session, training, evaluation, folder.checkpoints, folder.adapter, log.append if log else None
+        )
     energy = world.gather(telemetry.energy_j)
     memory = world.gather(_peak_memory_mib(world))
-    if log:
-        log.close()
-    if outcome.stopped_by is not None:
-        if world.is_main:
-            step = outcome.position.step
-            folder.write_status("stopped", f"{outcome.stopped_by} at step {step}")
-            print(
-                f"stopped by {outcome.stopped_by}; state saved at step {step}: the same command goes on from there",
-                file=sys.stderr,
-            )
-        return EXIT_STOPPED
-    if world.is_main:
-        assert memory is not None and energy is not None
-        result = _result(session, outcome, task.majority_baseline(train, validation))
-        spent = [joules for joules in energy if joules is not None]
-        first = outcome.speed.first_step_at_s
-        result |= {
-            "peak_memory_mib": memory,
-            "energy_j": sum(spent) if spent else None,
-            "first_step_s": None if first is None else first - started_s,
-            "wall_s": time.time() - started_s,
-            "mlflow_run_id": None,
-        }
-        files.write_json(folder.result, result)
-        folder.write_status("finished")
-        _print_result(result)
-    return EXIT_DONE
+    if memory is None or energy is None:  # not the main rank
+        return outcome, {}
+    result = _result(session, outcome, task.majority_baseline(train, validation))
+    spent = [joules for joules in energy if joules is not None]
+    first = outcome.speed.first_step_at_s
+    return outcome, result | {
+        "peak_memory_mib": memory,
+        "energy_j": sum(spent) if spent else None,
+        "first_step_s": None if first is None else first - started_s,
+        "wall_s": time.time() - started_s,
+    }
 
 
 def _saved_step(checkpoints: Path) -> int:

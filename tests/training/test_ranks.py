@@ -57,9 +57,7 @@ def test_losses_do_not_depend_on_ranks_or_stage(
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_result_says_what_was_run(
-    runs: dict[tuple[int, int], Path], arrangement: tuple[int, int]
-) -> None:
+def test_result_says_what_was_run(runs: dict[tuple[int, int], Path], arrangement: tuple[int, int]) -> None:
     result = json.loads((runs[arrangement] / "result.json").read_text())
     assert (result["world_size"], result["zero_stage"]) == arrangement
     assert result["steps"] == 12
@@ -79,7 +77,9 @@ def test_stages_0_to_2_on_equal_ranks_make_the_same_adapter(runs: dict[tuple[int
 def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
     runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, stage: int
 ) -> None:
-    folder = train(tiny_recipe, tmp_path / "run", 2, stage, "--train.save_every", "5", "--train.keep_last", "9")
+    folder = train(
+        tiny_recipe, tmp_path / "run", 2, stage, "--train.save_every", "5", "--train.keep_last", "9"
+    )
     shutil.rmtree(folder / "checkpoints" / "step-00000012")
     shutil.rmtree(folder / "checkpoints" / "step-00000010")
     train(tiny_recipe, folder, 2, stage)
@@ -190,7 +190,9 @@ def test_more_ranks_than_examples_in_a_step(tiny_recipe: Path, tmp_path: Path) -
     assert losses(two) == pytest.approx(losses(one), rel=2e-4)
 
 
-def test_accumulation_changes_nothing(runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path) -> None:
+def test_accumulation_changes_nothing(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path
+) -> None:
     folder = train(tiny_recipe, tmp_path / "run", 2, 3, "--engine.micro_batch_tokens", "40")
     assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=2e-4)
 
@@ -213,5 +215,3 @@ def test_cpu_offload_of_the_frozen_weights(
 ) -> None:
     folder = train(tiny_recipe, tmp_path / "run", 2, 3, "--engine.offload_param", "cpu")
     assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=2e-4)
-
-

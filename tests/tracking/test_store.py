@@ -1,0 +1,60 @@
+"""Where runs go, and the first use of a store by many runs at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from gpc_dist.config import TrackingConfig
+from gpc_dist.tracking.store import redact, tracking_uri, ui_command
+from gpc_dist.tracking.sync import sync_run
+
+from .conftest import MakeRun
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"),
+    [
+        (None, "sqlite:////work/runs/mlflow.db"),
+        ("sqlite:///other.db", "sqlite:////here/other.db"),
+        ("sqlite:////abs/other.db", "sqlite:////abs/other.db"),
+        ("https://mlflow.example.org", "https://mlflow.example.org"),
+    ],
+)
+def test_tracking_uri(configured: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getcwd", lambda: "/here")
+    assert tracking_uri(TrackingConfig(uri=configured), "/work/runs/rte") == expected
+
+
+def test_ui_command() -> None:
+    assert ui_command("sqlite:////r/mlflow.db") == ("mlflow ui --backend-store-uri sqlite:////r/mlflow.db")
+    assert ui_command("https://u:p@mlflow.org") == "https://***@mlflow.org"
+
+
+def test_redact() -> None:
+    text = "postgresql://gpc:pw@db/mlflow and https://host/a@b"
+    assert redact(text) == "postgresql://***@db/mlflow and https://host/a@b"
+
+
+def test_four_runs_share_the_first_use_of_a_store(tmp_path: Path, make_run: MakeRun) -> None:
+    folders = [make_run(tmp_path / "runs" / f"seed{seed}") for seed in range(4)]
+    for folder in folders:
+        folder.write_status("finished")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow"])  # imported once, and nothing of it used yet
+    processes = [context.Process(target=sync_run, args=(folder.path,)) for folder in folders]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=90)
+    assert [process.exitcode for process in processes] == [0] * 4
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("gpc-dist")
+    assert experiment is not None
+    assert experiment.artifact_location == f"file://{tmp_path}/runs/mlartifacts"
+    found = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in found) == [f"seed{seed}" for seed in range(4)]
