@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 def _settings_help() -> str:
     """Every configuration key with its default and its documentation."""
     lines = ["settings (--section.key VALUE):"]
-    for key, field in config.keys().items():
+    for key, field in config.all_keys().items():
         default = "none" if field.default is None else field.default
         lines.append(f"  --{key}  [{default}]")
         lines += [f"      {line}" for line in (field.description or "").splitlines()]

@@ -116,9 +116,9 @@ class AdapterConfig(Section):
 
 class TrainConfig(Section):
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps; give this or `epochs`."""
+    """Optimizer steps, instead of `epochs`."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training split; give this or `steps`."""
+    """Passes over the training split; 10 when neither this nor `steps` is given."""
     batch_size: int = Field(32, ge=1)
     """Examples per step over all ranks."""
     batch_tokens: int | None = Field(None, ge=1)
@@ -160,8 +160,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of train.steps and train.epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("train.steps and train.epochs exclude each other: give one of them")
         return self
 
 
@@ -220,7 +220,7 @@ class Config(Section):
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     adapter: AdapterConfig = AdapterConfig()
-    train: TrainConfig = TrainConfig(steps=1000)
+    train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -232,7 +232,7 @@ class Config(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-def keys() -> dict[str, Any]:
+def all_keys() -> dict[str, Any]:
     """Every dotted key with its field: `train.lr` -> FieldInfo (default, documentation)."""
     return {
         f"{section}.{name}": field
@@ -297,7 +297,7 @@ def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Conf
         raise UserError("a recipe is a mapping of sections: " + ", ".join(Config.model_fields))
     for key, text in (overrides or {}).items():
         section, _, name = key.partition(".")
-        if key not in keys():
+        if key not in all_keys():
             raise UserError(_unknown_key(key))
         tree.setdefault(section, {})[name] = _parse_yaml(text, f"--{key}") if text else text
         # steps and epochs exclude each other: the one given last, on the command line, wins
@@ -311,7 +311,7 @@ def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Conf
 
 
 def _unknown_key(key: str) -> str:
-    valid = list(keys())
+    valid = list(all_keys())
     section = key.split(".")[0]
     close = difflib.get_close_matches(key, valid, n=1)
     siblings = [k for k in valid if k.split(".")[0] == section] or list(Config.model_fields)

@@ -69,7 +69,9 @@ def locate(model: Any) -> EncoderParts:
     family = config.model_type
     if family in REFUSED:
         raise UserError(f"encoder family '{family}' cannot hold a prompt: {REFUSED[family]}")
-    encoder: Any = model.get_encoder() if config.is_encoder_decoder else model.base_model
+    encoder: Any = model.base_model
+    if hasattr(encoder, "decoder"):  # its configuration may deny it: that of T5's encoder half does
+        encoder = encoder.get_encoder()
     if family == "albert":
         _unroll_albert(encoder)
     layers = _layer_stack(encoder, getattr(config, "num_hidden_layers", 0))

@@ -28,6 +28,8 @@ from gpc_dist.training.schedule import factor
 from gpc_dist.training.session import Session, Split
 from gpc_dist.training.stop import StopRequest
 
+_EPOCHS = 10.0
+
 MetricSink = Callable[[int, dict[str, float]], None]
 """Takes a step and its figures."""
 
@@ -116,7 +118,7 @@ def train(
     config, world, model = session.config, session.world, session.model
     settings, stage = config.train, config.engine.zero_stage
     plan = EpochPlan(training.encoded.sizes, config.run.seed, settings.batch_size, settings.batch_tokens)
-    total = settings.steps or plan.total_steps(settings.epochs or 0)
+    total = settings.steps or plan.total_steps(settings.epochs or _EPOCHS)
     warmup = warmup_steps(settings, total)
     lane = LaneOptimizer(model.adapter, settings, world, stage)
     position = _resume(session, lane, checkpoints) if settings.resume else Position()

@@ -1,0 +1,63 @@
+"""The command line as a newcomer meets it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpc_dist import cli
+from gpc_dist.errors import EXIT_USAGE
+from tests.conftest import command
+
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "mlflow", "sklearn", "scipy", "pandas"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"import sys; sys.argv[1:] = {arguments}; from gpc_dist.cli import entry\ntry: entry()\n"
+    code += "finally: print(sorted(m for m in sys.modules if '.' not in m), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: gpc-dist" in done.stdout
+    assert set(ast.literal_eval(done.stderr.splitlines()[-1])) & HEAVY == set()
+
+
+def test_help_names_every_command_and_every_key() -> None:
+    shown = command("--help").stdout
+    for name in ("train", "evaluate", "predict", "results", "sync", "doctor", "init"):
+        assert f"\n    {name} " in shown
+    keys = command("train", "--help").stdout
+    for key in cli.config.all_keys():
+        assert f"--{key} " in keys
+
+
+def test_init_copies_files_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", str(tmp_path / "work")]) == 0
+    recipes = sorted((tmp_path / "work" / "recipes").glob("*.yaml"))
+    assert len(recipes) >= 11
+    for recipe in recipes:
+        cli.config.load(str(recipe))
+    assert (tmp_path / "work" / "ds_configs" / "zero3.json").is_file()
+    assert cli.main(["init", str(tmp_path / "work")]) == EXIT_USAGE
+    assert "already has" in capsys.readouterr().err
+
+
+def test_doctor_reports_and_succeeds_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "deepspeed" in said
+    assert "ready to train" in said
+
+
+def test_results_of_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["results", str(tmp_path)]) == EXIT_USAGE
+    assert "result.json is missing" in capsys.readouterr().err
+
+
+def test_no_command_is_a_usage_error() -> None:
+    done = command()
+    assert done.returncode == EXIT_USAGE
+    assert "COMMAND" in done.stderr

@@ -1,0 +1,105 @@
+"""The configuration tree: recipes, overrides and refusals; and the DeepSpeed regimes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpc_dist import config
+from gpc_dist.engine import deepspeed_config
+from gpc_dist.errors import UserError
+from gpc_dist.shipped import shipped_folder
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_every_recipe_loads_and_says_what_it_is_for(name: str) -> None:
+    loaded = config.load(name)
+    assert loaded.run.folder == Path("runs") / name
+    text = (Path(config.__file__).parent / "recipes" / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+
+
+def test_the_promised_recipes_are_there() -> None:
+    promised = "boolq cb copa multirc record rte wic wsc demo roberta-large t5-xl".split()
+    assert set(promised) <= set(config.recipe_names())
+
+
+def test_every_key_is_documented() -> None:
+    assert [key for key, field in config.all_keys().items() if not field.description] == []
+
+
+def test_overrides_come_after_the_recipe() -> None:
+    loaded = config.load("rte", {"train.lr": "5e-3", "train.steps": "7", "task.text": "[a, b]"})
+    assert (loaded.train.lr, loaded.train.steps, loaded.train.epochs) == (5e-3, 7, None)
+    assert loaded.task.text == ["a", "b"]
+
+
+def test_the_dumped_tree_is_the_same_configuration() -> None:
+    loaded = config.load("t5-xl")
+    assert config.build(loaded.dump()) == loaded
+
+
+def recipe(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lr: 1}\ntrain: {lr: 2}", "duplicate key 'train'"),
+        ("train:\n  lr: 1\n  lr: 2", "duplicate key 'lr'"),
+        ("train: {learning_rate: 1}", "unknown key 'train.learning_rate'"),
+        ("trian: {lr: 1}", "Valid keys: run, encoder, task"),
+        ("train: [1, 2]", "train"),
+        ("- 1", "mapping of sections"),
+        ("train: {lr: [}", "not valid YAML"),
+        ("train: {steps: 10, lr: -1}", "greater than 0 (given: -1)"),
+        ("adapter: {prompt_init: text}", "needs adapter.prompt_text"),
+    ],
+)
+def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.load(recipe(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:
+    with pytest.raises(UserError) as error:
+        config.build({}, {"engine.zero": "3"})
+    assert all(key in str(error.value) for key in config.all_keys() if key.startswith("engine."))
+
+
+@pytest.mark.parametrize("name", deepspeed_config.regimes())
+def test_every_regime_is_valid_for_deepspeed_itself(name: str) -> None:
+    import deepspeed
+
+    values = json.loads((shipped_folder("ds_configs") / f"{name}.json").read_text())
+    parsed = deepspeed.DeepSpeedConfig(values)
+    assert parsed.zero_optimization_stage == int(name[4])
+    assert parsed.gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize("name", deepspeed_config.regimes())
+def test_every_regime_resolves_with_the_runs_values(name: str) -> None:
+    stage, _, offload = name.removeprefix("zero").partition("-offload-")
+    overrides = {"engine.zero_stage": stage, "engine.offload_param": offload or "none"}
+    if offload == "nvme":
+        overrides["engine.nvme_path"] = "/local/nvme"
+    loaded = config.load("rte", overrides | {"train.clip_norm": "0.5"})
+    values = deepspeed_config.resolve(loaded, 4, torch.bfloat16)
+    assert values["train_batch_size"] == 32
+    assert values["gradient_clipping"] == 0.5
+    assert values["bf16"] == {"enabled": True}
+    zero = values["zero_optimization"]
+    assert zero["stage"] == int(stage)
+    assert zero.get("offload_param", {}).get("device", "none") == (offload or "none")
+
+
+def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
+    share, count = (config.load("rte", {"train.warmup": w}).train for w in ("0.1", "30"))
+    assert (config.warmup_steps(share, 205), config.warmup_steps(count, 205)) == (21, 30)

@@ -1,0 +1,260 @@
+"""One rank in this process: what a run writes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpc_dist import cli, config
+from gpc_dist.engine import checkpoint
+from gpc_dist.errors import EXIT_USAGE
+from tests.conftest import losses
+
+
+def gpc(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert gpc("train", tiny_recipe, "--run.dir", folder) == 0
+    return folder
+
+
+def test_a_run_writes_one_folder(run: Path) -> None:
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "ds_config.json",
+        "facts.json",
+        "metrics.jsonl",
+        "result.json",
+        "status.json",
+    }
+
+
+def test_the_result_has_every_promised_entry(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    promised = (
+        "task method metrics majority_baseline steps world_size zero_stage trainable_parameters frozen_parameters "
+        "samples_per_s tokens_per_s padding_pct step_ms peak_memory_mib load_s wall_s mlflow_run_id"
+    ).split()
+    assert set(promised) <= result.keys()
+    assert result["metrics"]["best"]["accuracy"] >= result["metrics"]["last"]["accuracy"]
+    assert result["majority_baseline"]["accuracy"] == pytest.approx(11 / 23)
+
+
+def test_the_written_configuration_is_complete_and_makes_the_same_run(run: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    assert {f"{s}.{k}" for s, section in tree.items() for k in section} == set(config.all_keys())
+    assert gpc("train", run / "config.yaml", "--run.dir", tmp_path / "again") == 0
+    assert losses(tmp_path / "again") == losses(run)
+
+
+def test_evaluation_stands_in_the_metrics_by_step(run: Path) -> None:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "val/accuracy" in line] == [4, 8, 12]
+
+
+def test_the_best_and_the_last_checkpoints_are_kept(tiny_recipe: Path, tmp_path: Path) -> None:
+    assert (
+        gpc("train", tiny_recipe, "--run.dir", tmp_path, "--train.eval_every", 2, "--train.keep_last", 2) == 0
+    )
+    best = json.loads((tmp_path / "result.json").read_text())["metrics"]["best_step"]
+    kept = {checkpoint.step_of(path) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {best, 10, 12}
+
+
+def test_evaluate_gives_the_reported_metric_for_any_batch_size(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = json.loads((run / "result.json").read_text())["metrics"]["best"]
+    for tokens in (30, 100000):
+        assert (
+            gpc("evaluate", run / "adapter", "--train.eval_batch_tokens", tokens, "--engine.device", "cpu")
+            == 0
+        )
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert printed["examples"] == 23
+        assert printed["metrics"] == pytest.approx(expected)
+
+
+def test_predict_writes_a_line_for_every_row(run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    rows = [{"text": json.loads(line)["text"]} for line in (tiny_data / "validation.jsonl").open()]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        gpc("predict", run / "adapter", "--input", source, "--output", target, "--engine.device", "cpu") == 0
+    )
+    predictions = [json.loads(line) for line in target.open()]
+    assert [p["id"] for p in predictions] == list(range(23))
+    assert {p["prediction"] for p in predictions} <= {"with", "without"}
+    assert all(sum(p["probabilities"]) == pytest.approx(1) for p in predictions)
+
+
+def test_early_stopping_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    more = ("--train.steps", 400, "--train.eval_every", 1, "--train.patience", 3, "--train.lr", 1e-9)
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path, *more, "--train.cell_lr", 1e-9) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == result["metrics"]["best_step"] + 3 < 400
+
+
+def test_a_finished_run_is_extended_by_more_steps(run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path / "run", "--train.steps", 14) == 0
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 15))
+
+
+def test_adafactor_resumes_bit_for_bit(tiny_recipe: Path, tmp_path: Path) -> None:
+    more = ("--train.optimizer", "adafactor", "--train.schedule", "constant", "--train.warmup", 0)
+    for folder in ("whole", "parts"):
+        assert gpc("train", tiny_recipe, "--run.dir", tmp_path / folder, *more) == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000012")
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path / "parts", *more) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_resume_false_starts_again(run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    arguments = ("--run.dir", tmp_path / "run", "--train.resume", "false", "--train.steps", 3)
+    assert gpc("train", tiny_recipe, *arguments) == 0
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_a_non_finite_loss_ends_the_run_with_one_message(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--train.lr", 1e30, "--train.warmup", 0, "--train.clip_norm", "null", "--train.steps", 50)
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path, *arguments) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert "the loss was not finite (nan or inf) for 3 steps" in said
+    assert "lower train.lr" in said
+    assert not (tmp_path / "result.json").exists()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def damaged(run: Path, folder: Path, name: str) -> Path:
+    shutil.copytree(run, folder)
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest is not None
+    path = newest / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "rng.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_with_its_remedy(
+    run: Path, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = damaged(run, tmp_path / "run", name)
+    assert gpc("train", tiny_recipe, "--run.dir", folder, "--train.steps", 14) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert f"{name} changed after it was written" in said
+    assert "delete this folder" in said
+
+
+def test_an_interrupted_save_leaves_the_previous_checkpoint(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    before = checkpoint.newest(folder)
+    assert before is not None
+    saved = checkpoint.load(before)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sha256", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(folder, checkpoint.Checkpoint(99, saved.tensors, saved.rng, saved.state))
+    monkeypatch.undo()
+    assert checkpoint.newest(folder) == before
+    assert checkpoint.load(before).tensors.keys() == saved.tensors.keys()
+    assert not list(folder.glob("*99*"))
+
+
+def test_a_save_cut_off_before_its_marker_is_not_read(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    newest = checkpoint.newest(folder)
+    assert newest is not None
+    (newest / "COMPLETE").unlink()
+    previous = checkpoint.newest(folder)
+    assert previous is not None
+    assert checkpoint.step_of(previous) < checkpoint.step_of(newest)
+    checkpoint.prune(folder, keep_last=2, best_step=None)
+    assert not newest.exists()
+
+
+BAD = {
+    "unknown recipe": (["train", "nothing"], "no recipe 'nothing'"),
+    "unknown key": (["{recipe}", "--train.lrr", "1"], "did you mean 'train.lr'"),
+    "a key twice": (["{recipe}", "--train.lr", "1", "--train.lr", "2"], "--train.lr is given twice"),
+    "no value": (["{recipe}", "--train.lr"], "--train.lr needs a value"),
+    "bad value": (["{recipe}", "--train.lr", "fast"], "train.lr: Input should be a valid number"),
+    "fp16": (["{recipe}", "--engine.dtype", "fp16"], "bf16"),
+    "missing data": (["{recipe}", "--data.path", "/nowhere/data"], "/nowhere/data does not exist"),
+    "missing encoder": (
+        ["{recipe}", "--encoder.path", "/nowhere/encoder"],
+        "/nowhere/encoder does not exist",
+    ),
+    "hub out of reach": (["{recipe}", "--encoder.path", "no-such/encoder"], "encoder.path 'no-such/encoder'"),
+    "wrong column": (["{recipe}", "--task.text", "[body]"], "there is no column 'body'"),
+    "unseen label": (["{recipe}", "--task.labels", "[a, b]"], "is none of the labels"),
+    "long prompt": (["{recipe}", "--adapter.prompt_tokens", "64"], "64 positions"),
+    "wrong regime": (["{recipe}", "--engine.ds_config", "zero3"], "has ZeRO stage 3"),
+    "no regime": (["{recipe}", "--engine.ds_config", "zero9"], "zero0"),
+    "offload without sharding": (["{recipe}", "--engine.offload_param", "cpu"], "needs engine.zero_stage 3"),
+    "steps and epochs": (["{recipe}", "--train.steps", "1", "--train.epochs", "1"], "exclude each other"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_message_and_no_trace(
+    case: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = BAD[case]
+    if arguments[0] == "{recipe}":
+        arguments = ["train", str(tiny_recipe), "--run.dir", str(tmp_path / "run"), *arguments[1:]]
+    assert gpc(*arguments) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert expected in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_another_runs_folder_is_refused(
+    run: Path, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    arguments = ("--run.dir", tmp_path / "run", "--adapter.prompt_tokens", 5)
+    assert gpc("train", tiny_recipe, *arguments) == EXIT_USAGE
+    assert "belongs to a run with another adapter" in capsys.readouterr().err
+
+
+def test_an_adapter_on_another_encoder_is_refused(
+    run: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModel
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_encoder, other)
+    model = AutoModel.from_pretrained(other)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias += 1
+    model.save_pretrained(other)
+    assert gpc("evaluate", run / "adapter", "--encoder.path", other) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert str(other) in said
+    assert str(tiny_encoder) in said
