@@ -1,0 +1,64 @@
+"""Grafts onto tiny encoders, and what tests look at in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
+
+from .encoders import P, randomise, tiny
+
+METHODS: dict[str, dict[str, Any]] = {
+    "recurrent": {"cell": "recurrent"},
+    "gated": {"cell": "gated"},
+    "residual": {"cell": "residual"},
+    "low-rank": {"cell": "residual", "cell_rank": 3},
+    "per-layer": {"cell": "gated", "cell_per_layer": True},
+    "deep-prompt": {"method": "deep-prompt"},
+    "prompt-tuning": {"method": "prompt-tuning"},
+}
+"""Every method that has a prompt, and every cell in its variants."""
+
+
+def options(name: str, **more: Any) -> AdapterConfig:
+    return AdapterConfig(**({"prompt_tokens": P} | METHODS[name] | more))
+
+
+def grafted(encoder: str | Any, config: AdapterConfig, outputs: int = 3, draw: bool = True) -> GraftedEncoder:
+    """A graft onto an encoder or a tiny one of a family. `draw` gives all trained tensors random values: at
+    its zero start a cell would leave half of its weights unused."""
+    graft = attach(tiny(encoder) if isinstance(encoder, str) else encoder, config, outputs=outputs)
+    if draw:
+        randomise(graft.adapter, seed=1)
+    return graft
+
+
+class StatesOf(nn.Module):
+    """Stands for a head: gives the text states to the test."""
+
+    def forward(self, text_states: Tensor, attention_mask: Tensor) -> Tensor:
+        return text_states
+
+
+def text_states(graft: GraftedEncoder, batch: dict[str, Tensor]) -> Tensor:
+    """States of the text positions in the last layer, padding included: `[B, T, H]`."""
+    head, graft.adapter.head = graft.adapter.head, StatesOf()
+    try:
+        return graft(**batch)
+    finally:
+        graft.adapter.head = head
+
+
+def trained(graft: GraftedEncoder) -> dict[str, nn.Parameter]:
+    return dict(graft.adapter.named_parameters())
+
+
+def gradients(graft: GraftedEncoder, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a fixed loss in which all outputs take part."""
+    graft.zero_grad()
+    outputs = graft(**batch)
+    torch.sum(outputs * torch.linspace(-1, 1, outputs.numel()).view_as(outputs)).backward()
+    return {n: p.grad.clone() for n, p in trained(graft).items() if p.grad is not None}

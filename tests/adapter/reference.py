@@ -1,0 +1,205 @@
+"""The recursion once more, without hooks and without the graft's code.
+
+`run_layers` calls an encoder's own layers one by one. `bert` and `t5` use nothing of transformers but
+the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NextPrompt = Callable[[int, Tensor, Tensor], Tensor]
+"""`(layer, e_l, p_l) -> p_{l+1}`"""
+Weights = dict[str, Tensor]
+
+
+def keep(layer: int, encoded: Tensor, previous: Tensor) -> Tensor:
+    """Prompt tuning: the encoded prompt goes on as it is."""
+    return encoded
+
+
+def padded_left(x: Tensor, count: int, value: int) -> Tensor:
+    return torch.cat([x.new_full((len(x), count), value), x], dim=1)
+
+
+def write(states: Tensor, previous: Tensor, layer: int, tokens: int, next_prompt: NextPrompt) -> Tensor:
+    prompt = next_prompt(layer, states[:, :tokens], previous[:, :tokens])
+    return torch.cat([prompt, states[:, tokens:]], dim=1)
+
+
+# -- the encoder's own layers, one by one --------------------------------------------------------------
+
+
+def _layer_calls(
+    encoder: Any, inputs: dict[str, Any]
+) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Every call of a layer in a plain pass: what a layer is given beside the hidden states (masks,
+    position biases, rotary angles) does not depend on them."""
+    stacks = {
+        "albert": lambda: encoder.encoder.albert_layer_groups,
+        "distilbert": lambda: encoder.transformer.layer,
+        "modernbert": lambda: encoder.layers,
+        **dict.fromkeys(("t5", "mt5", "umt5"), lambda: encoder.encoder.block),
+    }
+    layers = stacks.get(encoder.config.model_type, lambda: encoder.encoder.layer)()
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((module, args, kwargs))
+
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    encoder(**inputs)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def run_layers(encoder: Any, inputs: dict[str, Any], tokens: int, next_prompt: NextPrompt) -> Tensor:
+    """Last hidden states `[B, P+T, H]` from `inputs` that hold the prompt already."""
+    calls = _layer_calls(encoder, inputs)
+    family = encoder.config.model_type
+    embedded = states = calls[0][1][0]
+    for index, (layer, args, kwargs) in enumerate(calls):
+        previous = states
+        output = layer(states, *args[1:], **kwargs)
+        states = output[0] if isinstance(output, tuple) else output
+        if index < len(calls) - 1:
+            states = write(states, previous, index, tokens, next_prompt)
+        if family == "deberta-v2" and index == 0:
+            states = encoder.encoder.conv(embedded, states, inputs["attention_mask"])
+    final = {
+        "modernbert": lambda: encoder.final_norm,
+        "xlm-roberta-xl": lambda: encoder.encoder.LayerNorm,
+        **dict.fromkeys(("t5", "mt5", "umt5"), lambda: encoder.encoder.final_layer_norm),
+    }
+    return final[family]()(states) if family in final else states
+
+
+# -- BERT and T5 from their weights --------------------------------------------------------------------
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor, scale: float) -> Tensor:
+    """`[B, T, H]` queries, keys and values; `bias` is added to the scores `[B, heads, T, T]`."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-1, -2)) * scale + bias
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(mask[:, None, None, :] == 1, 0.0, -math.inf).to(dtype)
+
+
+def bert(
+    w: Weights,
+    start: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    types: Tensor,
+    next_prompt: NextPrompt,
+    heads: int = 4,
+) -> Tensor:
+    """Text states `[B, T, H]` of a BERT with the weights `w` after a prompt `start [P, H]`."""
+    tokens = len(start)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    words = torch.cat([start.expand(len(ids), -1, -1), w["embeddings.word_embeddings.weight"][ids]], dim=1)
+    segments = w["embeddings.token_type_embeddings.weight"][padded_left(types, tokens, 0)]
+    places = w["embeddings.position_embeddings.weight"][: words.shape[1]]
+    x = norm(words + segments + places, "embeddings.LayerNorm")
+    bias = _mask_bias(padded_left(mask, tokens, 1), x.dtype)
+    layers = 1 + max(int(name.split(".")[2]) for name in w if name.startswith("encoder.layer."))
+    for index in range(layers):
+        before, name = x, f"encoder.layer.{index}"
+        q, k, v = (linear(x, f"{name}.attention.self.{part}") for part in ("query", "key", "value"))
+        mixed = _attention(q, k, v, heads, bias, (x.shape[-1] // heads) ** -0.5)
+        x = norm(linear(mixed, f"{name}.attention.output.dense") + x, f"{name}.attention.output.LayerNorm")
+        inner = F.gelu(linear(x, f"{name}.intermediate.dense"))
+        x = norm(linear(inner, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
+        if index < layers - 1:
+            x = write(x, before, index, tokens, next_prompt)
+    return x[:, tokens:]
+
+
+def t5(
+    w: Weights,
+    start: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    next_prompt: NextPrompt,
+    heads: int = 4,
+    buckets: int = 8,
+    max_distance: int = 16,
+) -> Tensor:
+    """Text states `[B, T, H]` of a T5 encoder with the weights `w` after a prompt `start [P, H]`."""
+    tokens = len(start)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    def bucket(distance: int) -> int:
+        """Half of the buckets for keys on the right; of a half, half are exact and half logarithmic."""
+        half = buckets // 2
+        side, far = (half if distance > 0 else 0), abs(distance)
+        if far < half // 2:
+            return side + far
+        ratio = math.log(far / (half // 2)) / math.log(max_distance / (half // 2))
+        return side + min(half // 2 + int(ratio * (half - half // 2)), half - 1)
+
+    x = torch.cat([start.expand(len(ids), -1, -1), w["shared.weight"][ids]], dim=1)
+    length = x.shape[1]
+    table = torch.tensor([[bucket(key - query) for key in range(length)] for query in range(length)])
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    bias = w[name][table].permute(2, 0, 1) + _mask_bias(padded_left(mask, tokens, 1), x.dtype)
+    layers = 1 + max(int(n.split(".")[2]) for n in w if n.startswith("encoder.block."))
+    for index in range(layers):
+        before, name = x, f"encoder.block.{index}.layer"
+        normed = norm(x, f"{name}.0.layer_norm")
+        q, k, v = (normed @ w[f"{name}.0.SelfAttention.{part}.weight"].T for part in "qkv")
+        x = x + _attention(q, k, v, heads, bias, 1.0) @ w[f"{name}.0.SelfAttention.o.weight"].T
+        inner = norm(x, f"{name}.1.layer_norm") @ w[f"{name}.1.DenseReluDense.wi.weight"].T
+        x = x + inner.relu() @ w[f"{name}.1.DenseReluDense.wo.weight"].T
+        if index < layers - 1:
+            x = write(x, before, index, tokens, next_prompt)
+    return norm(x, "encoder.final_layer_norm")[:, tokens:]
+
+
+# -- cells by their formula ----------------------------------------------------------------------------
+
+
+def cell_rule(adapter: Any, weights: Weights | None = None) -> NextPrompt:
+    """What an adapter's configuration says, computed from its tensors with plain operations."""
+    w = weights if weights is not None else dict(adapter.named_parameters())
+    config = adapter.config
+
+    def unit(x: Tensor, name: str) -> Tensor:
+        x = x @ w[f"{name}.0.weight"].T
+        return x if config.cell_rank is None else x @ w[f"{name}.1.weight"].T
+
+    def rule(layer: int, e: Tensor, p: Tensor) -> Tensor:
+        if config.method == "prompt-tuning":
+            return e
+        if config.method == "deep-prompt":
+            return w["prompt.deep"][layer].expand(len(e), -1, -1)
+        cell = f"cell.{layer if config.cell_per_layer else 0}"
+        remembered, forgotten = unit(e, f"{cell}.remember"), unit(p, f"{cell}.forget")
+        if config.cell == "recurrent":
+            return torch.tanh(remembered + forgotten + w[f"{cell}.bias"])
+        if config.cell == "gated":
+            gate = 1 / (1 + torch.exp(-(remembered + forgotten + w[f"{cell}.bias"])))
+            return gate * p + (1 - gate) * e
+        return e + remembered - forgotten
+
+    return rule

@@ -1,0 +1,302 @@
+"""Adapter folders: exact, small, atomic, and bound to their encoder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from gpc_dist.adapter import GraftedEncoder, store
+from gpc_dist.adapter.fingerprint import identify
+from gpc_dist.adapter.store import CARD, WEIGHTS, load_adapter, read_card, save_adapter
+from gpc_dist.errors import UserError
+
+from .encoders import FAMILIES, batch_for, tiny, tiny_config
+from .grafts import METHODS, grafted, options, trained
+
+ALL_METHODS = METHODS | {"linear-probe": {"method": "linear-probe"}}
+
+
+def config_of(method: str) -> Any:
+    return options("residual", **ALL_METHODS[method])
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path, method: str) -> None:
+    graft, batch = grafted("bert", config_of(method)), batch_for("bert")
+    graft.save_pretrained(tmp_path / "adapter")
+    loaded = GraftedEncoder.from_pretrained(tmp_path / "adapter", tiny("bert"))
+    assert loaded.adapter.config == graft.adapter.config
+    assert trained(loaded).keys() == trained(graft).keys()
+    assert all(torch.equal(trained(loaded)[name], tensor) for name, tensor in trained(graft).items())
+    assert torch.equal(loaded(**batch), graft(**batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_every_family_finds_its_encoder_again(tmp_path: Path, family: str) -> None:
+    graft, batch = grafted(family, options("per-layer")), batch_for(family)
+    graft.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(
+        GraftedEncoder.from_pretrained(tmp_path / "adapter", tiny(family))(**batch), graft(**batch)
+    )
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_folder_holds_the_trained_tensors_and_a_header(tmp_path: Path, method: str) -> None:
+    graft = grafted("bert", config_of(method))
+    graft.save_pretrained(tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == sorted([CARD, WEIGHTS])
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]  # no temporary folder stays
+    weights = (tmp_path / "adapter" / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    assert len(weights) == header + 4 * sum(p.numel() for p in trained(graft).values())
+    assert header < 4096
+    assert (tmp_path / "adapter" / CARD).stat().st_size < 4096
+
+
+def test_the_card_tells_the_method_the_encoder_and_the_task(tmp_path: Path) -> None:
+    graft = grafted("electra", options("low-rank"), outputs=5)
+    identity = identify(graft.encoder)
+    save_adapter(tmp_path / "adapter", graft.adapter, identity, {"labels": ["ja", "não"]})
+    card = read_card(tmp_path / "adapter")
+    assert (card.adapter, card.shape, card.outputs) == (graft.adapter.config, graft.parts.shape, 5)
+    assert card.encoder == identity
+    assert card.task == {"labels": ["ja", "não"]}
+
+
+# -- the encoder it belongs to ---------------------------------------------------------------------------
+
+
+def saved_encoder(folder: Path, family: str = "bert", seed: int = 0, **options: Any) -> Any:
+    tiny(family, seed).save_pretrained(folder, **options)
+    return AutoModel.from_pretrained(folder)
+
+
+def test_another_encoder_is_refused_by_a_message_that_names_both(tmp_path: Path) -> None:
+    graft = grafted(saved_encoder(tmp_path / "one"), options("residual"))
+    graft.save_pretrained(tmp_path / "adapter")
+    other = saved_encoder(tmp_path / "two", seed=1)
+    with pytest.raises(UserError) as caught:
+        GraftedEncoder.from_pretrained(tmp_path / "adapter", other)
+    for encoder in (graft.encoder, other):
+        identity = identify(encoder)
+        assert f"'{identity.path}' (sha256 {identity.sha256[:12]})" in str(caught.value)
+    assert str(tmp_path / "one") in str(caught.value)
+    assert str(tmp_path / "two") in str(caught.value)
+
+
+def test_the_same_weights_in_another_folder_are_the_same_encoder(tmp_path: Path) -> None:
+    graft = grafted(saved_encoder(tmp_path / "one"), options("residual"))
+    graft.save_pretrained(tmp_path / "adapter")
+    moved = saved_encoder(tmp_path / "two")
+    assert torch.equal(
+        GraftedEncoder.from_pretrained(tmp_path / "adapter", moved)(**batch_for("bert")),
+        graft(**batch_for("bert")),
+    )
+
+
+def test_shards_and_dtype_make_no_other_encoder(tmp_path: Path) -> None:
+    whole = identify(saved_encoder(tmp_path / "whole"))
+    shards = saved_encoder(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    assert identify(shards).sha256 == whole.sha256
+    half = AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert identify(half).sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("claims_a_decoder", [True, False])  # a saved encoder half claims to have none
+def test_the_encoder_half_and_the_whole_of_t5_are_one_encoder(tmp_path: Path, claims_a_decoder: bool) -> None:
+    import transformers
+
+    transformers.T5Model(tiny_config("t5", is_encoder_decoder=claims_a_decoder)).save_pretrained(tmp_path)
+    loaders = (transformers.T5Model, transformers.T5EncoderModel, transformers.T5ForConditionalGeneration)
+    graft = grafted(loaders[0].from_pretrained(tmp_path), options("gated"))
+    graft.save_pretrained(tmp_path / "adapter")
+    for loader in loaders[1:]:
+        other = GraftedEncoder.from_pretrained(tmp_path / "adapter", loader.from_pretrained(tmp_path))
+        assert torch.equal(other(**batch_for("t5")), graft(**batch_for("t5")))
+
+
+@pytest.mark.parametrize("change", ["values", "name", "shape"])
+def test_a_fingerprint_sees_values_names_and_shapes(tmp_path: Path, change: str) -> None:
+    from safetensors.torch import save_file
+
+    from gpc_dist.adapter.fingerprint import fingerprint_files
+
+    tensor = torch.arange(6.0)
+    other = {
+        "values": {"w": tensor + 1},
+        "name": {"v": tensor},
+        "shape": {"w": tensor.view(2, 3)},
+    }[change]
+    save_file({"w": tensor}, tmp_path / "a.safetensors")
+    save_file(other, tmp_path / "b.safetensors")
+    prints = [fingerprint_files([tmp_path / f"{name}.safetensors"]) for name in ("a", "a", "b")]
+    assert prints[0] == prints[1]
+    assert prints[0] != prints[2]
+
+
+def test_pickled_weights_are_told_apart_without_being_unpickled(tmp_path: Path) -> None:
+    from gpc_dist.adapter.fingerprint import fingerprint_files
+
+    class Trap:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+            return pytest.fail, ("the file was unpickled",)
+
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        torch.save({"w": torch.full((4,), value), "trap": Trap()}, tmp_path / f"{name}.bin")
+    assert fingerprint_files([tmp_path / "a.bin"]) != fingerprint_files([tmp_path / "b.bin"])
+
+
+def test_random_weights_are_known_by_their_values_whatever_folders_lie_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_encoder(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)  # a folder named as the family
+    first, again, other = (identify(tiny("bert", seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first.sha256 != other.sha256
+    assert first.path == "bert"
+
+
+def test_a_loaded_adapter_goes_to_its_encoders_device(tmp_path: Path) -> None:
+    encoder = saved_encoder(tmp_path / "encoder")
+    grafted(encoder, options("gated")).save_pretrained(tmp_path / "adapter")
+    loaded = GraftedEncoder.from_pretrained(tmp_path / "adapter", encoder.to("meta"))
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+
+
+# -- what is broken --------------------------------------------------------------------------------------
+
+
+def edit_card(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        card = json.loads((folder / CARD).read_text())
+        (folder / CARD).write_text(json.dumps(card | changes))
+
+    return edit
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+SHAPE = {"layers": 3, "hidden_size": 32, "embedding_size": 32}
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "no card": (lambda folder: (folder / CARD).unlink(), f"no adapter in .*{CARD} is missing"),
+    "half of the weights": (cut(WEIGHTS, 2000), WEIGHTS),
+    "empty weights": (cut(WEIGHTS, 0), WEIGHTS),
+    "weights of zeros": (lambda folder: (folder / WEIGHTS).write_bytes(bytes(4000)), WEIGHTS),
+    "half of the card": (cut(CARD, 100), f"{CARD} is not a valid adapter card"),
+    "card in another encoding": (lambda f: (f / CARD).write_bytes(b"\xff\xfe{}"), "not a valid adapter card"),
+    "card of another kind": (lambda f: (f / CARD).write_text("[1, 2]"), "not a valid adapter card"),
+    "future format": (edit_card(format=99), "has format 99; this version reads 1"),
+    "unknown method": (edit_card(adapter={"method": "lora"}), "not a valid adapter card"),
+    "no encoder": (edit_card(encoder={}), "not a valid adapter card"),
+    "other outputs": (edit_card(outputs=7), f"{WEIGHTS} cannot be loaded"),
+    "outputs that are no number": (edit_card(outputs="three"), f"{WEIGHTS} cannot be loaded"),
+    "other method": (edit_card(adapter={"method": "prompt-tuning", "prompt_tokens": 4}), "cannot be loaded"),
+    "other width": (edit_card(shape=SHAPE | {"hidden_size": 64}), f"{WEIGHTS} cannot be loaded"),
+    "width that is no number": (
+        edit_card(shape=SHAPE | {"hidden_size": None}),
+        f"{WEIGHTS} cannot be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_damaged_folder_gives_one_clear_message(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "adapter"
+    grafted("bert", options("residual")).save_pretrained(folder)
+    break_it, message = BROKEN[damage]
+    break_it(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_adapter(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter in .*nowhere"):
+        GraftedEncoder.from_pretrained(tmp_path / "nowhere", tiny("bert"))
+
+
+# -- interrupted saves -----------------------------------------------------------------------------------
+
+
+def write_half(tensors: dict[str, Any], path: Path) -> None:
+    path.write_bytes(bytes(100))
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise OSError("no space left on device")
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_then(end: Callable[..., None]) -> Callable[..., None]:
+    def save(tensors: dict[str, Any], path: Path) -> None:
+        write_half(tensors, path)
+        end()
+
+    return save
+
+
+def saved_then_changed(folder: Path) -> tuple[GraftedEncoder, dict[str, torch.Tensor]]:
+    """A graft whose adapter was saved and has been trained on since; and the saved tensors."""
+    graft = grafted("bert", options("gated"))
+    graft.save_pretrained(folder)
+    saved = {name: tensor.detach().clone() for name, tensor in trained(graft).items()}
+    with torch.no_grad():
+        for parameter in trained(graft).values():
+            parameter.add_(1)
+    return graft, saved
+
+
+def assert_loads(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = dict(load_adapter(folder)[0].named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_save_that_fails_leaves_the_previous_adapter_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graft, saved = saved_then_changed(tmp_path / "adapter")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_file", half_then(fail))
+        with pytest.raises(OSError, match="no space left"):
+            graft.save_pretrained(tmp_path / "adapter")
+    assert_loads(tmp_path / "adapter", saved)
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    graft.save_pretrained(tmp_path / "adapter")
+    assert_loads(tmp_path / "adapter", trained(graft))
+
+
+@pytest.mark.parametrize("moment", ["weights", "card", "rename"])
+def test_a_save_that_is_killed_leaves_the_previous_adapter(tmp_path: Path, moment: str) -> None:
+    graft, saved = saved_then_changed(tmp_path / "adapter")
+    child = os.fork()
+    if child == 0:
+        if moment == "weights":
+            store.save_file = half_then(die)
+        elif moment == "card":
+            store.json.dumps = die
+        else:
+            Path.rename = die  # type: ignore[method-assign, assignment]
+        try:
+            graft.save_pretrained(tmp_path / "adapter")
+        finally:
+            os._exit(1)  # it should not have come so far
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert_loads(tmp_path / "adapter", saved)
+    graft.save_pretrained(tmp_path / "adapter")
+    assert_loads(tmp_path / "adapter", trained(graft))

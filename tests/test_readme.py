@@ -1,0 +1,54 @@
+"""The README's commands exist and its Python runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gpc_dist import cli, config
+from gpc_dist.engine.frozen import encoder_path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.startswith("gpc-dist ")
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_of_the_readme_is_understood(words: list[str]) -> None:
+    options, rest = cli._parser().parse_known_args(words[1:])
+    overrides = cli.overrides(rest)
+    if words[1] == "train" and options.recipe in config.recipe_names():
+        config.load(options.recipe, overrides)
+    else:
+        config.build({}, overrides)
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_notebook_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    scope = {"path": encoder_path(config.EncoderConfig())}
+    exec(code, scope)
+    assert torch.equal(scope["again"](**scope["batch"]), scope["model"](**scope["batch"]))  # type: ignore[operator]
+
+
+def test_linked_pages_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).is_file()

@@ -1,0 +1,76 @@
+"""A run as MLflow sees it: trained, recorded, and its adapter loaded again as a model for plain text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from gpc_dist import cli
+from tests.conftest import command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    done = command(
+        "train", tiny_recipe, "--run.dir", folder, "--tracking.enabled", "true", "--engine.ranks", 2
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(run: Path) -> dict[str, object]:
+    return json.loads((run / "result.json").read_text())
+
+
+def test_the_run_is_finished_with_its_figures(run: Path, result: dict[str, object]) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+    recorded = client.get_run(str(result["mlflow_run_id"]))
+    assert recorded.info.status == "FINISHED"
+    assert recorded.info.run_name == "tiny"
+    assert recorded.data.params["adapter.method"] == "gpc"
+    assert recorded.data.tags["version.torch"]
+    history = client.get_metric_history(recorded.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, 13))
+    (dataset,) = recorded.inputs.dataset_inputs
+    assert dataset.dataset.name == "cats"
+
+
+def test_the_model_answers_plain_text_as_the_program_does(
+    run: Path, result: dict[str, object], tiny_data: Path, tmp_path: Path
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{run.parent}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    outputs = mlflow.MlflowClient(uri).get_run(str(result["mlflow_run_id"])).outputs
+    loaded = mlflow.pyfunc.load_model(f"models:/{outputs.model_outputs[0].model_id}")
+    texts = [json.loads(line)["text"] for line in (tiny_data / "validation.jsonl").open()]
+    answers = loaded.predict(pd.DataFrame({"text": texts}))
+    output = tmp_path / "predictions.jsonl"
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert cli.main(["predict", str(run / "adapter"), "--input", str(source), "--output", str(output)]) == 0
+    expected = [json.loads(line) for line in output.open()]
+    assert list(answers["prediction"]) == [row["prediction"] for row in expected]
+    assert list(answers["probability_with"]) == pytest.approx([row["probabilities"][0] for row in expected])
+
+
+def test_a_missing_column_is_named(run: Path) -> None:
+    from gpc_dist.errors import UserError
+    from gpc_dist.training.serving import _load_pyfunc
+
+    model = _load_pyfunc(str(run / "adapter"))
+    with pytest.raises(UserError, match="lacks the column"):
+        model.predict(pd.DataFrame({"title": ["a"], "body": ["b"]}))
+    assert list(model.predict(["the cat runs"]).columns) == [
+        "prediction",
+        "probability_with",
+        "probability_without",
+    ]
