@@ -125,10 +125,10 @@ class TrainConfig(Section):
     """Token budget per step over all ranks (padded text tokens) instead of `batch_size`."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """`adamw`, or `adafactor` as Lester et al. (2021) use it (set lr 0.3 and a constant schedule)."""
-    lr: float = Field(5e-3, gt=0)
-    """Peak learning rate of the prompt; the other parts use it too unless given their own."""
-    cell_lr: float | None = Field(None, gt=0)
-    """Learning rate of the cell; `lr` when not given."""
+    lr: float = Field(1e-2, gt=0)
+    """Peak learning rate of the prompt, and of the head unless it is given its own."""
+    cell_lr: float = Field(3e-4, gt=0)
+    """Learning rate of the cell: lower, because its matrices act at every layer and prompt position."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the head; `lr` when not given."""
     weight_decay: float = Field(0.01, ge=0)

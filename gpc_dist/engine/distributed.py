@@ -60,10 +60,6 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def leave(self) -> None:
         """Close the process group."""
         if dist.is_initialized():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +124,9 @@ def _import_deepspeed(world: World) -> Any:
     except ImportError as error:
         raise MachineError(f"engine.zero_stage 3 needs deepspeed: {error}") from None
     deepspeed.utils.logging.set_log_level_from_string("warning")
+    # it calls a collective by the name that newer versions of torch deprecate
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if world.device.type == "cpu":
         # its shared-memory collective would be compiled on first use, by all ranks at once
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
-
-
-def describe(ds_config: dict[str, Any]) -> str:
-    return json.dumps(ds_config, indent=2) + "\n"

@@ -39,12 +39,12 @@ class LaneOptimizer:
         self.partitioned = zero_stage > 0 and world.size > 1
         self.named = dict(adapter.named_parameters())
         self.owner = _owners(self.named, world.size) if self.partitioned else {}
-        rates = {"prompt": config.lr, "cell": config.cell_lr, "head": config.head_lr}
+        rates = {"prompt": config.lr, "cell": config.cell_lr, "head": config.head_lr or config.lr}
         groups: list[dict[str, Any]] = []
         for part in PARTS:
             owned = [p for n, p in self.named.items() if n.split(".")[0] == part and self._owns(n)]
             if owned:
-                groups.append({"params": owned, "lr": rates[part] or config.lr})
+                groups.append({"params": owned, "lr": rates[part]})
         # a rank can own nothing when there are more ranks than tensors
         self.inner = _make(groups, config) if groups else None
         self._peak = [group["lr"] for group in groups]

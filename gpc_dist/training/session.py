@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,9 +94,9 @@ def load_base(config: Config, world: World) -> Base:
     start = time.monotonic()
     tokenizer = frozen.load_tokenizer(config.encoder)
     parts = frozen.load_encoder(config.encoder, encoder_dtype(config.engine, world.device))
-    return Base(
-        parts, identify(parts.encoder), tokenizer, frozen.count_parameters(parts), time.monotonic() - start
-    )
+    # under the name the user gave, not the folder it was found in on this machine
+    identity = replace(identify(parts.encoder), path=config.encoder.path)
+    return Base(parts, identity, tokenizer, frozen.count_parameters(parts), time.monotonic() - start)
 
 
 def open_session(

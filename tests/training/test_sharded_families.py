@@ -1,0 +1,68 @@
+"""ZeRO-3 with encoders that are not built like BERT: a bias shared by all layers (T5), layers that share their
+weights (ALBERT), layers that return tuples (DeBERTa)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tests.conftest import WORDS, command, losses
+
+SMALL: dict[str, Any] = {"vocab_size": len(WORDS) + 5}
+BERT_LIKE = SMALL | {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "initializer_range": 0.2,
+}
+
+
+def t5() -> T5ForConditionalGeneration:
+    """A whole encoder-decoder: only its encoder half is to be loaded."""
+    config = T5Config(
+        **SMALL, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def albert() -> AlbertModel:
+    return AlbertModel(AlbertConfig(**BERT_LIKE, embedding_size=16))
+
+
+def deberta() -> DebertaV2Model:
+    relative = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    return DebertaV2Model(DebertaV2Config(**BERT_LIKE, **relative, conv_kernel_size=3))
+
+
+@pytest.mark.parametrize("make", [t5, albert, deberta])
+def test_sharded_and_whole_give_the_same_losses(
+    make: Any, tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "encoder"
+    make().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        if (tiny_encoder / name).exists():
+            shutil.copy(tiny_encoder / name, folder)
+    found = []
+    for ranks, stage in ((1, 0), (2, 3)):
+        run = tmp_path / f"{ranks}-{stage}"
+        arguments = ("--encoder.path", folder, "--run.dir", run, "--train.steps", 5)
+        arrangement = ("--engine.ranks", ranks, "--engine.zero_stage", stage)
+        done = command("train", tiny_recipe, *arguments, *arrangement)
+        assert done.returncode == 0, done.stderr
+        found.append(losses(run))
+    assert found[1] == pytest.approx(found[0], rel=2e-4)
