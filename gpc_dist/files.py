@@ -45,9 +45,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends without an error.
 
     Every file in it is synced first. A folder that stood at `path` is moved aside, so that at any
-    moment either the old or the new one is whole.
+    moment either the old or the new one is whole; `recover_folder` puts it back after a crash in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
@@ -60,7 +61,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         fsync_folder(temporary)
         replaced = None
         if path.exists():
-            replaced = path.with_name(f".{path.name}.replaced")
+            replaced = _aside(path)
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         temporary.rename(path)
@@ -70,6 +71,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def recover_folder(path: Path) -> None:
+    """Put back the folder that a `new_folder` cut off between its two renames had moved aside.
+
+    For the one process that writes `path`; a reader must leave the swap to its writer.
+    """
+    if _aside(path).exists() and not path.exists():
+        _aside(path).rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 def write_json(path: Path, value: Any) -> None:

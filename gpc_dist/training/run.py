@@ -93,6 +93,7 @@ def _open_folder(
     train: list[Example],
     validation: list[Example],
 ) -> None:
+    files.recover_folder(folder.adapter)
     if not config.train.resume:
         folder.start_over()
         for path in (folder.checkpoints, folder.adapter):

@@ -32,16 +32,20 @@ def ids_of(prompt: Tensor, model: Any) -> list[int]:
     return [places[row.tobytes()] for row in prompt.numpy()]
 
 
-def test_vocab_takes_distinct_frequent_tokens_that_are_words(minilm: Any, minilm_tokenizer: Any) -> None:
-    prompt = start(minilm, tokenizer=minilm_tokenizer, prompt_tokens=500)
-    ids = ids_of(prompt, minilm)
-    assert len(set(ids)) == 500
-    tokens = minilm_tokenizer.convert_ids_to_tokens(ids)
-    assert not set(tokens) & set(minilm_tokenizer.all_special_tokens)
-    assert not [t for t in tokens if t.startswith("[")]
-    first_word = minilm_tokenizer.convert_tokens_to_ids("!")  # what follows the specials and placeholders
-    assert first_word == 999
-    assert max(ids) < first_word + FREQUENT_TOKENS
+def test_vocab_samples_the_most_frequent_tokens_that_are_words(minilm_tokenizer: Any) -> None:
+    config = AdapterConfig(prompt_tokens=FREQUENT_TOKENS)
+    arguments = (minilm_tokenizer.vocab_size, minilm_tokenizer, [], torch.Generator().manual_seed(0))
+    sample = starting_prompt(config, lambda ids: ids[:, None], *arguments).flatten().int().tolist()
+    tokens = minilm_tokenizer.convert_ids_to_tokens(sorted(sample))
+    first = minilm_tokenizer.convert_tokens_to_ids("!")  # specials and placeholders stand before it
+    assert first == 999
+    assert tokens == minilm_tokenizer.convert_ids_to_tokens(list(range(first, first + FREQUENT_TOKENS)))
+    assert sample != sorted(sample)
+
+
+def test_vocab_rows_are_the_encoders_own_embeddings(minilm: Any, minilm_tokenizer: Any) -> None:
+    ids = ids_of(start(minilm, tokenizer=minilm_tokenizer, prompt_tokens=200), minilm)
+    assert len(set(ids)) == 200
 
 
 def test_vocab_depends_on_the_seed_alone(minilm: Any, minilm_tokenizer: Any) -> None:
@@ -83,7 +87,8 @@ def test_a_prompt_longer_than_the_vocabulary_is_filled_by_repetition(init: str) 
     generator = torch.Generator().manual_seed(0)
     prompt = starting_prompt(config, lambda ids: table[ids], 7, _Letters(), ["a", "b"], generator)
     assert prompt.shape == (40, 3)
-    assert all((table == row).all(dim=1).any() for row in prompt)
+    rows = {int((table == row).all(dim=1).nonzero()) for row in prompt}
+    assert rows == ({1, 2} if init == "text" else {1, 2, 3, 4, 5, 6})  # the special token is none of them
 
 
 class _Letters:

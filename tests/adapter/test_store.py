@@ -158,8 +158,9 @@ def test_pickled_weights_are_told_apart_without_being_unpickled(tmp_path: Path) 
 def test_random_weights_are_known_by_their_values_whatever_folders_lie_around(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    saved_encoder(tmp_path)
     saved_encoder(tmp_path / "bert")
-    monkeypatch.chdir(tmp_path)  # a folder named as the family
+    monkeypatch.chdir(tmp_path)  # it holds weights, and so does a folder in it named as the family
     first, again, other = (identify(tiny("bert", seed)) for seed in (0, 0, 1))
     assert first == again
     assert first.sha256 != other.sha256
