@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test lint check bench clean
 
 setup: $(READY)
 
@@ -23,15 +23,17 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
 
+check: lint test
+
+# DATA: a folder with SuperGLUE's RTE and BoolQ folders
 bench: setup
-	$(BIN)/python benchmarks/peer_peft.py
+	$(BIN)/python benchmarks/peer_peft.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
