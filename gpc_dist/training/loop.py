@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpc_dist.adapter.store import save_adapter
-from gpc_dist.config import warmup_steps
+from gpc_dist.config import Config, warmup_steps
 from gpc_dist.engine import checkpoint
 from gpc_dist.engine.checkpoint import Checkpoint
 from gpc_dist.engine.optimizer import LaneOptimizer, reduce_gradients, send_updates
@@ -83,18 +83,37 @@ class Outcome:
     """The signal that asked for the stop; None when the run is complete."""
 
 
-def identity(session: Session) -> dict[str, Any]:
+def identity(config: Config) -> dict[str, Any]:
     """What two parts of one run must agree on for the second to go on from the first's checkpoint."""
-    config = session.config.dump()
+    values = config.dump()
     train = ("batch_size", "batch_tokens", "optimizer")
     return {
-        "encoder": session.base.identity.sha256,
-        "adapter": config["adapter"],
-        "task": config["task"],
-        "data": config["data"],
-        "seed": config["run"]["seed"],
-        **{f"train.{key}": config["train"][key] for key in train},
+        "encoder": values["encoder"],
+        "adapter": values["adapter"],
+        "task": values["task"],
+        "data": values["data"],
+        "seed": values["run"]["seed"],
+        **{f"train.{key}": values["train"][key] for key in train},
     }
+
+
+def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
+    """The newest complete checkpoint, verified; None when there is none or it is not to be used.
+
+    Raises:
+        UserError: it is damaged, or another run's.
+    """
+    path = checkpoint.newest(checkpoints) if config.train.resume else None
+    if path is None:
+        return None
+    saved = checkpoint.load(path)
+    mine, theirs = identity(config), saved.state["identity"]
+    if differing := [key for key in mine if mine[key] != theirs.get(key)]:
+        raise UserError(
+            f"{path} belongs to a run with another {', '.join(differing)}: give this run its own --run.name, "
+            "or --train.resume false to start again here"
+        )
+    return saved
 
 
 def train(
@@ -103,6 +122,7 @@ def train(
     validation: Split,
     checkpoints: Path,
     best_adapter: Path,
+    saved: Checkpoint | None,
     write: MetricSink | None,
 ) -> Outcome:
     """Train the session's adapter until its steps are done, early stopping ends it, or a signal stops it.
@@ -110,10 +130,11 @@ def train(
     The best adapter so far stands in `best_adapter`, training states in `checkpoints`.
 
     Args:
+        saved: the state to go on from.
         write: where figures go, on rank 0; None elsewhere.
 
     Raises:
-        UserError: the loss stays non-finite, or a checkpoint is damaged or another run's.
+        UserError: the loss stays non-finite.
     """
     config, world, model = session.config, session.world, session.model
     settings, stage = config.train, config.engine.zero_stage
@@ -121,7 +142,7 @@ def train(
     total = settings.steps or plan.total_steps(settings.epochs or _EPOCHS)
     warmup = warmup_steps(settings, total)
     lane = LaneOptimizer(model.adapter, settings, world, stage)
-    position = _resume(session, lane, checkpoints) if settings.resume else Position()
+    position = _resume(session, lane, saved)
     speed, nonfinite = Speed(), 0
 
     model.train()
@@ -270,22 +291,24 @@ def _save(session: Session, lane: LaneOptimizer, folder: Path, position: Positio
     rng = session.world.gather(checkpoint.rng_state())
     if session.world.is_main:
         assert rng is not None
-        state = {"position": asdict(position), "identity": identity(session)}
+        state = {
+            "position": asdict(position),
+            "identity": identity(session.config),
+            "encoder_sha256": session.base.identity.sha256,
+        }
         checkpoint.save(folder, Checkpoint(position.step, tensors, rng, state))
         checkpoint.prune(folder, session.config.train.keep_last, position.best_step)
 
 
-def _resume(session: Session, lane: LaneOptimizer, folder: Path) -> Position:
-    """Take up the newest complete checkpoint, if there is one."""
-    path = checkpoint.newest(folder)
-    if path is None:
+def _resume(session: Session, lane: LaneOptimizer, saved: Checkpoint | None) -> Position:
+    """Take up a saved state, if there is one."""
+    if saved is None:
         return Position()
-    saved = checkpoint.load(path)
-    mine, theirs = identity(session), saved.state["identity"]
-    if differing := [key for key in mine if mine[key] != theirs.get(key)]:
+    found = session.base.identity
+    if saved.state["encoder_sha256"] != found.sha256:
         raise UserError(
-            f"{path} belongs to a run with another {', '.join(differing)}: give this run its own --run.name, or "
-            "--train.resume false to start again here"
+            f"the weights of encoder '{found.path}' have changed since step {saved.step} was saved: restore them, "
+            "or give --train.resume false to start again"
         )
     lane.load(saved.tensors)
     if len(saved.rng) == session.world.size:

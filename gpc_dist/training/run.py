@@ -9,14 +9,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpc_dist import files
 from gpc_dist.config import Config
-from gpc_dist.engine import checkpoint
+from gpc_dist.engine.checkpoint import Checkpoint
 from gpc_dist.engine.distributed import World, join
 from gpc_dist.engine.telemetry import GpuTelemetry
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
@@ -26,7 +25,7 @@ from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.tracking.store import tracking_uri, ui_command
 from gpc_dist.training import loop
-from gpc_dist.training.session import Session, load_base, open_session, seed_everything
+from gpc_dist.training.session import Session, check_input, load_base, open_session, seed_everything
 
 _RUN_ID_TIMEOUT_S = 30.0
 """How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
@@ -50,15 +49,18 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
     task = make_task(config.task, config.data)
     train = limit(task.read("train"), config.data.limit_train, config.run.seed)
     validation = limit(task.read("validation"), config.data.limit_eval)
-    seed_everything(config.run.seed)
     folder = RunFolder(config.run.folder)
+    saved = loop.saved_state(folder.checkpoints, config)
+    check_input(config, world)
+    seed_everything(config.run.seed)
+    # from here on the folder is this run's: what is wrong with the input has been said
     recording = None
     if world.is_main:
         _open_folder(folder, config, argv, task, train, validation)
         if config.tracking.enabled:
             recording = follower.start(folder.path)
     try:
-        outcome, result = _train(config, world, folder, task, train, validation, started_s)
+        outcome, result = _train(config, world, folder, saved, task, train, validation, started_s)
     except BaseException as error:
         if world.is_main:
             reason = str(error) or type(error).__name__
@@ -119,6 +121,7 @@ def _train(
     config: Config,
     world: World,
     folder: RunFolder,
+    saved: Checkpoint | None,
     task: Task,
     train: list[Example],
     validation: list[Example],
@@ -142,10 +145,16 @@ def _train(
         log = None
         if world.is_main:
             log = stack.enter_context(MetricLog(folder.metrics))
-            log.truncate_after(_saved_step(folder.checkpoints))
+            log.truncate_after(saved.step if saved else 0)
         telemetry = stack.enter_context(GpuTelemetry(write_telemetry, enabled=world.local_rank == 0))
         outcome = loop.train(
-            session, training, evaluation, folder.checkpoints, folder.adapter, log.append if log else None
+            session,
+            training,
+            evaluation,
+            folder.checkpoints,
+            folder.adapter,
+            saved,
+            log.append if log else None,
         )
     energy = world.gather(telemetry.energy_j)
     memory = world.gather(_peak_memory_mib(world))
@@ -160,12 +169,6 @@ def _train(
         "first_step_s": None if first is None else first - started_s,
         "wall_s": time.time() - started_s,
     }
-
-
-def _saved_step(checkpoints: Path) -> int:
-    """Step of the checkpoint a run goes on from; 0 when it starts."""
-    path = checkpoint.newest(checkpoints)
-    return 0 if path is None else checkpoint.step_of(path)
 
 
 def _peak_memory_mib(world: World) -> float:

@@ -89,6 +89,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def check_input(config: Config, world: World) -> None:
+    """Say what is wrong with the encoder's place or the engine's regime before anything is loaded or written.
+
+    Raises:
+        UserError: see `frozen.encoder_path` and `deepspeed_config.resolve`.
+    """
+    frozen.encoder_path(config.encoder)
+    deepspeed_config.resolve(config, world.size, encoder_dtype(config.engine, world.device))
+
+
 def load_base(config: Config, world: World) -> Base:
     """Read the frozen encoder and its tokenizer."""
     start = time.monotonic()

@@ -237,9 +237,11 @@ def test_another_runs_folder_is_refused(
     run: Path, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     arguments = ("--run.dir", tmp_path / "run", "--adapter.prompt_tokens", 5)
     assert gpc("train", tiny_recipe, *arguments) == EXIT_USAGE
     assert "belongs to a run with another adapter" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_an_adapter_on_another_encoder_is_refused(
