@@ -50,6 +50,10 @@ def redact(text: str) -> str:
     return _CREDENTIALS.sub("***@", text)
 
 
+# The UI then shows runs and metrics first, not the pages for prompts and agents.
+_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+
+
 def connect(uri: str, experiment: str, runs_dir: Path) -> tuple[MlflowClient, str]:
     """A client of the store, and the id of the experiment; both are made on first use.
 
@@ -91,7 +95,7 @@ def _experiment_id(client: MlflowClient, name: str, artifact_location: str | Non
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location))
+            return str(client.create_experiment(name, artifact_location, tags=_MODEL_TRAINING))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -71,7 +71,7 @@ def test_whole_run(make_run: MakeRun) -> None:
     assert found.info.start_time == int(run.read_status().started_s * 1000)
     assert found.info.run_name == run.path.name
     params = found.data.params
-    assert params["train.lr"] == "0.005"
+    assert params["train.lr"] == "0.01"
     assert params["train.betas"] == "[0.9, 0.999]"
     assert not {"tracking.experiment", "task.label_names", "data.path"} & params.keys()
     tags = found.data.tags
