@@ -19,7 +19,7 @@ from .conftest import MakeRun
 @pytest.mark.parametrize(
     ("configured", "expected"),
     [
-        (None, "sqlite:////work/runs/mlflow.db"),
+        (None, "sqlite:////home/user/runs/mlflow.db"),
         ("sqlite:///other.db", "sqlite:////here/other.db"),
         ("sqlite:////abs/other.db", "sqlite:////abs/other.db"),
         ("https://mlflow.example.org", "https://mlflow.example.org"),
@@ -27,7 +27,7 @@ from .conftest import MakeRun
 )
 def test_tracking_uri(configured: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getcwd", lambda: "/here")
-    assert tracking_uri(TrackingConfig(uri=configured), "/work/runs/rte") == expected
+    assert tracking_uri(TrackingConfig(uri=configured), "/home/user/runs/rte") == expected
 
 
 def test_ui_command() -> None:
