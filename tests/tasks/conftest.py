@@ -10,21 +10,11 @@ from typing import Any
 
 import pytest
 
-SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
-
 CORPUS = [
     "The lighthouse keeper counted the ships that passed before the fog came in.",
     "Why did the keeper count the ships? Because the harbour master paid him for every one.",
     "A small brown dog slept under the table while the others argued about the map.",
 ]
-
-
-@pytest.fixture(scope="session")
-def superglue_folder() -> Path:
-    folder = SHARED_DATA / "superglue"
-    if not folder.is_dir():
-        pytest.skip(f"the official SuperGLUE files are not at {folder}")
-    return folder
 
 
 @pytest.fixture

@@ -239,10 +239,10 @@ def test_rows_of_no_data_set_need_the_tasks_columns_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_official_files(name: str, superglue_folder: Path) -> None:
+def test_the_official_files(name: str, superglue: Path) -> None:
     folder, train_count, validation_count = COUNTS[name]
     names = {"train": "train_32.jsonl", "validation": "val_32.jsonl"} if name == "record" else {}
-    task = make_task(TaskConfig(name=name), DataConfig(path=str(superglue_folder / folder), **names))
+    task = make_task(TaskConfig(name=name), DataConfig(path=str(superglue / folder), **names))
     train, validation = task.read("train"), task.read("validation")
     assert (len(train), len(validation)) == (train_count, validation_count)
     for example in train + validation:
@@ -258,8 +258,8 @@ def test_the_official_files(name: str, superglue_folder: Path) -> None:
     assert all(0 <= score <= 1 for score in baseline.values())
 
 
-def test_spans_of_the_official_wsc_rows_are_found(superglue_folder: Path) -> None:
-    lines = (superglue_folder / "WSC" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+def test_spans_of_the_official_wsc_rows_are_found(superglue: Path) -> None:
+    lines = (superglue / "WSC" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     found = 0
     for row in map(json.loads, lines):
         for k in (1, 2):
