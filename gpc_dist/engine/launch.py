@@ -87,9 +87,7 @@ def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]]) -> int:
-    while all(p.poll() is None for p in processes) or any(
-        p.poll() is None for p in processes if not _failed(processes)
-    ):
+    while not _failed(processes) and any(p.poll() is None for p in processes):
         time.sleep(0.05)
     first = next((i for i, p in enumerate(processes) if p.poll()), None)
     if first is None:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import count
 from typing import Any
+
+Write = Callable[[int, dict[str, float]], None]
+"""Takes a sample's number and its figures."""
 
 
 class GpuTelemetry:
     """Samples every GPU of the node from a thread of its own.
 
     Args:
-        write: takes a sample: `gpu<i>/memory_used_mib`, `/utilisation_pct`, `/power_w` and `/energy_j` (since
-            the start); a figure the driver does not give is left out. Not called on a node without GPUs.
+        open_log: opens where samples go, in the sampling thread; not called on a node without GPUs. A sample
+            has `gpu<i>/memory_used_mib`, `/utilisation_pct`, `/power_w` and `/energy_j` (since the start); a
+            figure the driver does not give is left out.
         enabled: whether this rank is the one that samples for its node.
         period_s: seconds between samples.
     """
 
     def __init__(
         self,
-        write: Callable[[dict[str, float]], None],
+        open_log: Callable[[], AbstractContextManager[Write]],
         enabled: bool = True,
         period_s: float = 10.0,
     ):
         self.energy_j: float | None = None
         """Energy of the node's GPUs since the start, as of the last sample; None where it is not told."""
-        self._write = write
+        self._open_log = open_log
         self._period_s = period_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpu-telemetry", daemon=True)
@@ -43,19 +49,24 @@ class GpuTelemetry:
 
     def _run(self) -> None:
         start = [_energy_j(handle) for handle in self._handles]
-        ended = False
-        while not ended:
-            ended = self._stop.wait(self._period_s)
-            sample: dict[str, float] = {}
-            spent = 0.0
-            for index, (handle, base) in enumerate(zip(self._handles, start, strict=True)):
-                sample |= {f"gpu{index}/{name}": value for name, value in _sample(handle).items()}
-                total = _energy_j(handle)
-                if base is not None and total is not None:
-                    sample[f"gpu{index}/energy_j"] = total - base
-                    spent += total - base
-            self.energy_j = spent if any(base is not None for base in start) else None
-            self._write(sample)
+        with self._open_log() as write:
+            for number in count():
+                ended = self._stop.wait(self._period_s)
+                write(number, self._take(start))
+                if ended:
+                    return
+
+    def _take(self, start: list[float | None]) -> dict[str, float]:
+        """A sample of all GPUs, whose energy counters stood at `start` (J); brings `energy_j` up to date."""
+        sample: dict[str, float] = {}
+        for index, (handle, base) in enumerate(zip(self._handles, start, strict=True)):
+            sample |= {f"gpu{index}/{name}": value for name, value in _sample(handle).items()}
+            total = _energy_j(handle)
+            if base is not None and total is not None:
+                sample[f"gpu{index}/energy_j"] = total - base
+        spent = [value for name, value in sample.items() if name.endswith("/energy_j")]
+        self.energy_j = sum(spent) if spent else None
+        return sample
 
 
 def _open_gpus() -> list[Any]:

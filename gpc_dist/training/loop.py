@@ -59,6 +59,7 @@ class Speed:
     tokens: int = 0
     """Text tokens without padding."""
     padded_tokens: int = 0
+    """Text tokens if every row of a step were as long as its longest: ranks and micro-batches pad less."""
     first_step_at_s: float | None = None
     """Unix time at which the first step was done."""
 

@@ -7,8 +7,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.engine.checkpoint import Checkpoint
 from gpc_dist.engine.distributed import World, join
-from gpc_dist.engine.telemetry import GpuTelemetry
+from gpc_dist.engine.telemetry import GpuTelemetry, Write
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
 from gpc_dist.tasks import Example, Task, limit, make_task
 from gpc_dist.tracking import facts, follower
@@ -133,20 +134,13 @@ def _train(
     if world.is_main:
         files.write_json(folder.ds_config, session.ds_config)
     training, evaluation = session.split(train), session.split(validation)
-    samples = 0
-
-    def write_telemetry(sample: dict[str, float]) -> None:
-        nonlocal samples
-        with MetricLog(folder.host_telemetry()) as log:
-            log.append(samples, sample)
-        samples += 1
-
     with ExitStack() as stack:
         log = None
         if world.is_main:
             log = stack.enter_context(MetricLog(folder.metrics))
             log.truncate_after(saved.step if saved else 0)
-        telemetry = stack.enter_context(GpuTelemetry(write_telemetry, enabled=world.local_rank == 0))
+        sampler = GpuTelemetry(partial(_telemetry_log, folder), enabled=world.local_rank == 0)
+        telemetry = stack.enter_context(sampler)
         outcome = loop.train(
             session,
             training,
@@ -169,6 +163,12 @@ def _train(
         "first_step_s": None if first is None else first - started_s,
         "wall_s": time.time() - started_s,
     }
+
+
+@contextmanager
+def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
+    with MetricLog(folder.host_telemetry()) as log:
+        yield log.append
 
 
 def _peak_memory_mib(world: World) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from gpc_dist.engine.telemetry import GpuTelemetry
+from gpc_dist.engine.telemetry import GpuTelemetry, Write
 
 
 class NVMLError(Exception):
@@ -43,7 +45,12 @@ def driver(gpus: int, power: bool = True) -> types.ModuleType:
 def samples(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType) -> tuple[list[Any], float | None]:
     monkeypatch.setitem(sys.modules, "pynvml", module)
     found: list[Any] = []
-    with GpuTelemetry(found.append, period_s=60) as telemetry:
+
+    @contextmanager
+    def log() -> Iterator[Write]:
+        yield lambda number, sample: found.append(sample)
+
+    with GpuTelemetry(log, period_s=60) as telemetry:
         pass
     return found, telemetry.energy_j
 
