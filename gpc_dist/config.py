@@ -42,6 +42,9 @@ class EncoderConfig(Section):
     """Frozen encoder: a local folder, a Hub id, or `minilm` (carried by the `demo` extra)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    checksum: bool = False
+    """Before training, compare the SHA-256 of the weight files with the sums in `SHA256SUMS` beside them (as
+    `sha256sum` writes it) or with the Hub's."""
 
 
 class TaskConfig(Section):
@@ -181,6 +184,16 @@ class EngineConfig(Section):
     """Stage 3: where the shard of the frozen encoder rests between uses."""
     nvme_path: Path | None = None
     """Folder on a local NVMe drive for `offload_param: nvme`."""
+    plan: Literal["none", "auto"] = "none"
+    """`auto`: the planner chooses `zero_stage`, `offload_param`, `activation_checkpointing` and
+    `micro_batch_tokens` for the devices at hand (see `gpc-dist plan`); those keys must then not be given."""
+    quantize: Literal["none", "int8"] = "none"
+    """Keep the frozen layers' matrices as int8 with a scale per output feature; stages 0 to 2."""
+    token_table: Literal["device", "host"] = "device"
+    """Where the frozen table of token embeddings lies, whole: on the device, or mapped from its file on the
+    host, which sends the rows that a batch needs."""
+    compile: bool = False
+    """Compile the encoder's layers with `torch.compile`; the first steps are slower."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the layer again in the backward pass."""
     micro_batch_tokens: int | None = Field(None, ge=1)
@@ -196,6 +209,8 @@ class EngineConfig(Section):
     def _check(self) -> EngineConfig:
         if self.offload_param != "none" and self.zero_stage != 3:
             raise ValueError("engine.offload_param needs engine.zero_stage 3")
+        if self.quantize != "none" and self.zero_stage == 3:
+            raise ValueError("engine.quantize needs engine.zero_stage 0, 1 or 2: ZeRO-3 shards plain weights")
         if self.offload_param == "nvme" and self.nvme_path is None:
             raise ValueError("engine.offload_param 'nvme' needs engine.nvme_path")
         return self
