@@ -128,7 +128,8 @@ class GraftedEncoder(nn.Module):
                 f"{positions} positions, so truncate the text to {positions - tokens}"
             )
         with torch.no_grad():
-            embeds = self.token_embeddings(input_ids)
+            table: Any = self.token_embeddings.weight
+            embeds = self.token_embeddings(input_ids.to(table.device)).to(input_ids.device)
         mask, extra = attention_mask, {}
         if token_types is not None and self.parts.takes_token_types:
             extra["token_type_ids"] = _pad_left(token_types, tokens, 0)

