@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import socket
@@ -28,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import machine
 from tabulate import tabulate
 
 RANKS = 2
@@ -154,24 +154,6 @@ def encoder() -> Path:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def machine() -> dict[str, Any]:
-    from importlib import metadata
-
-    with open("/proc/cpuinfo") as file:
-        model = next(
-            (line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown"
-        )
-    names = ("torch", "deepspeed", "transformers", "peft")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in names},
-        "load_before": os.getloadavg()[0],
-    }
 
 
 def main() -> None:

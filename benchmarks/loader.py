@@ -1,0 +1,171 @@
+"""From checkpoint file to sharded encoder: GPC-Dist's loader against transformers' own under ZeRO-3.
+
+    python benchmarks/loader.py
+
+Writes a T5-large-shaped encoder (335 M parameters, bf16, random values) and loads it, sharded over 1, 2 and 4 CPU
+ranks, on both sides in turns, `--repeats` times. Printed and kept in `loader.json`: seconds from the configuration to
+the sharded model (the slowest rank, the median of the repeats) and the peak of resident memory above the same process
+before loading (VmHWM, the largest rank); the file is in the page cache on both sides. Imports are done before
+the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import machine
+from tabulate import tabulate
+
+SHAPE = "t5-v1_1-large"
+RANKS = (1, 2, 4)
+
+
+def write_checkpoint(folder: Path, shape: str) -> int:
+    """An encoder of this shape with random weights; returns its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from gpc_dist.engine.shapes import known_config
+    from gpc_dist.engine.skeleton import skeleton_model
+
+    config = known_config(shape)
+    config.architectures = ["T5EncoderModel"]
+    config.save_pretrained(folder)
+    model = skeleton_model(config, torch.bfloat16)
+    tensors = {name: torch.randn(p.shape).bfloat16() for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def load_ours(folder: Path, ds_config: dict[str, Any]) -> Any:
+    from gpc_dist.config import build
+    from gpc_dist.engine import frozen
+    from gpc_dist.engine.distributed import World
+
+    import torch
+
+    engine = build({"engine": {"device": "cpu", "zero_stage": 3}}).engine
+    encoder = build({"encoder": {"path": str(folder)}}).encoder
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0, torch.device("cpu"))
+    loaded = frozen.load_encoder(encoder, torch.bfloat16, world)
+    frozen.place(loaded, world, engine, ds_config)
+    return loaded.parts.encoder
+
+
+def load_peer(folder: Path, ds_config: dict[str, Any]) -> Any:
+    """As transformers documents it: a live HfDeepSpeedConfig makes `from_pretrained` shard while it loads."""
+    import deepspeed
+    import torch
+    from transformers import T5EncoderModel
+    from transformers.integrations import HfDeepSpeedConfig
+
+    live = HfDeepSpeedConfig(ds_config)
+    model = T5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
+    deepspeed.initialize(model=model, config=ds_config)
+    del live
+    return model
+
+
+def run_rank(side: str, folder: Path, out: Path) -> None:
+    """Load on this rank; rank 0 writes what all ranks measured."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from transformers import T5EncoderModel  # noqa: F401  imports are not what is measured
+
+    from gpc_dist.config import build
+    from gpc_dist.engine import deepspeed_config, frozen  # noqa: F401
+
+    deepspeed.ops.__compatible_ops__ = {}  # its shared-memory operator would be compiled on first use
+    deepspeed.utils.logging.set_log_level_from_string("error")
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    config = build({"engine": {"zero_stage": 3, "device": "cpu"}})
+    ds_config = deepspeed_config.resolve(config, dist.get_world_size(), torch.bfloat16)
+    dist.barrier()
+    before_mib = _reset_peak_mib()
+    start = time.perf_counter()
+    model = (load_ours if side == "ours" else load_peer)(folder, ds_config)
+    seconds = time.perf_counter() - start
+    mine = {"seconds": seconds, "peak_mib": _status_mib("VmHWM") - before_mib}
+    shard = sum(p.ds_tensor.nbytes for p in model.parameters() if hasattr(p, "ds_tensor"))
+    mine["shard_mib"] = shard / 2**20
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _reset_peak_mib() -> float:
+    """Forget the peak so far; returns what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_mib("VmRSS")
+
+
+def _status_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(field)
+
+
+def measure(side: str, ranks: int, folder: Path, scratch: Path) -> dict[str, float]:
+    from gpc_dist.engine.launch import start_ranks
+
+    out = scratch / "rank.json"
+    command = [sys.executable, __file__, "--rank-of", side, "--folder", str(folder), "--out", str(out)]
+    if code := start_ranks(command, ranks, cpu_only=True):
+        raise SystemExit(f"{side} on {ranks} ranks ended with exit code {code}")
+    found = json.loads(out.read_text())
+    return {key: max(rank[key] for rank in found) for key in found[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default=SHAPE)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--rank-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of:
+        run_rank(options.rank_of, options.folder, options.out)
+        return
+    lines, report = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "encoder"
+        folder.mkdir()
+        size_mib = write_checkpoint(folder, options.shape) / 2**20
+        for ranks in RANKS:
+            found: dict[str, list[dict[str, float]]] = {"transformers": [], "ours": []}
+            for _ in range(options.repeats):
+                for side, runs in found.items():
+                    runs.append(measure(side, ranks, folder, Path(scratch)))
+            sides = {
+                side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                for side, runs in found.items()
+            }
+            ours, peer = sides["ours"], sides["transformers"]
+            ratios = {key: ours[key] / peer[key] for key in ("seconds", "peak_mib")}
+            report.append({"ranks": ranks, **sides, "ratios": ratios, "runs": found})
+            lines.append(
+                [ranks, peer["seconds"], ours["seconds"], ratios["seconds"]]
+                + [peer["peak_mib"], ours["peak_mib"], ratios["peak_mib"], ours["shard_mib"]]
+            )
+    headers = ["ranks", "s, transformers", "s, ours", "ratio", "peak MiB, transformers", "peak MiB, ours", "ratio", "shard MiB"]
+    print(tabulate(lines, headers=headers, floatfmt=".2f"))
+    settings = {"shape": options.shape, "checkpoint_mib": size_mib, "repeats": options.repeats}
+    options.out.write_text(json.dumps({"machine": machine(), "settings": settings, "results": report}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
