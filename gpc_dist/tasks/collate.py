@@ -40,14 +40,21 @@ class Batch:
         """Tokens with padding, R x T."""
         return self.input_ids.numel()
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on `device`."""
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`. A copy to a GPU is queued, through pinned memory, and not
+        waited for."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_cuda or device.type != "cuda":
+                return tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
+
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(device),
-            targets=None if self.targets is None else self.targets.to(device),
+            input_ids=move(self.input_ids),
+            attention_mask=move(self.attention_mask),
+            token_type_ids=None if self.token_type_ids is None else move(self.token_type_ids),
+            targets=None if self.targets is None else move(self.targets),
         )
 
 

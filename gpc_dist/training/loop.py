@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gpc_dist.adapter.store import save_adapter
 from gpc_dist.config import Config, warmup_steps
 from gpc_dist.engine import checkpoint
 from gpc_dist.engine.checkpoint import Checkpoint
-from gpc_dist.engine.optimizer import LaneOptimizer, reduce_gradients, send_updates
+from gpc_dist.engine.optimizer import LaneOptimizer
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import EpochPlan, collate, share
+from gpc_dist.tasks import EpochPlan
 from gpc_dist.training.card import task_card
-from gpc_dist.training.evaluate import all_outputs, run_batch
-from gpc_dist.training.objective import summed_loss
+from gpc_dist.training.evaluate import all_outputs
 from gpc_dist.training.progress import Progress
 from gpc_dist.training.schedule import factor
 from gpc_dist.training.session import Session, Split
+from gpc_dist.training.step import Done, backward, finish, prepare
 from gpc_dist.training.stop import StopRequest
 
 _EPOCHS = 10.0
@@ -138,47 +136,43 @@ def train(
         UserError: the loss stays non-finite.
     """
     config, world, model = session.config, session.world, session.model
-    settings, stage = config.train, config.engine.zero_stage
+    settings = config.train
     plan = EpochPlan(training.encoded.sizes, config.run.seed, settings.batch_size, settings.batch_tokens)
     total = settings.steps or plan.total_steps(settings.epochs or _EPOCHS)
     warmup = warmup_steps(settings, total)
-    lane = LaneOptimizer(model.adapter, settings, world, stage)
+    lane = LaneOptimizer(model.adapter, settings, world, config.engine.zero_stage)
     position = _resume(session, lane, saved)
     speed, nonfinite = Speed(), 0
 
+    upcoming = (
+        (epoch, prepare(session, training.encoded, indices)) for epoch, indices in plan.batches(position.step)
+    )
+    epoch, step = next(upcoming)
+
     model.train()
     with StopRequest() as stop, Progress(total, position.step, world.is_main) as progress:
-        for epoch, indices in plan.batches(position.step):
-            if position.step >= total or position.ended:
-                return Outcome(position, speed, None)
+        while position.step < total and not position.ended:
             started_s = time.monotonic()
             lane.set_factor(factor(settings.schedule, position.step, warmup, total))
-            loss = _backward(session, training, indices)
-            stopping = torch.tensor(float(stop.signal is not None), device=world.device)
-            reduced = reduce_gradients([lane], torch.stack([loss, stopping]), stage)
-            mean_loss, stops = reduced.sums
-            (norm,) = reduced.norms
-            finite = math.isfinite(mean_loss) and math.isfinite(norm)
-            if finite:
-                lane.apply(norm)
-                send_updates([lane])
-            lane.clear()
+            loss = backward(session, step)
+            following = next(upcoming)  # while the GPU works on this one
+            done = finish(session, lane, loss, flag=stop.signal is not None)
             position.step += 1
-            _count(speed, training, indices, time.monotonic() - started_s)
+            _count(speed, training, step.indices, time.monotonic() - started_s)
 
-            nonfinite = 0 if finite else nonfinite + 1
+            nonfinite = 0 if done.finite else nonfinite + 1
             if nonfinite >= settings.nonfinite_patience:
                 raise UserError(
                     f"the loss was not finite (nan or inf) for {nonfinite} steps up to step {position.step}: lower "
                     "train.lr, use a longer train.warmup, or set engine.dtype fp32"
                 )
             last_of_run = position.step == total
-            if write and (position.step % settings.log_every == 0 or last_of_run or not finite):
-                figures = _train_figures(mean_loss, norm, lane, speed, epoch)
+            if write and (position.step % settings.log_every == 0 or last_of_run or not done.finite):
+                figures = _train_figures(done, lane, speed, epoch)
                 write(position.step, figures)
                 progress.show(
                     position.step,
-                    {"loss": mean_loss, "tokens/s": figures["train/tokens_per_s"]},
+                    {"loss": done.loss, "tokens/s": figures["train/tokens_per_s"]},
                 )
             progress.step()
 
@@ -191,12 +185,13 @@ def train(
                     main = session.task.main_metric
                     progress.show(position.step, {f"val/{main}": metrics[main]})
             save = evaluated if settings.save_every is None else position.step % settings.save_every == 0
-            if save or last_of_run or stops > 0 or position.ended:
+            if save or last_of_run or done.flags or position.ended:
                 _save(session, lane, checkpoints, position)
-            if stops > 0 and not last_of_run:
+            if done.flags and not last_of_run:
                 name = world.from_main(stop.signal)
                 return Outcome(position, speed, name or "a signal on another rank")
-    raise AssertionError("a plan's steps never end")
+            epoch, step = following
+    return Outcome(position, speed, None)
 
 
 def evaluate(session: Session, split: Split) -> dict[str, float]:
@@ -213,30 +208,6 @@ def evaluate(session: Session, split: Split) -> dict[str, float]:
     model.train()
     metrics = None if outputs is None else task.score(split.examples, outputs)
     return session.world.from_main(metrics)
-
-
-def _backward(session: Session, training: Split, indices: Any) -> Tensor:
-    """Gradients of this rank's part of a step; returns its part of the step's mean loss, a scalar."""
-    world, model = session.world, session.model
-    parts = share(
-        indices,
-        training.encoded.sizes,
-        world.rank,
-        world.size,
-        session.config.engine.micro_batch_tokens,
-        model.prompt_tokens,
-    )
-    total = torch.zeros((), device=world.device)
-    for part in parts:
-        # under ZeRO-3 a pass is a collective: a rank without examples runs one that counts nothing
-        batch = collate(training.encoded, part if len(part) else indices[-1:], session.pad_id)
-        outputs = run_batch(model, batch, world.device)
-        loss = summed_loss(session.task.kind, outputs, batch.to(world.device)) / len(indices)
-        if not len(part):
-            loss = loss * 0
-        loss.backward()
-        total += loss.detach()
-    return total
 
 
 def _due(every: int | None, step: int, plan: EpochPlan) -> bool:
@@ -257,13 +228,11 @@ def _count(speed: Speed, training: Split, indices: Any, seconds: float) -> None:
     speed.padded_tokens += int(len(lengths) * lengths.max())
 
 
-def _train_figures(
-    loss: float, norm: float, lane: LaneOptimizer, speed: Speed, epoch: int
-) -> dict[str, float]:
+def _train_figures(done: Done, lane: LaneOptimizer, speed: Speed, epoch: int) -> dict[str, float]:
     figures = speed.figures()
     return {
-        "train/loss": loss,
-        "train/grad_norm": norm,
+        "train/loss": done.loss,
+        "train/grad_norm": done.norm,
         "train/lr_factor": lane.factor,
         "train/epoch": epoch,
         "train/tokens_per_s": figures["tokens_per_s"] or 0.0,
