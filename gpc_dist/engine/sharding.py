@@ -48,14 +48,16 @@ def _init_from_files(
 ) -> None:
     class InitFromFiles(deepspeed.zero.Init):  # type: ignore[misc, name-defined]
         """`zero.Init` broadcasts every tensor from rank 0, which must hold it; here a rank's part of it is read
-        into a buffer of the tensor's size, whose other pages are never touched, and partitioned from there."""
+        into its place in one buffer that all tensors have in turn, and partitioned from there."""
 
         def _convert_to_zero_parameters(self, param_list: Any) -> None:
-            for parameter in param_list:
-                if hasattr(parameter, "ds_id"):  # met before: layers may share weights
-                    continue
+            parameters = list(dict.fromkeys(param_list))  # layers may share weights
+            largest = max(p.numel() * p.dtype.itemsize for p in parameters)
+            buffer = torch.empty(largest, dtype=torch.uint8, device=self.local_device)
+            for parameter in parameters:
                 place = places[parameter]
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.local_device)
+                size = place.numel * parameter.dtype.itemsize
+                whole = buffer[:size].view(parameter.dtype).view(parameter.shape)
                 give_values(parameter, whole)
                 self._convert_to_deepspeed_param(parameter)
                 length = -(-place.numel // self.num_partitions)

@@ -25,8 +25,13 @@ def skeleton_model(model_config: Any, dtype: torch.dtype) -> Any:
         model_config: a configuration of `transformers`.
         dtype: of the floating-point parameters.
     """
-    with parameters_on_meta():
-        return freeze(auto_class(model_config).from_config(model_config, dtype=dtype))
+    from transformers.initialization import no_init_weights
+
+    # initial values of parameters on the meta device would still take seconds to not be drawn
+    with parameters_on_meta(), no_init_weights():
+        model = auto_class(model_config).from_config(model_config, dtype=dtype)
+    model.tie_weights()
+    return freeze(model)
 
 
 def auto_class(model_config: Any) -> Any:
