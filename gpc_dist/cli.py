@@ -130,6 +130,48 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--input", required=True, type=Path, help="JSONL, CSV, TSV or Parquet file")
     predict.add_argument("--output", required=True, type=Path, help="file to write, or a folder")
 
+    bench = command(
+        "bench",
+        _bench,
+        "Measure what a training step of a recipe costs on this machine.",
+        "Real steps on random tokens: time, tokens/s, MFU, memory, communication. Needs no data, and with --shape\n"
+        "no encoder either.\n\n"
+        "example: gpc-dist bench t5-xl --shape t5-v1_1-xl --lengths fixed --json bench.json",
+        arguments="RECIPE [--steps N] [--lengths KIND] [--shape NAME] [--json FILE]",
+        settings=True,
+    )
+    bench.add_argument("recipe", metavar="RECIPE", help="as of `gpc-dist train`")
+    bench.add_argument(
+        "--steps", type=_count, default=20, help="steps to measure, after a few to warm up [20]"
+    )
+    bench.add_argument(
+        "--lengths",
+        metavar="KIND",
+        default="mix",
+        help="text lengths: fixed (every row data.max_length), mix (as SuperGLUE's tasks), or one of boolq, cb, "
+        "multirc, rte, wic, wsc [mix]",
+    )
+    bench.add_argument("--shape", metavar="NAME", help="random weights in a known shape, such as t5-v1_1-xl")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+
+    plan = command(
+        "plan",
+        _plan,
+        "Say whether and how a recipe fits on a cluster, how fast it would be, and how to run it.",
+        "From the encoder's configuration alone: no weights, no GPU. A model, not a measurement.\n\n"
+        "example: gpc-dist plan t5-xl --nodes 4 --gpus-per-node 8 --gpu a100-40",
+        arguments="RECIPE [--nodes N] [--gpus-per-node N] [--gpu NAME] [--gpu-memory-gib GIB] [--json FILE]",
+        settings=True,
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="as of `gpc-dist train`")
+    plan.add_argument("--nodes", type=_count, default=1, help="equal nodes [1]")
+    plan.add_argument("--gpus-per-node", type=_count, default=8, help="ranks of a node [8]")
+    plan.add_argument("--gpu", default="h100", help="h100, h200, b200, a100-80, a100-40, l40s or cpu [h100]")
+    plan.add_argument(
+        "--gpu-memory-gib", type=float, help="memory of one GPU; the device's own when not given"
+    )
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the whole plan there too")
+
     results = command("results", _results, "Show finished runs side by side.", arguments="RUN ...")
     results.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
 
@@ -153,6 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     init.add_argument("folder", metavar="DIR", type=Path)
     return parser
+
+
+def _count(text: str) -> int:
+    """A whole number above 0."""
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
 
 
 def _settings_help() -> str:
@@ -208,6 +258,25 @@ def _start_ranks(settings: config.Config, arguments: list[str]) -> int | None:
     os.environ.setdefault(_STARTED_S, str(time.time()))
     command = [sys.executable, "-m", "gpc_dist", *arguments]
     return launch.start_ranks(command, ranks, cpu_only=not launch.visible_gpus())
+
+
+def _bench(options: Any, rest: list[str], arguments: list[str]) -> int:
+    settings = config.load(options.recipe, overrides(rest))
+    code = _start_ranks(settings, arguments)
+    if code is not None:
+        return code
+    from gpc_dist.training.bench import run_bench
+
+    return run_bench(settings, options.steps, options.lengths, options.shape, options.json)
+
+
+def _plan(options: Any, rest: list[str], _: list[str]) -> int:
+    settings = config.load(options.recipe, overrides(rest))
+    from gpc_dist.training.plan_report import run_plan
+
+    return run_plan(
+        settings, options.gpu, options.gpu_memory_gib, options.nodes, options.gpus_per_node, options.json
+    )
 
 
 def _results(options: Any, rest: list[str], _: list[str]) -> int:

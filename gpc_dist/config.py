@@ -168,6 +168,10 @@ class TrainConfig(Section):
         return self
 
 
+PLANNED = ("zero_stage", "offload_param", "activation_checkpointing", "micro_batch_tokens")
+"""What `engine.plan: auto` chooses."""
+
+
 class EngineConfig(Section):
     ranks: int | Literal["auto"] = "auto"
     """Processes to start on this machine; `auto` is one per GPU, or one without GPUs. Ignored under
@@ -213,6 +217,11 @@ class EngineConfig(Section):
             raise ValueError("engine.quantize needs engine.zero_stage 0, 1 or 2: ZeRO-3 shards plain weights")
         if self.offload_param == "nvme" and self.nvme_path is None:
             raise ValueError("engine.offload_param 'nvme' needs engine.nvme_path")
+        given = [f"engine.{key}" for key in (*PLANNED, "ds_config") if key in self.model_fields_set]
+        if self.plan == "auto" and given:
+            raise ValueError(
+                f"engine.plan 'auto' chooses for itself what {', '.join(given)} would fix: leave out one or the other"
+            )
         return self
 
 
@@ -319,6 +328,11 @@ def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Conf
         rival = {"train.steps": "epochs", "train.epochs": "steps"}.get(key)
         if rival and f"train.{rival}" not in (overrides or {}):
             tree[section].pop(rival, None)
+    if (overrides or {}).get("engine.plan") == "auto":
+        # as much for what a recipe fixes and a plan asked for on the command line chooses
+        for name in (*PLANNED, "ds_config"):
+            if f"engine.{name}" not in (overrides or {}):
+                tree["engine"].pop(name, None)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

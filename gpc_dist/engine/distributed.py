@@ -78,7 +78,7 @@ def join(config: EngineConfig) -> World:
     device = _device(config, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size == 1 and config.zero_stage < 3:
+    if size == 1 and config.zero_stage < 3 and config.plan == "none":
         return World(rank, size, local_rank, device)
     store: dict[str, Any] = {}
     if "MASTER_ADDR" not in os.environ:

@@ -29,6 +29,8 @@ def known_config(name: str) -> Any | None:
 
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
+    if name.endswith("-lm-adapt"):  # T5 v1.1, trained further as Lester et al. 2021 say
+        name = name.removesuffix("-lm-adapt").replace("t5-", "t5-v1_1-", 1)
     family, _, size = name.rpartition("-")
     if family == "t5-v1_1" and size in _T5:
         width, inner, layers, heads = _T5[size]

@@ -26,6 +26,7 @@ from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.tracking.store import tracking_uri, ui_command
 from gpc_dist.training import loop
+from gpc_dist.training.plan import planned
 from gpc_dist.training.session import Session, check_input, load_base, open_session, seed_everything
 
 _RUN_ID_TIMEOUT_S = 30.0
@@ -50,6 +51,7 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
     task = make_task(config.task, config.data)
     train = limit(task.read("train"), config.data.limit_train, config.run.seed)
     validation = limit(task.read("validation"), config.data.limit_eval)
+    config = planned(config, world, task.outputs)
     folder = RunFolder(config.run.folder)
     saved = loop.saved_state(folder.checkpoints, config)
     check_input(config, world)
