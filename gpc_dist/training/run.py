@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import shutil
 import sys
 import time
@@ -12,12 +11,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-
 from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.engine.checkpoint import Checkpoint
 from gpc_dist.engine.distributed import World, join
+from gpc_dist.engine.measure import peak_memory_mib
 from gpc_dist.engine.telemetry import GpuTelemetry, Write
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
 from gpc_dist.tasks import Example, Task, limit, make_task
@@ -153,7 +151,7 @@ def _train(
             log.append if log else None,
         )
     energy = world.gather(telemetry.energy_j)
-    memory = world.gather(_peak_memory_mib(world))
+    memory = world.gather(peak_memory_mib(world.device))
     if memory is None or energy is None:  # not the main rank
         return outcome, {}
     result = _result(session, outcome, task.majority_baseline(train, validation))
@@ -171,13 +169,6 @@ def _train(
 def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
     with MetricLog(folder.host_telemetry()) as log:
         yield log.append
-
-
-def _peak_memory_mib(world: World) -> float:
-    """Most memory this rank has held: of its GPU, or resident on the CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _result(session: Session, outcome: loop.Outcome, baseline: dict[str, float]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Base:
     encoder: frozen.Encoder
     identity: EncoderIdentity
     tokenizer: Any
+    """None for an encoder of random weights."""
     parameters: int
     """N."""
     load_s: float
@@ -64,7 +65,7 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        return self.base.tokenizer.pad_token_id or 0
+        return getattr(self.base.tokenizer, "pad_token_id", None) or 0
 
     def split(self, examples: list[Example]) -> Split:
         """Tokenise examples for this session's encoder."""
