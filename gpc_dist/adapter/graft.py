@@ -5,14 +5,15 @@ the last a forward hook writes the next prompt state
 
     p_{l+1} = Cell(e_l, p_l)          h_{l+1} = [p_{l+1} ; Layer_l(h_l)[:, P:]]
 
-(arXiv 2304.05642). The hook needs nothing but the layer's own input and output and the rows of each
-lane, which are the same for all layers of a pass: no state goes from layer to layer, so the layers
-may be run again in any order, as activation checkpointing does.
+(arXiv 2304.05642). The hooks need nothing but the layer's own input and output and the rows of each lane,
+which are the same for all layers of a pass: no state goes from layer to layer, so the layers may be run
+again in any order, as activation checkpointing does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,22 @@ from torch.utils.checkpoint import checkpoint
 from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.prompt import starting_prompt
+from gpc_dist.adapter.update import read_prompt, write_prompt
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class _Pass:
+    """What the hooks must know of the pass they run in."""
+
+    rows: list[slice]
+    """Rows of each lane."""
+    prompts: dict[int, Tensor] = field(default_factory=dict)
+    """`p_l [R, P, H]` of a layer, while it runs."""
 
 
 class GraftedEncoder(nn.Module):
@@ -45,12 +57,16 @@ class GraftedEncoder(nn.Module):
         self.token_embeddings = parts.token_embeddings
         self.parts = parts
         self.lanes = nn.ModuleList(lanes)
-        self._rows: list[slice] = []
+        self._pass: _Pass | None = None
         self.encoder.requires_grad_(False)
         self.encoder.eval()
         self._handles = [
-            layer.register_forward_hook(partial(self._write_prompt, index))
+            handle
             for index, layer in enumerate(parts.layers[:-1])
+            for handle in (
+                layer.register_forward_pre_hook(partial(self._before, index)),
+                layer.register_forward_hook(partial(self._after, index)),
+            )
         ]
 
     @property
@@ -137,25 +153,38 @@ class GraftedEncoder(nn.Module):
             starts = [lane.start(r.stop - r.start) for lane, r in zip(self.adapters, rows, strict=True)]
             embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
             mask = _pad_left(attention_mask, tokens, 1)
-        self._rows = rows
+        self._pass = _Pass(rows)
         try:
             output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
         finally:
-            self._rows = []
+            self._pass = None
         return output.last_hidden_state[:, tokens:]
 
-    def _write_prompt(self, index: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of layer `index`: put the next prompt state before the text states."""
-        if not self._rows or not any(lane.rewrites_prompt for lane in self.adapters):
+    def _before(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook of layer `index`: note the prompt state that enters it."""
+        if self._pass is None or not self._rewrites:
             return None
+        states, self._pass.prompts[index] = read_prompt(args[0], self.prompt_tokens)
+        return states, *args[1:]
+
+    def _after(self, index: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of layer `index`: put the next prompt state before the text states."""
+        if self._pass is None or not self._rewrites:
+            return None
+        rows = self._pass.rows
+
+        def rule(e: Tensor, p: Tensor) -> Tensor:
+            parts = [lane.next_prompt(index, e[r], p[r]) for lane, r in zip(self.adapters, rows, strict=True)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
         encoded = output[0] if isinstance(output, tuple) else output
-        previous, tokens = args[0], self.prompt_tokens
-        prompts = [
-            lane.next_prompt(index, encoded[r, :tokens], previous[r, :tokens])
-            for lane, r in zip(self.adapters, self._rows, strict=True)
-        ]
-        written = torch.cat([torch.cat(prompts), encoded[:, tokens:]], dim=1)
+        trained = [p for lane in self.adapters for p in lane.rewriting_parameters(index)]
+        written = write_prompt(rule, encoded, self._pass.prompts.pop(index), trained)
         return (written, *output[1:]) if isinstance(output, tuple) else written
+
+    @property
+    def _rewrites(self) -> bool:
+        return any(lane.rewrites_prompt for lane in self.adapters)
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in the forward pass and compute the layer again in the backward

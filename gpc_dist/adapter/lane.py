@@ -80,6 +80,14 @@ class Adapter(nn.Module):
         """Whether the prompt state is replaced between layers."""
         return self.config.method in ("gpc", "deep-prompt")
 
+    def rewriting_parameters(self, layer: int) -> list[nn.Parameter]:
+        """The parameters that `next_prompt` uses after this layer."""
+        if self.cell is not None:
+            return list(self.cell[layer if self.config.cell_per_layer else 0].parameters())
+        if self.prompt is not None and self.prompt.deep is not None:
+            return [self.prompt.deep]
+        return []
+
     def start(self, rows: int) -> Tensor:
         """The prompt that stands before the text of `rows` rows: `[rows, P, E]`."""
         assert self.prompt is not None
