@@ -93,11 +93,17 @@ def activations(
 
 def _depths(model_config: Any) -> tuple[int, int]:
     """Two depths, shallow and a period of layers apart, that stand on one line with the encoder's own."""
+    layers, period = model_config.num_hidden_layers, layer_period(model_config)
+    # three layers use the cell twice: only then are its gradients added up, as in deeper encoders
+    shallow = 3 + (layers - 3) % period
+    return (layers, layers) if shallow + period > layers else (shallow, shallow + period)
+
+
+def layer_period(model_config: Any) -> int:
+    """Layers after which the kinds of layer (local and global attention, say) begin again."""
     layers = model_config.num_hidden_layers
     kinds = getattr(model_config, "layer_types", None) or [None] * layers
-    period = next(p for p in range(1, layers + 1) if kinds[p:] == kinds[:-p])
-    shallow = 2 + (layers - 2) % period
-    return (layers, layers) if shallow + period > layers else (shallow, shallow + period)
+    return next(p for p in range(1, layers + 1) if kinds[p:] == kinds[:-p])
 
 
 def _with_depth(model_config: Any, layers: int) -> Any:
@@ -139,6 +145,7 @@ def dry_run(model: GraftedEncoder, rows: int, tokens: int) -> Footprint:
     targets = torch.zeros(rows, dtype=torch.long)
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(input_ids)
+    mask[0, -1] = 0  # a mask of ones would be left out
     with LiveStorages(standing) as live:
         outputs = model(input_ids, mask)
         loss = F.cross_entropy(outputs, targets.clamp(max=outputs.shape[1] - 1), reduction="sum")

@@ -35,7 +35,7 @@ def planned(config: Config, world: World, outputs: int) -> Config:
     values: dict[str, Any] | str = ""
     if found is not None:
         try:
-            values = _plan_for(config, found, outputs)
+            values = plan_for(config, found, outputs)
         except UserError as error:
             values = str(error)  # said on every rank: none may wait for another one
     values = world.from_main(values)
@@ -45,7 +45,7 @@ def planned(config: Config, world: World, outputs: int) -> Config:
     return config.model_copy(update={"engine": engine})
 
 
-def _plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) -> dict[str, Any]:
+def plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) -> dict[str, Any]:
     """The values of `config.PLANNED`, for ranks on these hosts and devices."""
     hosts = Counter(host for host, _ in found)
     per_node = max(hosts.values())

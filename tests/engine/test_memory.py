@@ -1,0 +1,117 @@
+"""The dry run counts what a real pass takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from gpc_dist.adapter.families import locate
+from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.lane import Adapter
+from gpc_dist.config import AdapterConfig
+from gpc_dist.engine.memory import (
+    Footprint,
+    LiveStorages,
+    activations,
+    dry_run,
+    give_fake_values,
+    layer_period,
+)
+from gpc_dist.engine.skeleton import build_skeleton
+from tests.adapter.encoders import FAMILIES, tiny, tiny_config
+
+ADAPTER = AdapterConfig(prompt_tokens=3)
+LAYERS = 5
+
+
+def grafted(parts: Any, recompute: bool = False) -> GraftedEncoder:
+    model = GraftedEncoder(parts, [Adapter(ADAPTER, parts.shape, 2)]).train()
+    if recompute:
+        model.checkpoint_activations()
+    return model
+
+
+def on_paper(family: str, rows: int, recompute: bool) -> Footprint:
+    parts = build_skeleton(tiny_config(family, num_hidden_layers=LAYERS), torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        give_fake_values(parts)
+        return dry_run(grafted(parts, recompute), rows, 24)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dry_run_takes_what_a_real_one_does(family: str, recompute: bool) -> None:
+    real = dry_run(grafted(locate(tiny(family, num_hidden_layers=LAYERS)), recompute), 5, 24)
+    dry = on_paper(family, 5, recompute)
+    assert dry.saved == pytest.approx(real.saved, rel=0.01)
+    assert dry.peak == pytest.approx(real.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_saved_bytes_are_those_autograd_packs(family: str, recompute: bool) -> None:
+    """Counted in another way: the storages that autograd itself says it keeps."""
+    model = grafted(locate(tiny(family, num_hidden_layers=LAYERS)), recompute)
+    ids = torch.ones(8, 24, dtype=torch.long)
+    mask = ids.clone()
+    mask[0, -1] = 0
+    standing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    packed: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in standing:
+            packed[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(ids, mask)
+        F.cross_entropy(outputs, torch.zeros(8, dtype=torch.long), reduction="sum")
+    saved = on_paper(family, 8, recompute).saved
+    assert saved == pytest.approx(sum(packed.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["t5", "roberta", "modernbert", "albert"])
+def test_rows_and_layers_add_up(family: str) -> None:
+    config = tiny_config(family, num_hidden_layers=LAYERS)
+    both = activations(config, torch.float32, ADAPTER, outputs=2, tokens=24)
+    for recompute, found in zip((False, True), both, strict=True):
+        for rows in (8, 50):
+            exact = on_paper(family, rows, recompute)
+            assert found.at(rows).saved == pytest.approx(exact.saved, rel=0.001)
+            assert found.at(rows).peak == pytest.approx(exact.peak, rel=0.02)
+            assert found.at(rows).operators == exact.operators
+
+
+def test_recomputation_and_bf16_save_memory() -> None:
+    config = tiny_config("t5", num_hidden_layers=LAYERS)
+    kept, recomputed = activations(config, torch.float32, ADAPTER, outputs=2, tokens=24)
+    half, _ = activations(config, torch.bfloat16, ADAPTER, outputs=2, tokens=24)
+    assert recomputed.at(16).saved < 0.3 * kept.at(16).saved
+    assert half.at(16).saved < 0.75 * kept.at(16).saved  # norms work in float32
+    assert recomputed.at(16).saved < recomputed.at(16).peak
+
+
+def test_layers_of_several_kinds_repeat() -> None:
+    assert layer_period(tiny_config("bert")) == 1
+    alternating = tiny_config("modernbert", num_hidden_layers=LAYERS, global_attn_every_n_layers=3)
+    assert layer_period(alternating) == 3
+
+
+def test_live_storages_come_and_go() -> None:
+    standing = torch.zeros(1000)
+    with LiveStorages([standing]) as live:
+        view = standing[:10]
+        first = torch.zeros(100)
+        second = first + 1
+        assert live.bytes == 800
+        del first
+        assert (live.bytes, live.peak) == (400, 800)
+        third = second.view(10, 10)
+        assert live.bytes == 400
+    del view, third
