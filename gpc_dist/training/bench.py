@@ -28,7 +28,7 @@ from gpc_dist.engine.measure import communication, matmul_tflops, peak_memory_mi
 from gpc_dist.engine.optimizer import LaneOptimizer
 from gpc_dist.engine.shapes import known_config, shape_names
 from gpc_dist.engine.skeleton import build_skeleton, fill_random
-from gpc_dist.errors import EXIT_DONE, UserError
+from gpc_dist.errors import EXIT_DONE, MachineError, UserError
 from gpc_dist.tasks import EpochPlan, Task
 from gpc_dist.tasks.encode import Encoded
 from gpc_dist.tasks.metrics import accuracy
@@ -50,11 +50,16 @@ def run_bench(config: Config, steps: int, lengths: str, shape: str | None, json_
             loaded, when not given.
 
     Raises:
-        UserError: unknown lengths or shape, or what `train` refuses.
+        UserError: unknown lengths or shape, out of GPU memory, or what `train` refuses.
     """
     world = join(config.engine)
     try:
         result = _measure(config, world, steps, lengths, shape)
+    except torch.cuda.OutOfMemoryError:
+        raise MachineError(
+            "out of GPU memory: give --engine.activation_checkpointing true, or a lower --engine.micro_batch_tokens "
+            "or --train.batch_size"
+        ) from None
     finally:
         world.leave()
     if world.is_main:
