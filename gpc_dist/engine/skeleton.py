@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gpc_dist.adapter.families import EncoderParts, locate
+from gpc_dist.engine.fused import fuse_elementwise
 
 
 def build_skeleton(model_config: Any, dtype: torch.dtype) -> EncoderParts:
@@ -44,9 +45,10 @@ def auto_class(model_config: Any) -> Any:
 
 
 def freeze(model: Any) -> Any:
-    """Take what nothing uses off a model of `transformers`, and freeze the rest."""
+    """Take what nothing uses off a model of `transformers`, freeze the rest, and let it run in fewer kernels."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # reads the first position, which is a prompt's; nothing uses it
+    fuse_elementwise(model)
     return model.requires_grad_(False).eval()
 
 

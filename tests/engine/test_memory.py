@@ -22,7 +22,7 @@ from gpc_dist.engine.memory import (
     give_fake_values,
     layer_period,
 )
-from gpc_dist.engine.skeleton import build_skeleton
+from gpc_dist.engine.skeleton import build_skeleton, freeze
 from tests.adapter.encoders import FAMILIES, tiny, tiny_config
 
 ADAPTER = AdapterConfig(prompt_tokens=3)
@@ -46,7 +46,7 @@ def on_paper(family: str, rows: int, recompute: bool) -> Footprint:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dry_run_takes_what_a_real_one_does(family: str, recompute: bool) -> None:
-    real = dry_run(grafted(locate(tiny(family, num_hidden_layers=LAYERS)), recompute), 5, 24)
+    real = dry_run(grafted(locate(freeze(tiny(family, num_hidden_layers=LAYERS))), recompute), 5, 24)
     dry = on_paper(family, 5, recompute)
     assert dry.saved == pytest.approx(real.saved, rel=0.01)
     assert dry.peak == pytest.approx(real.peak, rel=0.01)
@@ -56,7 +56,7 @@ def test_a_dry_run_takes_what_a_real_one_does(family: str, recompute: bool) -> N
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_saved_bytes_are_those_autograd_packs(family: str, recompute: bool) -> None:
     """Counted in another way: the storages that autograd itself says it keeps."""
-    model = grafted(locate(tiny(family, num_hidden_layers=LAYERS)), recompute)
+    model = grafted(locate(freeze(tiny(family, num_hidden_layers=LAYERS))), recompute)
     ids = torch.ones(8, 24, dtype=torch.long)
     mask = ids.clone()
     mask[0, -1] = 0
