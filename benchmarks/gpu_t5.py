@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -82,6 +83,12 @@ def measure(side: str, setting: Setting, encoder: Path) -> dict[str, Any]:
     return {"recompute": recompute, "failed": reason}
 
 
+def brief(reason: str) -> str:
+    """The line that names an error, which other words may follow."""
+    lines = reason.splitlines()
+    return next((line for line in lines if re.search(r"[Ee]rror: \S", line)), lines[-1])[:80]
+
+
 def compare(setting: Setting, options: argparse.Namespace, sides: list[str], encoder: Path) -> dict[str, Any]:
     """All runs of all sides at one kind of lengths."""
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -106,7 +113,7 @@ def lines(result: dict[str, Any], batch_size: int) -> list[list[Any]]:
     for side, runs in result["sides"].items():
         last = runs[-1]
         if side not in medians:
-            table.append([result["lengths"], side, last["failed"].splitlines()[-1][:60]])
+            table.append([result["lengths"], side, brief(last["failed"])])
             continue
         speed = medians[side]["tokens_per_s"]
         peer = medians.get("peft")

@@ -64,9 +64,7 @@ def run_ours(setting: Setting, overrides: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, "-m", "gpc_dist", "bench", str(recipe), "--json", str(out)]
         command += ["--shape", setting.shape, "--lengths", setting.lengths, "--steps", str(setting.steps)]
         command += [word for key, value in keys.items() for word in (f"--{key}", str(value).lower())]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SideError("\n".join(done.stderr.strip().splitlines()[-5:]))
+        _run(command, dict(os.environ))
         return json.loads(out.read_text())
 
 
@@ -79,25 +77,34 @@ def run_peer(setting: Setting, encoder: Path, stage: int | None, recompute: bool
         recompute: with activation checkpointing.
 
     Raises:
-        SideError: out of memory, or another error, which it has printed.
+        SideError: out of memory, or its last words.
     """
-    from gpc_dist.engine.launch import start_ranks
-
     with tempfile.TemporaryDirectory() as scratch:
         examples, out = Path(scratch) / "examples.npz", Path(scratch) / "found.json"
         _write_examples(setting, examples)
-        command = [sys.executable, str(HERE / "peer_t5.py"), "--encoder", str(encoder), "--out", str(out)]
-        command += ["--examples", str(examples), "--device", setting.device]
-        command += ["--batch-size", str(setting.batch_size), "--prompt-tokens", str(setting.prompt_tokens)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(setting.ranks)]
+        command += ["--standalone", "--local-addr", "127.0.0.1", str(HERE / "peer_t5.py")]
+        command += ["--encoder", str(encoder), "--examples", str(examples), "--out", str(out)]
+        command += ["--device", setting.device, "--batch-size", str(setting.batch_size)]
+        command += ["--prompt-tokens", str(setting.prompt_tokens)]
         command += ["--stage", str(stage)] if stage is not None else []
         command += ["--gradient-checkpointing"] if recompute else []
-        os.environ |= {"DS_ACCELERATOR": setting.device, "PYTHONWARNINGS": "ignore"}
-        if code := start_ranks(command, setting.ranks, cpu_only=setting.device == "cpu"):
-            raise SideError(f"exit code {code}")
+        environment = os.environ | {"DS_ACCELERATOR": setting.device}
+        if setting.device == "cpu":
+            environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look the host's name up to choose one
+        _run(command, environment)
         found = json.loads(out.read_text())
     if "out_of_memory" in found:
         raise SideError("out of memory")
     return found
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SideError("\n".join(done.stderr.strip().splitlines()[-40:]))
 
 
 def missing_packages(stage: int | None) -> list[str]:
