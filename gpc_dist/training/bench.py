@@ -57,8 +57,8 @@ def run_bench(config: Config, steps: int, lengths: str, shape: str | None, json_
         result = _measure(config, world, steps, lengths, shape)
     except torch.cuda.OutOfMemoryError:
         raise MachineError(
-            "out of memory on the GPU: give --engine.activation_checkpointing true, or a lower --engine.micro_batch_tokens "
-            "or --train.batch_size"
+            "out of memory on the GPU: give --engine.activation_checkpointing true, or a lower "
+            "--engine.micro_batch_tokens or --train.batch_size"
         ) from None
     finally:
         world.leave()
