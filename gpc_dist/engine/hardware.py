@@ -17,6 +17,8 @@ GPU for h100, h200 and b200, one of 200 Gbit/s for the others, 10 Gbit/s for a C
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +28,9 @@ import torch
 from gpc_dist.errors import UserError
 
 GIB = 2**30
+
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's `mallopt`."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 """Where the kernel shows control groups (version 2)."""
@@ -122,3 +127,14 @@ def _left_in_groups() -> list[int]:
         if limit != "max":
             left.append(max(0, int(limit) - used + int(cached.get("inactive_file", 0))))
     return left
+
+
+def return_freed_memory() -> None:
+    """Have the C library give freed tensors of 1 MiB and more back to the system at once.
+
+    By default glibc keeps them, in a heap that fragments: a T5-base shape with activation checkpointing on
+    8 x 148 tokens, 187 MiB of tensors at once, was seen to hold 690 MiB, and 206 MiB after this. New pages must
+    then be asked for again and again, which took a fifth longer. Does nothing where there is no glibc.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,28 @@ class Activations:
         return self.few.toward(self.many, (rows - _ROWS[0]) / (_ROWS[1] - _ROWS[0]))
 
 
-def activations(
+@dataclass(frozen=True)
+class Passes:
+    """Footprints of a pass over rows of one length, in each way of running it."""
+
+    kept: Activations
+    """Everything saved that the backward pass needs."""
+    recomputed: Activations
+    """With activation checkpointing."""
+    kept_sharded: Activations
+    """At ZeRO-3, where DeepSpeed's linear layers save their inputs as well."""
+    recomputed_sharded: Activations
+
+    def of(self, sharded: bool, recompute: bool) -> Activations:
+        if sharded:
+            return self.recomputed_sharded if recompute else self.kept_sharded
+        return self.recomputed if recompute else self.kept
+
+
+def measure_passes(
     model_config: Any, dtype: torch.dtype, adapter: AdapterConfig, outputs: int, tokens: int
-) -> tuple[Activations, Activations]:
-    """Footprints of a pass over rows of `tokens` text tokens (T): everything saved, and with activation
-    checkpointing.
+) -> Passes:
+    """Footprints of a pass over rows of `tokens` text tokens (T).
 
     Args:
         model_config: of the encoder, a configuration of `transformers`.
@@ -87,8 +105,11 @@ def activations(
         _dry_runs(_with_depth(model_config, depth), dtype, adapter, outputs, tokens)
         for depth in (shallow, deeper)
     ]
-    few, many, few_recomputed, many_recomputed = (a.toward(b, part) for a, b in zip(*runs, strict=True))
-    return Activations(few, many), Activations(few_recomputed, many_recomputed)
+    few_and_many = [a.toward(b, part) for a, b in zip(*runs, strict=True)]
+    kept, kept_sharded, recomputed, recomputed_sharded = (
+        Activations(*few_and_many[n : n + 2]) for n in range(0, 8, 2)
+    )
+    return Passes(kept, recomputed, kept_sharded, recomputed_sharded)
 
 
 def _depths(model_config: Any) -> tuple[int, int]:
@@ -117,14 +138,47 @@ def _with_depth(model_config: Any, layers: int) -> Any:
 def _dry_runs(
     model_config: Any, dtype: torch.dtype, config: AdapterConfig, outputs: int, tokens: int
 ) -> list[Footprint]:
-    """Footprints at both numbers of rows, with everything saved and then with layers run again."""
+    """Footprints at both numbers of rows: whole and sharded, then the same with layers run again."""
     parts = build_skeleton(model_config, dtype)
+    found = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_fake_values(parts)
         model = GraftedEncoder(parts, [Adapter(config, parts.shape, outputs)]).train()
-        found = [dry_run(model, rows, tokens) for rows in _ROWS]
-        model.checkpoint_activations()
-        return found + [dry_run(model, rows, tokens) for rows in _ROWS]
+        for recompute in (False, True):
+            if recompute:
+                model.checkpoint_activations()
+            found += [dry_run(model, rows, tokens) for rows in _ROWS]
+            with inputs_saved():
+                found += [dry_run(model, rows, tokens) for rows in _ROWS]
+    return found
+
+
+@contextmanager
+def inputs_saved() -> Iterator[None]:
+    """Linear layers save their inputs, as DeepSpeed's do at ZeRO-3, though frozen weights have no use for them."""
+    linear = F.linear
+
+    def saving(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias) if weight.requires_grad else _SavingLinear.apply(x, weight, bias)
+
+    F.linear = saving  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.linear = linear
+
+
+class _SavingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        result = x @ weight.t()
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        _, weight = ctx.saved_tensors
+        return gradient @ weight, None, None
 
 
 def give_fake_values(parts: EncoderParts) -> None:

@@ -7,12 +7,16 @@ values, W ranks, an encoder of N parameters of e bytes, of which V stand in the 
                  a layer's matrix and 4 for each row
     gathered     ZeRO-3 on several ranks: DeepSpeed keeps a layer that is used again within
                  `stage3_max_reuse_distance` parameters, so k = ceil(distance / 2 / layer) of them stay from the
-                 forward to the backward pass; one runs, and `stage3_prefetch_bucket_size` are on their
-                 way, first in the buffer of the collective and then as tensors of their own
+                 forward to the backward pass. Beside them one layer runs, and parameters are on their way in
+                 buckets of b = `stage3_prefetch_bucket_size`, first in the buffer of the collective (gloo has one
+                 of its own besides) and then as tensors. Every layer asks for another bucket, so in the
+                 forward pass (1 - layer / b) of the encoder may be on its way; then there are few
+                 activations yet, and the larger of both times counts
     activations  what the forward pass leaves for the backward pass (dry run)
     trained      values, gradients and the optimizer's moments, in float32: 4 A + 4 A + 8 A for AdamW, the moments
                  at stages 1 to 3 of a rank's own tensors only
-    workspace    the rest of the dry run's peak, and with int8 the matrix in use in the encoder's type
+    workspace    the rest of the dry run's peak; with int8 the matrix in use in the encoder's type; on a CPU 24 MiB
+                 of the libraries' buffers
 
 A regime fits if that leaves 10 % of the device free: for its context, the buffers of NCCL and of the matrix
 library, and what the allocator loses between tensors.
@@ -35,6 +39,7 @@ HEAD_ROOM = 0.1
 _MOST_ROWS = 2**16
 _TIE = 1.02
 _FLOAT = 4
+_CPU_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -164,18 +169,21 @@ class Planner:
         """Bytes of a rank's device at the peak of a pass over `rows` rows."""
         pass_ = self._footprint(regime, rows)
         gradients = _FLOAT * self.workload.adapter
-        written_out = self.workload.weights.largest_matrix if regime.quantize == "int8" else 0
+        workspace = max(0.0, pass_.peak - pass_.saved - gradients)
+        if regime.quantize == "int8":
+            workspace += self.workload.weights.largest_matrix * self.workload.weights.element_bytes
+        if cluster.device.is_cpu:
+            workspace += _CPU_BYTES
         return Memory(
             frozen=self._frozen(regime, cluster.size),
-            gathered=self._gathered(regime, cluster.size),
+            gathered=self._gathered(regime, cluster, pass_.saved, workspace),
             activations=pass_.saved,
             trained=2 * gradients + self._moments(regime, cluster.size),
-            workspace=max(0.0, pass_.peak - pass_.saved - gradients)
-            + written_out * self.workload.weights.element_bytes,
+            workspace=workspace,
         )
 
     def _footprint(self, regime: Regime, rows: int) -> Footprint:
-        return (self.workload.recomputed if regime.recompute else self.workload.kept).at(rows)
+        return self.workload.passes.of(regime.zero_stage == 3, regime.recompute).at(rows)
 
     def _frozen(self, regime: Regime, ranks: int) -> float:
         weights = self.workload.weights
@@ -189,13 +197,25 @@ class Planner:
             body = resident + (0 if regime.offload != "none" else (weights.body - resident) / ranks)
         return (table + body) * weights.element_bytes
 
-    def _gathered(self, regime: Regime, ranks: int) -> float:
-        if not self._gathers(regime, ranks):
+    def _gathered(self, regime: Regime, cluster: Cluster, saved: float, workspace: float) -> float:
+        """Beside the `saved` bytes of a whole forward pass; of what is gathered earlier, what exceeds the
+        activations that are not there yet counts."""
+        if not self._gathers(regime, cluster.size):
             return 0.0
-        weights = self.workload.weights
-        coming = min(max(self.zero3["stage3_prefetch_bucket_size"], weights.layer), weights.body)
-        whole = min((self._reused(regime, ranks) + 1) * weights.layer + coming, weights.body)
-        return (whole + coming) * weights.element_bytes
+        weights, size = self.workload.weights, self.workload.weights.element_bytes
+        bucket = min(max(self.zero3["stage3_prefetch_bucket_size"], weights.layer), weights.body)
+        reused = self._reused(regime, cluster.size)
+        running = (reused + 1) * weights.layer
+        ahead = weights.body * (1 - weights.layer / bucket)
+        beginning = min(max(running, ahead) + bucket, weights.body) + bucket
+        if cluster.device.is_cpu:
+            beginning += bucket
+        if reused < weights.layers:
+            turning = (min(running + bucket, weights.body) + bucket) * size
+        else:  # the last buffer goes when the last layer begins
+            buffer = (weights.body - weights.layer) % bucket
+            turning = weights.body * size + max(0.0, buffer * size - saved / weights.layers)
+        return max(turning, beginning * size - saved - workspace)
 
     def _gathers(self, regime: Regime, ranks: int) -> bool:
         return regime.zero_stage == 3 and (ranks > 1 or regime.offload != "none")
@@ -276,9 +296,9 @@ class Planner:
         # a third of a step's arithmetic is attention's backward at most; forward and backward match otherwise
         forward_flops = self._work(rows, recompute=True).recomputed
         backward_flops = self._work(rows, recompute=False).model - forward_flops
-        saved = self.workload.kept.at(rows).saved
+        saved = self.workload.passes.kept.at(rows).saved
         read = weights.body * weights.element_bytes
-        launched_s = cluster.launch_s(self.workload.kept.at(rows).operators) / 2
+        launched_s = cluster.launch_s(self.workload.passes.kept.at(rows).operators) / 2
         forward_s = max(
             cluster.arithmetic_s(forward_flops), cluster.memory_s(read + 2 * saved), launched_s
         ) + self._written_out_s(regime, cluster)

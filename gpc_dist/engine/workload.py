@@ -12,7 +12,7 @@ from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import AdapterConfig
 from gpc_dist.engine.flops import attention_width, layer_parameters
-from gpc_dist.engine.memory import Activations, activations
+from gpc_dist.engine.memory import Passes, measure_passes
 from gpc_dist.engine.skeleton import build_skeleton
 
 
@@ -62,10 +62,7 @@ class Workload:
     """Sizes of what is trained."""
     moments: int
     """Values that the optimizer keeps for each trained one."""
-    kept: Activations
-    """Footprint of a pass that saves everything."""
-    recomputed: Activations
-    """Footprint of a pass with activation checkpointing."""
+    passes: Passes
     tokens: int
     """T: text tokens of a row, at most."""
     prompt_tokens: int
@@ -131,14 +128,12 @@ def describe(
         trained = Adapter(adapter, parts.shape, outputs)
     prompt = trained.prompt_tokens
     tokens = max_length if parts.max_positions is None else min(max_length, parts.max_positions - prompt)
-    kept, recomputed = activations(model_config, dtype, adapter, outputs, tokens)
     return Workload(
         weights=count_weights(parts, model_config),
         adapter_tensors=tuple(p.numel() for p in trained.parameters()),
         # Adafactor keeps a row and a column of a matrix
         moments=2 if optimizer == "adamw" else 0,
-        kept=kept,
-        recomputed=recomputed,
+        passes=measure_passes(model_config, dtype, adapter, outputs, tokens),
         tokens=tokens,
         prompt_tokens=prompt,
         rows=rows,

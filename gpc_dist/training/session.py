@@ -17,6 +17,7 @@ from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import Config
 from gpc_dist.engine import deepspeed_config, frozen
 from gpc_dist.engine.distributed import World, encoder_dtype
+from gpc_dist.engine.hardware import return_freed_memory
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import Encoded, Example, Task, encode
 
@@ -139,6 +140,8 @@ def open_session(
     model = GraftedEncoder(base.parts, [adapter.to(world.device)])
     if config.engine.activation_checkpointing:
         model.checkpoint_activations()
+        if world.device.type == "cpu":
+            return_freed_memory()  # or the heap would hold what is no longer kept
     start = time.monotonic()
     frozen.place(base.encoder, world, config.engine, ds_config)
     load_s = base.load_s + time.monotonic() - start

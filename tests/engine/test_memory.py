@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.engine.memory import (
     Footprint,
     LiveStorages,
-    activations,
     dry_run,
     give_fake_values,
+    inputs_saved,
     layer_period,
+    measure_passes,
 )
 from gpc_dist.engine.skeleton import build_skeleton, freeze
 from tests.adapter.encoders import FAMILIES, tiny, tiny_config
@@ -79,8 +81,8 @@ def test_saved_bytes_are_those_autograd_packs(family: str, recompute: bool) -> N
 @pytest.mark.parametrize("family", ["t5", "roberta", "modernbert", "albert"])
 def test_rows_and_layers_add_up(family: str) -> None:
     config = tiny_config(family, num_hidden_layers=LAYERS)
-    both = activations(config, torch.float32, ADAPTER, outputs=2, tokens=24)
-    for recompute, found in zip((False, True), both, strict=True):
+    passes = measure_passes(config, torch.float32, ADAPTER, outputs=2, tokens=24)
+    for recompute, found in ((False, passes.kept), (True, passes.recomputed)):
         for rows in (8, 50):
             exact = on_paper(family, rows, recompute)
             assert found.at(rows).saved == pytest.approx(exact.saved, rel=0.001)
@@ -90,11 +92,27 @@ def test_rows_and_layers_add_up(family: str) -> None:
 
 def test_recomputation_and_bf16_save_memory() -> None:
     config = tiny_config("t5", num_hidden_layers=LAYERS)
-    kept, recomputed = activations(config, torch.float32, ADAPTER, outputs=2, tokens=24)
-    half, _ = activations(config, torch.bfloat16, ADAPTER, outputs=2, tokens=24)
-    assert recomputed.at(16).saved < 0.3 * kept.at(16).saved
-    assert half.at(16).saved < 0.75 * kept.at(16).saved  # norms work in float32
-    assert recomputed.at(16).saved < recomputed.at(16).peak
+    full = measure_passes(config, torch.float32, ADAPTER, outputs=2, tokens=24)
+    half = measure_passes(config, torch.bfloat16, ADAPTER, outputs=2, tokens=24)
+    assert full.recomputed.at(16).saved < 0.3 * full.kept.at(16).saved
+    assert half.kept.at(16).saved < 0.75 * full.kept.at(16).saved  # norms work in float32
+    assert full.recomputed.at(16).saved < full.recomputed.at(16).peak
+    assert full.kept_sharded.at(16).saved > full.kept.at(16).saved
+    assert full.recomputed_sharded.at(16).saved == full.recomputed.at(16).saved
+
+
+def test_saved_inputs_change_no_gradient() -> None:
+    """What stands in for DeepSpeed's linear layers in a dry run computes the same."""
+    model = grafted(locate(tiny("bert")))
+    ids = torch.ones(2, 8, dtype=torch.long)
+    gradients = []
+    for context in (nullcontext(), inputs_saved()):
+        with context:
+            model(ids).square().sum().backward()
+        gradients.append([p.grad for p in model.adapter.parameters()])
+        for parameter in model.adapter.parameters():
+            parameter.grad = None
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
 def test_layers_of_several_kinds_repeat() -> None:

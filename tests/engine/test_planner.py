@@ -12,7 +12,7 @@ from gpc_dist.adapter.families import locate
 from gpc_dist.config import AdapterConfig
 from gpc_dist.engine.frozen import count_parameters
 from gpc_dist.engine.hardware import GIB, find_device
-from gpc_dist.engine.memory import Activations, Footprint
+from gpc_dist.engine.memory import Activations, Footprint, Passes
 from gpc_dist.engine.planner import REGIMES, Planner, Regime, recommend, scaling
 from gpc_dist.engine.shapes import known_config
 from gpc_dist.engine.skeleton import build_skeleton
@@ -37,8 +37,7 @@ def workload(shape: str, dtype: torch.dtype, rows: int = 32) -> Workload:
         weights=count_weights(build_skeleton(config, dtype), config),
         adapter_tensors=(200_000, 100_000, 2),
         moments=2,
-        kept=passes(2e6, 2.1e6),
-        recomputed=passes(1e5, 2e5),
+        passes=Passes(passes(2e6, 2.1e6), passes(1e5, 2e5), passes(3e6, 3.1e6), passes(1e5, 3e5)),
         tokens=256,
         prompt_tokens=20,
         rows=rows,
@@ -105,10 +104,13 @@ def test_the_trained_state_by_stage(large: Workload) -> None:
 
 def test_gathered_layers(xxl: Workload) -> None:
     layer, eight = xxl.weights.layer, cluster()
-    never_kept = Planner(xxl, ZERO3 | {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0})
-    assert never_kept.memory(Regime(3), eight, 1).gathered == 4 * 3 * layer
+    lean = Planner(xxl, ZERO3 | {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0})
+    # one runs, one is on its way in the collective's buffer and as tensors
+    assert lean.memory(Regime(3), eight, 1).gathered == 4 * 3 * layer
     kept = Planner(xxl, ZERO3 | {"stage3_max_reuse_distance": 5 * layer})
-    assert kept.memory(Regime(3), eight, 1).gathered == 4 * 6 * layer
+    assert kept.memory(Regime(3), eight, 1).gathered == 4 * (3 + 3) * layer
+    whole = Planner(xxl, ZERO3 | {"stage3_max_reuse_distance": 100 * layer})
+    assert whole.memory(Regime(3), eight, 10_000).gathered == pytest.approx(4 * xxl.weights.body)
     alone = cluster(per_node=1)
     assert kept.memory(Regime(3), alone, 1).gathered == 0
     assert kept.memory(Regime(3, "cpu"), alone, 1).gathered > 0
@@ -194,4 +196,4 @@ def test_a_workload_is_described_from_configurations_alone() -> None:
     # 64 positions leave 44 beside the prompt
     assert (found.tokens, found.prompt_tokens, found.row_tokens) == (44, 20, 64)
     assert found.adapter == sum(found.adapter_tensors) == 20 * 32 + 2 * 32 * 32 + 2 * 32 + 2
-    assert found.recomputed.at(8).saved < found.kept.at(8).saved
+    assert found.passes.recomputed.at(8).saved < found.passes.kept.at(8).saved

@@ -84,14 +84,14 @@ def test_train_takes_the_recommendation(tiny_recipe: Path, tmp_path: Path) -> No
 
 
 def test_little_memory_changes_the_plan(tiny_recipe: Path) -> None:
-    """2 bytes of each of 4.8 B parameters do not fit whole into half of 16 GiB; sharded over two hosts they do."""
+    """2 bytes of each of 4.8 B parameters do not fit whole into a rank's share of 32 GiB; sharded over two hosts they do."""
     overrides = {"encoder.path": "t5-v1_1-xxl", "engine.plan": "auto", "engine.dtype": "bf16"}
     config = configuration.load(str(tiny_recipe), overrides)
-    values = plan.plan_for(config, [(host, find_device("cpu", 16)) for host in "aabb"], outputs=2)
+    values = plan.plan_for(config, [(host, find_device("cpu", 32)) for host in "aabb"], outputs=2)
     assert values["zero_stage"] == 3
     assert set(values) == set(PLANNED)
     with pytest.raises(UserError, match="No regime fits on 4 x cpu with 2.0 GiB"):
-        plan.plan_for(config, [(host, find_device("cpu", 4)) for host in "aabb"], outputs=2)
+        plan.plan_for(config, [(host, find_device("cpu", 8)) for host in "aabb"], outputs=2)
 
 
 def test_only_regimes_that_can_run_are_recommended(tiny_recipe: Path) -> None:
