@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gpc_dist.adapter.families import EncoderParts, locate
+from gpc_dist.engine.attention import share_position_bias
 from gpc_dist.engine.fused import fuse_elementwise
 
 
@@ -49,6 +50,7 @@ def freeze(model: Any) -> Any:
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # reads the first position, which is a prompt's; nothing uses it
     fuse_elementwise(model)
+    share_position_bias(model)
     return model.requires_grad_(False).eval()
 
 

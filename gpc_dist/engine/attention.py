@@ -1,0 +1,61 @@
+"""T5's attention through one fused kernel, with its relative position bias made once for a pass.
+
+`transformers` hands the bias `[1, heads, S, S]` from layer to layer, and every layer merges it with the padding mask
+into a new `[R, heads, S, S]` (S = P+T), or without SDPA keeps the scores of that size for the backward pass.
+The encoder is frozen, so the merged bias is a constant: the first layer makes it, and the others get it in the
+place of the bias.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_ALIGNMENT = 16
+"""The memory-efficient CUDA kernel copies a mask whose rows do not start at multiples of 16 elements."""
+
+
+def share_position_bias(model: nn.Module) -> None:
+    """Let a frozen T5 or mT5 encoder run as above; other encoders are left as they are.
+
+    umT5 has a bias of its own in every layer, so it has nothing to share.
+    """
+    for module in model.modules():
+        if type(module).__name__ in ("T5Attention", "MT5Attention") and not module.is_decoder:
+            module.forward = MethodType(_attend, module)
+
+
+def _attend(
+    self: Any, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
+) -> tuple[Tensor, Tensor, None]:
+    """Self-attention `[R, S, H] -> [R, S, H]`; also the merged bias, for the next layer."""
+    heads = (*hidden_states.shape[:2], -1, self.key_value_proj_dim)
+    query, key, value = (
+        project(hidden_states).view(heads).transpose(1, 2) for project in (self.q, self.k, self.v)
+    )
+    if position_bias is None:
+        position_bias = _merged_bias(self, hidden_states, mask)
+    # T5 folds the usual scale into its query weights
+    states = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, scale=1.0)
+    return self.o(states.transpose(1, 2).flatten(2)), position_bias, None
+
+
+@torch.no_grad()
+def _merged_bias(attention: Any, states: Tensor, mask: Tensor | None) -> Tensor:
+    """Relative bias where a key may be seen, the lowest number where not: `[R or 1, heads, S, S]`."""
+    length = states.shape[1]
+    bias = attention.compute_bias(length, length, device=states.device).to(states.dtype)
+    rows = 1 if mask is None else len(mask)
+    padded = -(-length // _ALIGNMENT) * _ALIGNMENT
+    merged = states.new_empty(rows, bias.shape[1], length, padded)[..., :length]
+    if mask is None:
+        return merged.copy_(bias)
+    if mask.dtype == torch.bool:
+        return merged.copy_(bias).masked_fill_(~mask, torch.finfo(states.dtype).min)
+    return torch.add(bias, mask, out=merged)
+
+
