@@ -158,7 +158,7 @@ def measure(case: Case, folder: Path, scratch: Path) -> int:
 def predict(case: Case, folder: Path, gpu: bool) -> dict[str, float]:
     from gpc_dist.config import build
     from gpc_dist.engine.hardware import DEVICES
-    from gpc_dist.engine.planner import Regime
+    from gpc_dist.engine.regime import Regime
     from gpc_dist.engine.timing import Cluster
     from gpc_dist.training.plan import make_planner
 

@@ -27,11 +27,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from gpc_dist.engine.flops import Work, step_work
 from gpc_dist.engine.hardware import GIB
 from gpc_dist.engine.memory import Footprint
+from gpc_dist.engine.regime import Regime
 from gpc_dist.engine.timing import Cluster
 from gpc_dist.engine.workload import Workload
 
@@ -40,45 +40,6 @@ _MOST_ROWS = 2**16
 _TIE = 1.02
 _FLOAT = 4
 _CPU_BYTES = 24 * 2**20
-
-
-@dataclass(frozen=True)
-class Regime:
-    """How a run is laid out over its ranks."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    quantize: Literal["none", "int8"] = "none"
-    recompute: bool = False
-    """Activation checkpointing."""
-
-    @property
-    def name(self) -> str:
-        parts = ["replicated" if self.zero_stage == 0 else f"zero{self.zero_stage}"]
-        parts += [self.quantize] * (self.quantize != "none")
-        parts += [f"offload to {self.offload}"] * (self.offload != "none")
-        parts += ["recompute"] * self.recompute
-        return ", ".join(parts)
-
-    @property
-    def simplicity(self) -> tuple[bool, int, bool]:
-        """Less is simpler."""
-        return self.offload != "none", self.zero_stage, self.recompute
-
-
-REGIMES = [
-    Regime(stage, offload, quantize, recompute)  # type: ignore[arg-type]
-    for stage, offload, quantize in (
-        (0, "none", "none"),
-        (1, "none", "none"),
-        (2, "none", "none"),
-        (3, "none", "none"),
-        (3, "cpu", "none"),
-        (3, "nvme", "none"),
-        (0, "none", "int8"),
-    )
-    for recompute in (False, True)
-]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from gpc_dist.engine import deepspeed_config
 from gpc_dist.engine.distributed import World, encoder_dtype
 from gpc_dist.engine.frozen import encoder_path
 from gpc_dist.engine.hardware import GIB, Device, device_at_hand
-from gpc_dist.engine.planner import HEAD_ROOM, REGIMES, Estimate, Planner, recommend
+from gpc_dist.engine.planner import HEAD_ROOM, Estimate, Planner, recommend
+from gpc_dist.engine.regime import REGIMES
 from gpc_dist.engine.shapes import known_config, shape_names
 from gpc_dist.engine.timing import Cluster
 from gpc_dist.engine.workload import describe

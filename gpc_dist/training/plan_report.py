@@ -12,7 +12,8 @@ from tabulate import tabulate
 from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.engine.hardware import GIB, find_device
-from gpc_dist.engine.planner import REGIMES, Estimate, scaling
+from gpc_dist.engine.planner import Estimate, scaling
+from gpc_dist.engine.regime import REGIMES
 from gpc_dist.engine.timing import Cluster
 from gpc_dist.engine.workload import Workload
 from gpc_dist.errors import EXIT_DONE

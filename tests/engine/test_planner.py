@@ -13,7 +13,8 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.engine.frozen import count_parameters
 from gpc_dist.engine.hardware import GIB, find_device
 from gpc_dist.engine.memory import Activations, Footprint, Passes
-from gpc_dist.engine.planner import REGIMES, Planner, Regime, recommend, scaling
+from gpc_dist.engine.planner import Planner, recommend, scaling
+from gpc_dist.engine.regime import REGIMES, Regime
 from gpc_dist.engine.shapes import known_config
 from gpc_dist.engine.skeleton import build_skeleton
 from gpc_dist.engine.timing import Cluster
