@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpc_dist.engine.hardware import return_freed_memory
+from gpc_dist.engine.skeleton import give_values
 from gpc_dist.errors import UserError
 
 
@@ -43,6 +45,7 @@ def quantize_layer(layer: nn.Module, kind: str) -> None:
     if kind != "int8":
         raise ValueError(f"no quantisation '{kind}'")
     check_available()
+    return_freed_memory()  # glibc would keep the floating-point matrices of every layer, and the products' copies
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -58,11 +61,12 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8Tensor, PerRow
 
-        # version 2 holds plain int8; the setter would change the process's settings of torch.compile
-        quantize_(linear, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
-        self.weight = linear.weight
+        # in the parameter's own place: the loader still refers to it, and would keep the floating-point matrix
+        matrix: Any = linear.weight
+        give_values(matrix, Int8Tensor.from_hp(matrix, PerRow()))
+        self.weight = matrix
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

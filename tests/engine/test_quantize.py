@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from gpc_dist import cli
 from gpc_dist.adapter.families import EncoderParts, locate
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
-from gpc_dist.config import AdapterConfig, EncoderConfig
-from gpc_dist.engine.frozen import encoder_path
+from gpc_dist.config import AdapterConfig, EncoderConfig, build
+from gpc_dist.engine.distributed import World
+from gpc_dist.engine.frozen import encoder_path, load_encoder, place
 from gpc_dist.engine.quantize import QuantizedLinear, check_available, quantize_layer
 from gpc_dist.errors import UserError
 from tests.adapter.encoders import batch_for, tiny
@@ -121,6 +124,47 @@ def test_layers_hold_a_byte_per_weight_and_nothing_else(
     held = sum(storages([*plain.parameters(), *plain.buffers()]).values())
     assert held == rest + sum(s.numel() + 5 * s[0] for s in matrices)
     assert held < share * before
+
+
+def test_a_loaded_encoder_keeps_no_floating_point_matrix(tiny_encoder: Path) -> None:
+    """Whatever the loader remembers of a matrix, it must not be its values."""
+    config = build({"encoder": {"path": str(tiny_encoder)}, "engine": {"quantize": "int8", "device": "cpu"}})
+    world = World(0, 1, 0, torch.device("cpu"))
+    encoder = load_encoder(config.encoder, torch.bfloat16, world)  # not the file's dtype: nothing is mapped
+    matrices = [m.weight for layer in encoder.parts.layers for m in layer.modules() if type(m) is nn.Linear]
+    place(encoder, world, config.engine, {"zero_optimization": {"stage": 0}})
+    assert {type(matrix.data).__name__ for matrix in matrices} == {"Int8Tensor"}
+    assert encoder.places is not None
+    held = [p for p in encoder.places if p.dim() == 2 and p.is_floating_point() and not hasattr(p, "qdata")]
+    tables = [p for p in encoder.parts.encoder.parameters() if p.dim() == 2 and not hasattr(p, "qdata")]
+    assert {id(p) for p in held} <= {id(p) for p in tables}
+
+
+_RESIDENT = """
+import torch
+from torch import nn
+from gpc_dist.engine.quantize import quantize_layer
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+quantize_layer(nn.Sequential(nn.Linear(8, 8)).requires_grad_(False), "int8")  # the library's own memory
+start = resident()
+layers = [nn.Sequential(nn.Linear(1024, 2816)).requires_grad_(False) for _ in range(16)]
+plain = resident() - start
+for layer in layers:
+    quantize_layer(layer, "int8")
+print(plain, resident() - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_resident_memory_falls_with_the_bytes() -> None:
+    done = subprocess.run([sys.executable, "-c", _RESIDENT], capture_output=True, text=True, check=True)
+    plain, small = map(int, done.stdout.split())
+    assert plain > 170 * 2**20
+    assert small < 0.35 * plain  # a quarter, and a copy or two of one matrix
 
 
 def test_no_floating_point_matrix_is_kept_for_the_backward_pass(
