@@ -197,7 +197,7 @@ class EngineConfig(Section):
     """Where the frozen table of token embeddings lies, whole: on the device, or mapped from its file on the
     host, which sends the rows that a batch needs."""
     compile: bool = False
-    """Compile the encoder's layers with `torch.compile`; the first steps are slower."""
+    """Compile the encoder's layers with `torch.compile`; the first steps are slower; stages 0 to 2."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the layer again in the backward pass."""
     micro_batch_tokens: int | None = Field(None, ge=1)
@@ -215,6 +215,8 @@ class EngineConfig(Section):
             raise ValueError("engine.offload_param needs engine.zero_stage 3")
         if self.quantize != "none" and self.zero_stage == 3:
             raise ValueError("engine.quantize needs engine.zero_stage 0, 1 or 2: ZeRO-3 shards plain weights")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("engine.compile needs engine.zero_stage 0, 1 or 2: ZeRO-3 swaps weights under the graph")
         if self.offload_param == "nvme" and self.nvme_path is None:
             raise ValueError("engine.offload_param 'nvme' needs engine.nvme_path")
         given = [f"engine.{key}" for key in (*PLANNED, "ds_config") if key in self.model_fields_set]

@@ -192,6 +192,12 @@ class GraftedEncoder(nn.Module):
         for layer in self.parts.layers:
             layer.forward = _recomputed(layer.forward)
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile each layer, for any length of text; call it before `checkpoint_activations`. The hooks stay
+        outside."""
+        for layer in self.parts.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+
     def detach_hooks(self) -> None:
         """Take the hooks off: the encoder is again what it was before the graft."""
         for handle in self._handles:

@@ -138,6 +138,8 @@ def open_session(
     dtype = encoder_dtype(config.engine, world.device)
     ds_config = deepspeed_config.resolve(config, world.size, dtype)
     model = GraftedEncoder(base.parts, [adapter.to(world.device)])
+    if config.engine.compile:
+        model.compile_layers()
     if config.engine.activation_checkpointing:
         model.checkpoint_activations()
         if world.device.type == "cpu":
