@@ -14,6 +14,7 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.engine.flops import attention_width, layer_parameters
 from gpc_dist.engine.memory import Passes, measure_passes
 from gpc_dist.engine.skeleton import build_skeleton
+from gpc_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,18 @@ def describe(
         rows: of a step, over all ranks.
 
     Raises:
-        UserError: a family that cannot hold a prompt.
+        UserError: a family that cannot hold a prompt, or a prompt that leaves no room for text.
     """
     parts = build_skeleton(model_config, dtype)
     with torch.device("meta"):
         trained = Adapter(adapter, parts.shape, outputs)
     prompt = trained.prompt_tokens
     tokens = max_length if parts.max_positions is None else min(max_length, parts.max_positions - prompt)
+    if tokens < 1:
+        raise UserError(
+            f"adapter.prompt_tokens {prompt} leaves none of the encoder's {parts.max_positions} positions for text: "
+            "use a shorter prompt"
+        )
     return Workload(
         weights=count_weights(parts, model_config),
         adapter_tensors=tuple(p.numel() for p in trained.parameters()),

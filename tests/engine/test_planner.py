@@ -19,6 +19,7 @@ from gpc_dist.engine.shapes import known_config
 from gpc_dist.engine.skeleton import build_skeleton
 from gpc_dist.engine.timing import Cluster
 from gpc_dist.engine.workload import Workload, count_weights, describe
+from gpc_dist.errors import UserError
 from gpc_dist.shipped import shipped_folder
 from tests.adapter.encoders import FAMILIES, tiny, tiny_config
 
@@ -198,3 +199,8 @@ def test_a_workload_is_described_from_configurations_alone() -> None:
     assert (found.tokens, found.prompt_tokens, found.row_tokens) == (44, 20, 64)
     assert found.adapter == sum(found.adapter_tensors) == 20 * 32 + 2 * 32 * 32 + 2 * 32 + 2
     assert found.passes.recomputed.at(8).saved < found.passes.kept.at(8).saved
+
+
+def test_a_prompt_must_leave_room_for_text() -> None:
+    with pytest.raises(UserError, match=r"prompt_tokens 64 leaves none of the encoder's 64 positions"):
+        describe(tiny_config("bert"), torch.float32, AdapterConfig(prompt_tokens=64), 2, "adamw", 256, rows=8)
