@@ -46,11 +46,11 @@ def write_checkpoint(folder: Path, shape: str) -> int:
 
 
 def load_ours(folder: Path, ds_config: dict[str, Any]) -> Any:
+    import torch
+
     from gpc_dist.config import build
     from gpc_dist.engine import frozen
     from gpc_dist.engine.distributed import World
-
-    import torch
 
     engine = build({"engine": {"device": "cpu", "zero_stage": 3}}).engine
     encoder = build({"encoder": {"path": str(folder)}}).encoder
@@ -130,7 +130,9 @@ def measure(side: str, ranks: int, folder: Path, scratch: Path) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default=SHAPE)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -161,10 +163,21 @@ def main() -> None:
                 [ranks, peer["seconds"], ours["seconds"], ratios["seconds"]]
                 + [peer["peak_mib"], ours["peak_mib"], ratios["peak_mib"], ours["shard_mib"]]
             )
-    headers = ["ranks", "s, transformers", "s, ours", "ratio", "peak MiB, transformers", "peak MiB, ours", "ratio", "shard MiB"]
+    headers = [
+        "ranks",
+        "s, transformers",
+        "s, ours",
+        "ratio",
+        "peak MiB, transformers",
+        "peak MiB, ours",
+        "ratio",
+        "shard MiB",
+    ]
     print(tabulate(lines, headers=headers, floatfmt=".2f"))
     settings = {"shape": options.shape, "checkpoint_mib": size_mib, "repeats": options.repeats}
-    options.out.write_text(json.dumps({"machine": machine(), "settings": settings, "results": report}, indent=2) + "\n")
+    options.out.write_text(
+        json.dumps({"machine": machine(), "settings": settings, "results": report}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

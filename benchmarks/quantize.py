@@ -5,8 +5,9 @@
 Two encoders, float32 on a CPU and bf16 on a GPU: the packaged MiniLM with its pretrained weights, on the demo's
 sentences, and a T5-large-shaped one (335 M parameters) with random weights, on random tokens. Each stands in four
 forms: `none`; `int8`, this project's `engine.quantize`; `int8, torchao`, the same matrices in torchao's own product;
-and `nf4, torchao`, 4 bits. A step is a forward pass and the backward pass to the prompt; the forms take their steps in
-turns, so that what else the machine does falls on all of them. Printed and kept in `quantize.json`:
+and `nf4, torchao`, 4 bits (the last two only where torchao is installed). A step is a forward pass and the backward
+pass to the prompt; the forms take their steps in turns, so that what else the machine does falls on all of
+them. Printed and kept in `quantize.json`:
 
 * layers MiB: storages behind the layers' parameters;
 * kept MiB: what autograd holds besides between the two passes;
@@ -27,6 +28,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ HEADS = 64
 PROMPT_TOKENS = 20
 ROWS = 4
 TEXT_TOKENS = 44  # of a random row: 64 with the prompt
-FORMS = ("none", "int8", "int8, torchao", "nf4, torchao")
+FORMS = ("none", "int8") + ("int8, torchao", "nf4, torchao") * (find_spec("torchao") is not None)
 ENCODERS = ("minilm", "t5-v1_1-large")
 
 
@@ -79,7 +81,8 @@ def encoder_and_batch(
 
 
 def convert(layers: nn.ModuleList, form: str) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+    if "torchao" in form:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
 
     for layer in layers:
         if form == "int8":
@@ -102,10 +105,13 @@ def memory(model: GraftedEncoder, batch: dict[str, Tensor]) -> dict[str, float]:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(**batch)
-    parameters = storages(model.parameters())
+    parameters = storages([*model.parameters(), *model.buffers()])
     kept = {address: size for address, size in storages(saved).items() if address not in parameters}
     return {
-        "layers_mib": sum(storages(model.parts.layers.parameters()).values()) / 2**20,
+        "layers_mib": sum(
+            storages([*model.parts.layers.parameters(), *model.parts.layers.buffers()]).values()
+        )
+        / 2**20,
         "kept_mib": sum(kept.values()) / 2**20,
     }
 

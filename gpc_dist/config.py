@@ -216,7 +216,9 @@ class EngineConfig(Section):
         if self.quantize != "none" and self.zero_stage == 3:
             raise ValueError("engine.quantize needs engine.zero_stage 0, 1 or 2: ZeRO-3 shards plain weights")
         if self.compile and self.zero_stage == 3:
-            raise ValueError("engine.compile needs engine.zero_stage 0, 1 or 2: ZeRO-3 swaps weights under the graph")
+            raise ValueError(
+                "engine.compile needs engine.zero_stage 0, 1 or 2: ZeRO-3 swaps weights under the graph"
+            )
         if self.offload_param == "nvme" and self.nvme_path is None:
             raise ValueError("engine.offload_param 'nvme' needs engine.nvme_path")
         given = [f"engine.{key}" for key in (*PLANNED, "ds_config") if key in self.model_fields_set]

@@ -30,7 +30,11 @@ def share_position_bias(model: nn.Module) -> None:
 
 
 def _attend(
-    self: Any, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
+    self: Any,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, None]:
     """Self-attention `[R, S, H] -> [R, S, H]`; also the merged bias, for the next layer."""
     heads = (*hidden_states.shape[:2], -1, self.key_value_proj_dim)
@@ -57,5 +61,3 @@ def _merged_bias(attention: Any, states: Tensor, mask: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return merged.copy_(bias).masked_fill_(~mask, torch.finfo(states.dtype).min)
     return torch.add(bias, mask, out=merged)
-
-

@@ -89,7 +89,7 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
     model = skeleton_model(model_config, dtype)
     places = match(model, read_headers(files))
     parts = locate(model)
-    table = parts.token_embeddings.weight
+    table: Any = parts.token_embeddings.weight
     _materialise(table, places.pop(table), torch.device("cpu"))
     return Encoder(parts, places)
 

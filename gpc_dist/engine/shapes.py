@@ -42,7 +42,7 @@ def known_config(name: str) -> Any | None:
             num_heads=heads,
             d_kv=64,
             feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
+            tie_word_embeddings=False,  # type: ignore[call-arg]
         )
     if family == "roberta" and size in _ROBERTA:
         width, inner, layers, heads = _ROBERTA[size]

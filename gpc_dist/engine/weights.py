@@ -99,9 +99,7 @@ def weight_files(path: str, revision: str | None) -> list[Path]:
     from transformers.utils import cached_file
 
     def find(name: str) -> Path | None:
-        found = cached_file(
-            path, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         return None if found is None else Path(found)
 
     if single := find(SINGLE):
@@ -115,7 +113,9 @@ def weight_files(path: str, revision: str | None) -> list[Path]:
         raise UserError(f"{index} is no index of weights ({error!r}): fetch the checkpoint again") from None
     files = {name: find(name) for name in names}
     if missing := [name for name, file in files.items() if file is None]:
-        raise UserError(f"{index} names {', '.join(missing)}, which are not there: fetch the checkpoint again")
+        raise UserError(
+            f"{index} names {', '.join(missing)}, which are not there: fetch the checkpoint again"
+        )
     return [file for file in files.values() if file is not None]
 
 
@@ -170,7 +170,9 @@ def match(model: nn.Module, stored: dict[str, Stored]) -> dict[nn.Parameter, Sto
             )
         found[parameter] = place
     if missing:
-        raise UserError(f"the checkpoint lacks {_listed(missing)} of the encoder: it is damaged, or another encoder's")
+        raise UserError(
+            f"the checkpoint lacks {_listed(missing)} of the encoder: it is damaged, or another encoder's"
+        )
     if unexpected := _unexpected(model, names.values(), prefix, stored):
         raise UserError(
             f"the checkpoint holds {_listed(unexpected)}, which the encoder's configuration knows nothing of: "
@@ -242,7 +244,9 @@ def _read_header(file: Path) -> dict[str, Stored]:
 
 
 def _new_name(name: str) -> str:
-    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]], name)
+    return re.sub(
+        r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]], name
+    )
 
 
 def _prefix(aliases: Iterable[list[str]], stored: dict[str, Stored]) -> str:
@@ -278,12 +282,12 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 
 
 @cache
-def _map_file(file: Path) -> torch.UntypedStorage:
+def _map_file(file: Path) -> Any:
     return torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
 
 
 def _read_bytes(descriptor: int, place: int, target: Tensor) -> None:
-    view = memoryview(target.view(torch.uint8).numpy())
+    view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
     while view:
         count = os.preadv(descriptor, [view[: 2**30]], place)
         if count == 0:

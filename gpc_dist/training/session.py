@@ -142,8 +142,8 @@ def open_session(
         model.compile_layers()
     if config.engine.activation_checkpointing:
         model.checkpoint_activations()
-        if world.device.type == "cpu":
-            return_freed_memory()  # or the heap would hold what is no longer kept
+    if config.engine.activation_checkpointing or config.engine.quantize != "none":
+        return_freed_memory()  # or the heap would hold what is no longer kept
     start = time.monotonic()
     frozen.place(base.encoder, world, config.engine, ds_config)
     load_s = base.load_s + time.monotonic() - start

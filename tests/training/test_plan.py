@@ -84,7 +84,8 @@ def test_train_takes_the_recommendation(tiny_recipe: Path, tmp_path: Path) -> No
 
 
 def test_little_memory_changes_the_plan(tiny_recipe: Path) -> None:
-    """2 bytes of each of 4.8 B parameters do not fit whole into a rank's share of 32 GiB; sharded over two hosts they do."""
+    """2 bytes of each of 4.8 B parameters do not fit whole into a rank's share of 32 GiB; sharded over two hosts
+    they do."""
     overrides = {"encoder.path": "t5-v1_1-xxl", "engine.plan": "auto", "engine.dtype": "bf16"}
     config = configuration.load(str(tiny_recipe), overrides)
     values = plan.plan_for(config, [(host, find_device("cpu", 32)) for host in "aabb"], outputs=2)
