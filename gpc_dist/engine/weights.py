@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -281,9 +281,15 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-@cache
 def _map_file(file: Path) -> Any:
-    return torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+    found = file.stat()
+    return _mapping(str(file), found.st_size, (found.st_ino, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _mapping(file: str, size: int, version: tuple[int, int]) -> Any:
+    """One mapping of a file serves all its tensors, as long as the file is the same."""
+    return torch.UntypedStorage.from_file(file, shared=False, nbytes=size)
 
 
 def _read_bytes(descriptor: int, place: int, target: Tensor) -> None:
