@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +27,27 @@ def fuse_elementwise(model: nn.Module) -> None:
 
 def _norm(self: Any, states: Tensor) -> Tensor:
     """Root mean square norm over the last dimension."""
-    if not states.is_cuda:
-        # torch has one kernel for it on GPUs only; what it does elsewhere is no faster
+    if self.weight.requires_grad:
         return type(self).forward(self, states)
-    return F.rms_norm(states.to(self.weight.dtype), self.weight.shape, self.weight, self.variance_epsilon)
+    states = states.to(self.weight.dtype)
+    if states.is_cuda:
+        return F.rms_norm(states, self.weight.shape, self.weight, self.variance_epsilon)
+    return _FrozenNorm.apply(states, self.weight, self.variance_epsilon)
+
+
+class _FrozenNorm(torch.autograd.Function):
+    """What torch's kernel, which exists on GPUs only, keeps for the backward pass: the input and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        inverse = states.float().square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(states, weight, inverse)
+        return (states * inverse).to(states.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        states, weight, inverse = ctx.saved_tensors
+        normed = states * inverse
+        gradient = gradient * weight
+        along = (gradient * normed).mean(-1, keepdim=True)
+        return (gradient - normed.mul_(along)).mul(inverse).to(states.dtype), None, None

@@ -246,7 +246,9 @@ def test_a_name_of_the_hubs_cache_is_a_checksum(tmp_path: Path) -> None:
 
 def test_prefixes_are_chosen_by_most_matches() -> None:
     """T5's decoder has layers of the same names as the encoder."""
-    model = nn.ModuleDict({"block": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(2, 2), "ff": nn.Linear(2, 2)})])})
+    model = nn.ModuleDict(
+        {"block": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(2, 2), "ff": nn.Linear(2, 2)})])}
+    )
     place_ = weights.Stored(Path("x"), 0, torch.float32, (2, 2))
     bias = weights.Stored(Path("x"), 0, torch.float32, (2,))
     names = [f"{p}.block.0.{m}" for p, ms in (("encoder", ("q", "ff")), ("decoder", ("q",))) for m in ms]
