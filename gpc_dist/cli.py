@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpc_dist import __version__, config
-from gpc_dist.errors import EXIT_DONE, UserError
+from gpc_dist import config
+from gpc_dist.errors import EXIT_DONE, EXIT_USAGE, UserError
+from gpc_dist.parser import build_parser
 from gpc_dist.shipped import SHIPPED, shipped_folder
 
 _STARTED_S = "GPC_DIST_STARTED_S"
@@ -22,15 +23,23 @@ _STARTED_S = "GPC_DIST_STARTED_S"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `gpc_dist.errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = build_parser().parse_known_args(arguments)
     try:
-        return options.run(options, rest, arguments)
+        return COMMANDS[options.command](options, rest, arguments)
     except UserError as error:
         print(f"gpc-dist: error: {error}", file=sys.stderr)
+        if error.exit_code == EXIT_USAGE:
+            _note_refusal(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         print("gpc-dist: interrupted", file=sys.stderr)
         return 128 + 2
+
+
+def _note_refusal(reason: str) -> None:
+    """Tell the batch script that the job must not be tried again; see `slurm/train.sbatch`."""
+    if note := os.environ.get("GPC_DIST_REFUSAL"):
+        Path(note).write_text(reason + "\n", encoding="utf-8")
 
 
 def entry() -> None:
@@ -59,160 +68,6 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--{key} is given twice: keep one of them")
         found[key] = value
     return found
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gpc-dist",
-        description="Tune a Global Prompt Cell on a frozen pretrained encoder, on one machine or many.",
-        epilog="Start with `gpc-dist doctor`, then `gpc-dist train demo`.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"gpc-dist {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(
-        name: str,
-        run: Callable[[Any, list[str], list[str]], int],
-        summary: str,
-        detail: str = "",
-        arguments: str = "",
-        settings: bool = False,
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            help=summary,
-            usage=f"gpc-dist {name} {arguments}".rstrip()
-            + (" [--section.key VALUE ...]" if settings else ""),
-            description=f"{summary}\n\n{detail}" if detail else summary,
-            epilog=_settings_help() if settings else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        added.set_defaults(run=run)
-        return added
-
-    train = command(
-        "train",
-        _train,
-        "Train an adapter.",
-        "Writes one folder (run.dir, by default runs/<run.name>): configuration, metrics, checkpoints, the best\n"
-        "adapter and result.json. Stopped or killed, the same command goes on from the last checkpoint.\n\n"
-        "example: gpc-dist train rte --data.path SuperGLUE/RTE --engine.ranks 2 --train.lr 3e-3",
-        arguments="RECIPE",
-        settings=True,
-    )
-    train.add_argument(
-        "recipe", metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(config.recipe_names())}"
-    )
-
-    evaluate = command(
-        "evaluate",
-        _evaluate,
-        "Measure a trained adapter on its task's validation split.",
-        "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
-        arguments="ADAPTER",
-        settings=True,
-    )
-    evaluate.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
-
-    predict = command(
-        "predict",
-        _predict,
-        "Write a trained adapter's predictions for a file.",
-        "A packaged task is written in SuperGLUE's submission format, any other as JSON lines with\n"
-        "probabilities. The input has the columns of the training data; labels are not needed.\n\n"
-        "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
-        arguments="ADAPTER --input FILE --output FILE",
-        settings=True,
-    )
-    predict.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
-    predict.add_argument("--input", required=True, type=Path, help="JSONL, CSV, TSV or Parquet file")
-    predict.add_argument("--output", required=True, type=Path, help="file to write, or a folder")
-
-    bench = command(
-        "bench",
-        _bench,
-        "Measure what a training step of a recipe costs on this machine.",
-        "Real steps on random tokens: time, tokens/s, MFU, memory, communication. Needs no data, and with --shape\n"
-        "no encoder either.\n\n"
-        "example: gpc-dist bench t5-xl --shape t5-v1_1-xl --lengths fixed --json bench.json",
-        arguments="RECIPE [--steps N] [--lengths KIND] [--shape NAME] [--json FILE]",
-        settings=True,
-    )
-    bench.add_argument("recipe", metavar="RECIPE", help="as of `gpc-dist train`")
-    bench.add_argument(
-        "--steps", type=_count, default=20, help="steps to measure, after a few to warm up [20]"
-    )
-    bench.add_argument(
-        "--lengths",
-        metavar="KIND",
-        default="mix",
-        help="text lengths: fixed (every row data.max_length), mix (as SuperGLUE's tasks), or one of boolq, cb, "
-        "multirc, rte, wic, wsc [mix]",
-    )
-    bench.add_argument("--shape", metavar="NAME", help="random weights in a known shape, such as t5-v1_1-xl")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
-
-    plan = command(
-        "plan",
-        _plan,
-        "Say whether and how a recipe fits on a cluster, how fast it would be, and how to run it.",
-        "From the encoder's configuration alone: no weights, no GPU. A model, not a measurement.\n\n"
-        "example: gpc-dist plan t5-xl --nodes 4 --gpus-per-node 8 --gpu a100-40",
-        arguments="RECIPE [--nodes N] [--gpus-per-node N] [--gpu NAME] [--gpu-memory-gib GIB] [--json FILE]",
-        settings=True,
-    )
-    plan.add_argument("recipe", metavar="RECIPE", help="as of `gpc-dist train`")
-    plan.add_argument("--nodes", type=_count, default=1, help="equal nodes [1]")
-    plan.add_argument("--gpus-per-node", type=_count, default=8, help="ranks of a node [8]")
-    plan.add_argument("--gpu", default="h100", help="h100, h200, b200, a100-80, a100-40, l40s or cpu [h100]")
-    plan.add_argument(
-        "--gpu-memory-gib", type=float, help="memory of one GPU; the device's own when not given"
-    )
-    plan.add_argument("--json", type=Path, metavar="FILE", help="write the whole plan there too")
-
-    results = command("results", _results, "Show finished runs side by side.", arguments="RUN ...")
-    results.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
-
-    sync = command(
-        "sync",
-        _sync,
-        "Bring MLflow up to date with a run's folder.",
-        "For runs whose tracking server was down or out of reach. Nothing is recorded twice.",
-        arguments="[--uri URI] RUN ...",
-    )
-    sync.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
-    sync.add_argument("--uri", help="MLflow tracking URI; the run's own when not given")
-
-    command("doctor", _doctor, "Say what this machine has and what is missing.")
-
-    init = command(
-        "init",
-        _init,
-        f"Copy the files that are made to be edited ({', '.join(SHIPPED)}) into a folder.",
-        arguments="DIR",
-    )
-    init.add_argument("folder", metavar="DIR", type=Path)
-    return parser
-
-
-def _count(text: str) -> int:
-    """A whole number above 0."""
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
-
-
-def _settings_help() -> str:
-    """Every configuration key with its default and its documentation."""
-    lines = ["settings (--section.key VALUE):"]
-    for key, field in config.all_keys().items():
-        default = "none" if field.default is None else field.default
-        lines.append(f"  --{key}  [{default}]")
-        lines += [f"      {line}" for line in (field.description or "").splitlines()]
-    return "\n".join(lines)
 
 
 def _train(options: Any, rest: list[str], arguments: list[str]) -> int:
@@ -297,11 +152,86 @@ def _sync(options: Any, rest: list[str], _: list[str]) -> int:
     return EXIT_DONE
 
 
-def _doctor(_: Any, rest: list[str], __: list[str]) -> int:
-    _refuse(rest)
-    from gpc_dist.training.doctor import run_doctor
+def _fetch(options: Any, rest: list[str], _: list[str]) -> int:
+    settings = config.load(options.recipe, overrides(rest))
+    from gpc_dist.training.fetch import run_fetch
 
-    return run_doctor()
+    return run_fetch(settings)
+
+
+def _doctor(options: Any, rest: list[str], _: list[str]) -> int:
+    _refuse(rest)
+    from gpc_dist.training.doctor import report
+
+    if options.slurm:
+        from gpc_dist.cluster.doctor import examine_cluster
+
+        return report(examine_cluster(options.partition, options.nodes, options.gpus_per_node))
+    from gpc_dist.training.doctor import examine
+
+    return report(examine())
+
+
+def _submit(options: Any, rest: list[str], arguments: list[str]) -> int:
+    settings = overrides(rest)
+    from gpc_dist.cluster import submit
+    from gpc_dist.cluster.resources import Resources
+
+    resources = Resources(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        ranks_per_node=options.ranks_per_node,
+        cpus_per_rank=options.cpus_per_rank,
+        time=options.time,
+        partition=options.partition,
+        account=options.account,
+        qos=options.qos,
+        memory=options.mem,
+        constraint=options.constraint,
+        dependency=options.dependency,
+        others=tuple(options.sbatch),
+    )
+    if options.nodes == "auto":
+        from gpc_dist.cluster.fit import fewest_nodes
+
+        settings |= {"engine.plan": "auto"}
+        resources = fewest_nodes(config.load(options.recipe, settings), resources, options.gpu)
+    if options.seeds:
+        members = submit.seeds(options.recipe, settings, options.seeds)
+    elif options.array:
+        members = submit.lines(options.recipe, settings, _lines(options.array))
+    else:
+        members = submit.single(options.recipe, settings)
+    command = ["gpc-dist", *arguments]
+    return submit.run_submission(members, resources, command, options.dry_run, options.follow)
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    """The settings in each line of a file, empty lines and those that begin with # left out."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--array {file}: {error.strerror}") from None
+    found = [shlex.split(line, comments=True) for line in text.splitlines()]
+    if not any(found):
+        raise UserError(f"--array {file} has no settings: give one line of --section.key VALUE for each run")
+    return [overrides(words) for words in found if words]
+
+
+def _jobs(options: Any, rest: list[str], _: list[str]) -> int:
+    _refuse(rest)
+    from gpc_dist.cluster.jobs import jobs_table
+
+    print(jobs_table(options.runs or [Path("runs")]))
+    return EXIT_DONE
+
+
+def _cancel(options: Any, rest: list[str], _: list[str]) -> int:
+    _refuse(rest)
+    from gpc_dist.cluster.jobs import cancel_jobs
+
+    print(f"asked to end: {', '.join(cancel_jobs(options.jobs))}")
+    return EXIT_DONE
 
 
 def _init(options: Any, rest: list[str], _: list[str]) -> int:
@@ -323,3 +253,21 @@ def _init(options: Any, rest: list[str], _: list[str]) -> int:
 def _refuse(rest: list[str]) -> None:
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}'")
+
+
+COMMANDS: dict[str, Callable[[Any, list[str], list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "bench": _bench,
+    "plan": _plan,
+    "results": _results,
+    "sync": _sync,
+    "fetch": _fetch,
+    "doctor": _doctor,
+    "submit": _submit,
+    "jobs": _jobs,
+    "cancel": _cancel,
+    "init": _init,
+}
+"""Each takes the parsed options, the words that are left (settings), and the whole command line."""

@@ -253,8 +253,12 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def dump(self) -> dict[str, Any]:
-        """The tree as plain JSON values, every default filled in."""
-        return self.model_dump(mode="json")
+        """The tree as plain JSON values, every default filled in; it builds this configuration again."""
+        tree = self.model_dump(mode="json")
+        if self.engine.plan == "auto":
+            for key in (*PLANNED, "ds_config"):
+                del tree["engine"][key]  # open until the planner has chosen
+        return tree
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)

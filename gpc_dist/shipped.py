@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpc_dist.errors import MachineError
 
-SHIPPED = ("ds_configs", "recipes")
+SHIPPED = ("ds_configs", "recipes", "slurm")
 
 
 def shipped_folder(name: str) -> Path:

@@ -27,7 +27,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 def test_help_names_every_command_and_every_key() -> None:
     shown = command("--help").stdout
-    for name in ("train", "evaluate", "predict", "results", "sync", "doctor", "init"):
+    for name in cli.COMMANDS:
         assert f"\n    {name} " in shown
     keys = command("train", "--help").stdout
     for key in cli.config.all_keys():

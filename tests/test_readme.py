@@ -10,6 +10,7 @@ import pytest
 
 from gpc_dist import cli, config
 from gpc_dist.engine.frozen import encoder_path
+from gpc_dist.parser import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,7 +26,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_of_the_readme_is_understood(words: list[str]) -> None:
-    options, rest = cli._parser().parse_known_args(words[1:])
+    options, rest = build_parser().parse_known_args(words[1:])
     overrides = cli.overrides(rest)
     if words[1] == "train" and options.recipe in config.recipe_names():
         config.load(options.recipe, overrides)

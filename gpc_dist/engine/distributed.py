@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -100,6 +101,27 @@ def join(config: EngineConfig) -> World:
             f"{os.environ.get('MASTER_PORT')}: {error}"
         ) from None
     return World(rank, size, local_rank, device)
+
+
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|timed out|watchdog|socket|unhandled system error", re.I
+)
+
+
+def lost_rank(error: BaseException, config: EngineConfig) -> MachineError | None:
+    """What to say where a collective failed because another rank is gone or stuck; None for any other error.
+
+    gloo raises a bare RuntimeError, nccl a `DistBackendError`.
+    """
+    from_peer = isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and _LOST.search(str(error)) is not None
+    )
+    if not from_peer:
+        return None
+    return MachineError(
+        f"another rank is gone, or did not answer for {config.timeout_s} s (engine.timeout_s): see what it said "
+        f"last, and whether its node is up ({str(error).strip().splitlines()[0]})"
+    )
 
 
 def _device(config: EngineConfig, local_rank: int) -> torch.device:

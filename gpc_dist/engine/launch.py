@@ -28,7 +28,9 @@ def given_ranks() -> bool:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    # a batch script has SLURM_PROCID too, but is no step of the job
+    in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+    if in_step and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]

@@ -52,8 +52,9 @@ def collect_facts(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "cpus": os.cpu_count() or 1,
         "memory_gib": _memory_gib(),
         **_gpus(),
-        **_git(Path.cwd()),
-        "versions": _versions(),
+        **_slurm(),
+        **git_revision(Path.cwd()),
+        "versions": package_versions(),
     }
 
 
@@ -91,7 +92,23 @@ def _gpus() -> dict[str, str | int]:
         pynvml.nvmlShutdown()
 
 
-def _git(folder: Path) -> dict[str, str | bool]:
+_SLURM = {
+    "slurm_job_id": "SLURM_JOB_ID",
+    "slurm_array_job_id": "SLURM_ARRAY_JOB_ID",
+    "slurm_array_task_id": "SLURM_ARRAY_TASK_ID",
+    "slurm_nodes": "SLURM_JOB_NODELIST",
+    "slurm_partition": "SLURM_JOB_PARTITION",
+    "slurm_restarts": "SLURM_RESTART_COUNT",
+}
+
+
+def _slurm() -> dict[str, str]:
+    """Of the Slurm job this is a part of."""
+    return {fact: os.environ[name] for fact, name in _SLURM.items() if name in os.environ}
+
+
+def git_revision(folder: Path) -> dict[str, str | bool]:
+    """`git_commit` and `git_dirty` (whether tracked files differ from it); empty outside of a repository."""
     commit = _git_output(folder, "rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -109,7 +126,8 @@ def _git_output(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of this program and of the packages it stands on, where they are installed."""
     found = {"gpc-dist": gpc_dist.__version__}
     for name in _PACKAGES:
         try:

@@ -60,6 +60,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.telemetry = self.path / "telemetry"
+        self.job = self.path / "job"
 
     def __str__(self) -> str:
         return str(self.path)

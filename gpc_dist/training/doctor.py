@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -91,11 +91,11 @@ def _demo_encoder() -> Finding:
         return Finding("demo encoder", "not installed", str(error), optional=True)
 
 
-def run_doctor() -> int:
-    """Print the report; returns the exit code."""
-    findings = list(examine())
-    marks = {f: "ok" if not f.remedy else "--" if f.optional else "!!" for f in findings}
-    lines = [[marks[f], f.what, f.found, f.remedy] for f in findings]
+def report(findings: Iterable[Finding]) -> int:
+    """Print findings; returns the exit code."""
+    found = list(findings)
+    marks = {f: "ok" if not f.remedy else "--" if f.optional else "!!" for f in found}
+    lines = [[marks[f], f.what, f.found, f.remedy] for f in found]
     print(tabulate(lines, headers=["", "what", "found", "to do"]))
     failed = list(marks.values()).count("!!")
     print("\nready to train" if not failed else f"\n{failed} thing(s) to mend")

@@ -42,6 +42,8 @@ class Position:
     best_step: int | None = None
     last: dict[str, float] = field(default_factory=dict)
     """Metrics of the newest evaluation."""
+    evaluated_step: int = 0
+    """Step of the newest evaluation."""
     stale: int = 0
     """Evaluations since the best one."""
     ended: bool = False
@@ -150,7 +152,31 @@ def train(
     epoch, step = next(upcoming)
 
     model.train()
+
+    def is_evaluation_due() -> bool:
+        due = position.step == total or _due(settings.eval_every, position.step, plan)
+        return due and position.evaluated_step < position.step
+
+    def run_evaluation() -> bool:
+        """Whether it was not cut short by a stop."""
+        metrics = evaluate(session, validation, stop)
+        if metrics is None:
+            return False
+        _note_evaluation(session, position, metrics, best_adapter)
+        if write:
+            write(position.step, {f"val/{name}": value for name, value in metrics.items()})
+            main = session.task.main_metric
+            progress.show(position.step, {f"val/{main}": metrics[main]})
+        return True
+
+    def stopped() -> Outcome:
+        return Outcome(position, speed, world.from_main(stop.signal) or "a signal on another rank")
+
     with StopRequest() as stop, Progress(total, position.step, world.is_main) as progress:
+        if position.step and is_evaluation_due():  # the stop of an earlier start came before it
+            if not run_evaluation():
+                return stopped()
+            _save(session, lane, checkpoints, position)
         while position.step < total and not position.ended:
             started_s = time.monotonic()
             lane.set_factor(factor(settings.schedule, position.step, warmup, total))
@@ -169,6 +195,7 @@ def train(
             last_of_run = position.step == total
             if write and (position.step % settings.log_every == 0 or last_of_run or not done.finite):
                 figures = _train_figures(done, lane, speed, epoch)
+                figures["train/progress_pct"] = 100 * position.step / total
                 write(position.step, figures)
                 progress.show(
                     position.step,
@@ -176,38 +203,42 @@ def train(
                 )
             progress.step()
 
-            evaluated = _due(settings.eval_every, position.step, plan) or last_of_run
-            if evaluated:
-                metrics = evaluate(session, validation)
-                _note_evaluation(session, position, metrics, best_adapter)
-                if write:
-                    write(position.step, {f"val/{name}": value for name, value in metrics.items()})
-                    main = session.task.main_metric
-                    progress.show(position.step, {f"val/{main}": metrics[main]})
+            stopping, evaluated = done.flags > 0, False
+            if is_evaluation_due() and not stopping:
+                evaluated = run_evaluation()
+                stopping = not evaluated
             save = evaluated if settings.save_every is None else position.step % settings.save_every == 0
-            if save or last_of_run or done.flags or position.ended:
+            if save or last_of_run or stopping or position.ended:
                 _save(session, lane, checkpoints, position)
-            if done.flags and not last_of_run:
-                name = world.from_main(stop.signal)
-                return Outcome(position, speed, name or "a signal on another rank")
+            if stopping:
+                return stopped()
             epoch, step = following
     return Outcome(position, speed, None)
 
 
-def evaluate(session: Session, split: Split) -> dict[str, float]:
-    """Every metric of the task on a split, on every rank."""
-    model, task = session.model, session.task
+def evaluate(session: Session, split: Split, stop: StopRequest) -> dict[str, float] | None:
+    """Every metric of the task on a split, on every rank; None if a stop was asked for before its end."""
+    model, task, world = session.model, session.task, session.world
+
+    def check_stop() -> None:
+        if world.sum(torch.tensor(float(stop.signal is not None), device=world.device)) > 0:
+            raise _StopError
+
     model.eval()
-    outputs = all_outputs(
-        model,
-        split.encoded,
-        session.pad_id,
-        session.world,
-        session.config.train.eval_batch_tokens,
-    )
-    model.train()
+    try:
+        outputs = all_outputs(
+            model, split.encoded, session.pad_id, world, session.config.train.eval_batch_tokens, check_stop
+        )
+    except _StopError:
+        return None
+    finally:
+        model.train()
     metrics = None if outputs is None else task.score(split.examples, outputs)
-    return session.world.from_main(metrics)
+    return world.from_main(metrics)
+
+
+class _StopError(Exception):
+    """A stop was asked for, and all ranks know."""
 
 
 def _due(every: int | None, step: int, plan: EpochPlan) -> bool:
@@ -245,7 +276,7 @@ def _note_evaluation(
 ) -> None:
     """Keep the adapter if it is the best so far; end the run if none was for too long."""
     task, patience = session.task, session.config.train.patience
-    position.last = metrics
+    position.last, position.evaluated_step = metrics, position.step
     value, best = metrics[task.main_metric], position.best.get(task.main_metric)
     if best is None or (value > best if task.greater_is_better else value < best):
         position.best, position.best_step, position.stale = metrics, position.step, 0

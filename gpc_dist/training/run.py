@@ -14,7 +14,7 @@ from typing import Any
 from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.engine.checkpoint import Checkpoint
-from gpc_dist.engine.distributed import World, join
+from gpc_dist.engine.distributed import World, join, lost_rank
 from gpc_dist.engine.measure import peak_memory_mib
 from gpc_dist.engine.telemetry import GpuTelemetry, Write
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
@@ -29,6 +29,9 @@ from gpc_dist.training.session import Session, check_input, load_base, open_sess
 
 _RUN_ID_TIMEOUT_S = 30.0
 """How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
+
+_STOPPED_TIMEOUT_S = 5.0
+"""How long a stopped run waits for MLflow: a batch system's grace is short, and a resume records the rest."""
 
 
 def run_training(config: Config, started_s: float, argv: Sequence[str]) -> int:
@@ -63,13 +66,17 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
     try:
         outcome, result = _train(config, world, folder, saved, task, train, validation, started_s)
     except BaseException as error:
+        lost = lost_rank(error, config.engine)
         if world.is_main:
-            reason = str(error) or type(error).__name__
+            reason = str(lost or error) or type(error).__name__
             folder.write_status("failed" if isinstance(error, Exception) else "killed", reason)
             if recording:
                 recording.finish(config.tracking.finish_timeout_s)
+        if lost:
+            raise lost from None
         raise
     if world.is_main:
+        patience_s: float = config.tracking.finish_timeout_s
         if outcome.stopped_by is None:
             run_id = recording.wait_for_run_id(_RUN_ID_TIMEOUT_S) if recording else None
             files.write_json(folder.result, result | {"mlflow_run_id": run_id})
@@ -77,13 +84,14 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
             _print_result(result)
         else:
             folder.write_status("stopped", f"{outcome.stopped_by} at step {outcome.position.step}")
+            patience_s = min(patience_s, _STOPPED_TIMEOUT_S)
             print(
                 f"stopped by {outcome.stopped_by}; state saved at step {outcome.position.step}: the same command "
                 "goes on from there",
                 file=sys.stderr,
             )
         if recording:
-            recording.finish(config.tracking.finish_timeout_s)
+            recording.finish(patience_s)
         _say_where(config, folder)
     return EXIT_DONE if outcome.stopped_by is None else EXIT_STOPPED
 

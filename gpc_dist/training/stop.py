@@ -10,7 +10,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopRequest:
-    """While it is entered, SIGINT, SIGTERM and SIGUSR2 ask for a stop; a second one ends at once."""
+    """While it is entered, SIGINT, SIGTERM and SIGUSR2 ask for a stop.
+
+    A second Ctrl-C ends at once, lest a stuck step keep the user from ending the program. The others may come
+    several times: a batch system tells a job's script and its processes, and repeats itself.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -28,5 +32,5 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        # a stuck step must not keep the user from ending the program
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])

@@ -1,0 +1,112 @@
+"""`gpc-dist jobs` and `gpc-dist cancel`: this project's jobs, and their ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from gpc_dist import files
+from gpc_dist.cluster import slurm
+from gpc_dist.cluster.record import job_id, run_folders
+from gpc_dist.errors import UserError
+from gpc_dist.tracking.folder import RunFolder, Status
+from gpc_dist.tracking.metrics import TIME
+
+_PROGRESS = "train/progress_pct"
+
+
+def jobs_table(paths: Sequence[Path]) -> str:
+    """One line for each run that has a job: what Slurm says, how far it is, its metrics, the time left.
+
+    Raises:
+        UserError: a path is no folder, or Slurm does not answer.
+    """
+    found = {folder: number for folder in run_folders(paths) if (number := job_id(folder)) is not None}
+    known = slurm.jobs(found.values())
+    lines = [_line(folder, number, known.get(number)) for folder, number in found.items()]
+    headers = ["run", "job", "state", "nodes", "elapsed", "progress", "metrics", "left", "said"]
+    return tabulate(lines, headers=headers) if lines else "no jobs"
+
+
+def _line(folder: RunFolder, number: str, job: slurm.Job | None) -> list[Any]:
+    status = folder.read_status()
+    state, said = _state(status, job, folder.status.exists())
+    progress, left_s = pace(files.read_lines(folder.metrics)[0], status.started_s)
+    moving = job is not None and job.state == "RUNNING" and left_s is not None
+    return [
+        folder.path.name,
+        number,
+        state,
+        job.nodes if job and not job.ended else "",
+        job.elapsed if job and not job.ended else "",
+        "" if progress is None else f"{progress:.0f} %",
+        _metrics(folder),
+        tqdm.format_interval(left_s) if moving and left_s is not None else "",
+        said,
+    ]
+
+
+def _state(status: Status, job: slurm.Job | None, started: bool) -> tuple[str, str]:
+    """Slurm's state while it has the job, otherwise the run's, and the reason for it."""
+    if job is not None and not job.ended:
+        return job.state.lower(), job.reason if job.state == "PENDING" else ""
+    if not started:
+        return (job.state.lower() if job else "gone"), "it never started"
+    if status.state == "running":
+        return "lost", f"Slurm says {job.state if job else 'nothing of it'}: see its log"
+    return status.state, status.reason
+
+
+def pace(lines: Sequence[dict[str, Any]], since_s: float) -> tuple[float | None, float | None]:
+    """How far a run is in percent, and the seconds it has left at the pace of its latest start.
+
+    Args:
+        lines: of `metrics.jsonl`.
+        since_s: unix time of the latest start.
+    """
+    steps = [(line[TIME], line[_PROGRESS]) for line in lines if line.get(_PROGRESS) is not None]
+    if not steps:
+        return None, None
+    (last_s, progress), mine = steps[-1], [step for step in steps if step[0] >= since_s]
+    if len(mine) < 2 or mine[0][1] >= progress:
+        return progress, None
+    per_pct = (last_s - mine[0][0]) / (progress - mine[0][1])
+    return progress, max(0.0, per_pct * (100 - progress) - (time.time() - last_s))
+
+
+def _metrics(folder: RunFolder) -> str:
+    """The newest evaluation, the loss left out."""
+    for line in reversed(files.read_lines(folder.metrics)[0]):
+        values = {
+            key[4:]: value for key, value in line.items() if key.startswith("val/") and key != "val/loss"
+        }
+        if values:
+            return ", ".join(f"{key} {value:.4g}" for key, value in values.items() if value is not None)
+    return ""
+
+
+def cancel_jobs(names: Sequence[str]) -> list[str]:
+    """End the jobs with these ids, or of the runs in these folders; returns their ids.
+
+    The runs save their state first. Tasks of an array are ended together by the array's id.
+
+    Raises:
+        UserError: a name is neither, or Slurm refuses.
+    """
+    ids = []
+    for name in names:
+        if name.replace("_", "").isdigit():
+            ids.append(name)
+            continue
+        for folder in run_folders([Path(name)]):
+            number = job_id(folder)
+            if number is None:
+                raise UserError(f"{folder} has no job")
+            ids.append(number)
+    slurm.cancel(ids)
+    return ids

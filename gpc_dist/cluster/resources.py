@@ -1,0 +1,97 @@
+"""What a job asks of Slurm, and whether the cluster has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpc_dist.cluster.slurm import Partition, seconds
+from gpc_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Resources of one job; None leaves the choice to the batch script or to Slurm."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    ranks_per_node: int | None = None
+    """One for each GPU, or one, when not given."""
+    cpus_per_rank: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    memory: str | None = None
+    """Of a node, such as `64G`."""
+    constraint: str | None = None
+    dependency: str | None = None
+    """As sbatch takes it, such as `afterok:123`."""
+    others: tuple[str, ...] = ()
+    """Further options of sbatch, as they are."""
+
+    def options(self) -> list[str]:
+        """Options of `sbatch`."""
+        ranks = self.ranks_per_node
+        named = {
+            "nodes": self.nodes,
+            "gpus-per-node": self.gpus_per_node,
+            "ntasks-per-node": ranks,
+            # sbatch counts CPUs by GPU where there are any, and by task elsewhere
+            "cpus-per-task": self.cpus_per_rank if ranks or not self.gpus_per_node else None,
+            "cpus-per-gpu": self.cpus_per_rank if self.gpus_per_node and not ranks else None,
+            "time": self.time,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "mem": self.memory,
+            "constraint": self.constraint,
+            "dependency": self.dependency,
+        }
+        given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+        # a dependency that can never be met would leave the job waiting for ever
+        given += ["--kill-on-invalid-dep=yes"] if self.dependency else []
+        return [*given, *self.others]
+
+    def check(self, partitions: Sequence[Partition]) -> Partition:
+        """The partition this goes to.
+
+        Raises:
+            UserError: there is no such partition, or it cannot give what is asked for.
+        """
+        partition = self._partition(partitions)
+        where = f"partition '{partition.name}'"
+        if not partition.is_up:
+            raise UserError(f"{where} is down: choose another --partition ({_names(partitions)})")
+        asked = (
+            ("--nodes", self.nodes, partition.nodes, "nodes"),
+            ("--gpus-per-node", self.gpus_per_node or 0, partition.gpus, "GPUs on a node"),
+            (
+                "--cpus-per-rank",
+                (self.cpus_per_rank or 1) * (self.ranks_per_node or self.gpus_per_node or 1),
+                partition.cpus,
+                "CPUs on a node, for all its ranks",
+            ),
+        )
+        for option, wanted, there, what in asked:
+            if wanted > there:
+                raise UserError(f"{option}: {wanted} are asked for, {where} has {there} {what}")
+        limit_s = seconds(self.time) if self.time else None
+        if limit_s is not None and partition.max_s is not None and limit_s > partition.max_s:
+            raise UserError(
+                f"--time {self.time} is longer than {where} allows ({partition.max_s / 3600:g} h): ask for less; a "
+                "run that reaches its limit saves its state and goes on in the next start of its job"
+            )
+        return partition
+
+    def _partition(self, partitions: Sequence[Partition]) -> Partition:
+        for partition in partitions:
+            if partition.name == self.partition or (self.partition is None and partition.is_default):
+                return partition
+        if self.partition is None:
+            raise UserError(f"this cluster has no default partition: give --partition ({_names(partitions)})")
+        raise UserError(f"--partition '{self.partition}' does not exist: use one of {_names(partitions)}")
+
+
+def _names(partitions: Sequence[Partition]) -> str:
+    return ", ".join(p.name + (" (default)" if p.is_default else "") for p in partitions)

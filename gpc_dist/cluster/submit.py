@@ -1,0 +1,178 @@
+"""`gpc-dist submit`: from a recipe to a job in Slurm's queue."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gpc_dist import config, files
+from gpc_dist.cluster import slurm
+from gpc_dist.cluster.follow import follow
+from gpc_dist.cluster.record import JobRecord, job_id, write_record
+from gpc_dist.cluster.resources import Resources
+from gpc_dist.config import Config
+from gpc_dist.engine.frozen import encoder_path
+from gpc_dist.errors import EXIT_DONE, UserError
+from gpc_dist.shipped import shipped_folder
+from gpc_dist.tasks import make_task
+from gpc_dist.tracking.facts import git_revision
+from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.store import tracking_uri, ui_command
+
+TASK = "{task}"
+"""Stands for an array task's number; `slurm/train.sbatch` replaces it."""
+
+_RECIPE, _SCRIPT = "recipe.yaml", "train.sbatch"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a submission."""
+
+    task: int | None
+    """Its number in the job array; None without one."""
+    config: Config
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.config.run.folder)
+
+
+def single(recipe: str, overrides: dict[str, str]) -> list[Member]:
+    """A job of one run."""
+    return [Member(None, config.load(recipe, overrides))]
+
+
+def seeds(recipe: str, overrides: dict[str, str], text: str) -> list[Member]:
+    """An array with one run for each seed of a list such as `0-3` or `1,5,7`.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise UserError(f"--seeds '{text}' is no list of seeds: give 0-3, or 1,5,7")
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    if len(found) != len(set(found)) or not found:
+        raise UserError(f"--seeds '{text}' names a seed twice, or none")
+    return [_member(recipe, overrides | {"run.seed": str(seed)}, seed, "seed-") for seed in found]
+
+
+def lines(recipe: str, overrides: dict[str, str], each: Sequence[dict[str, str]]) -> list[Member]:
+    """An array with one run for each set of overrides, on top of those that all share."""
+    return [_member(recipe, overrides | own, task) for task, own in enumerate(each)]
+
+
+def _member(recipe: str, overrides: dict[str, str], task: int, prefix: str = "") -> Member:
+    """The member's folder stands beside, or where `run.dir` is given inside, what the run's alone would be."""
+    plain = config.load(recipe, {k: v for k, v in overrides.items() if not k.startswith("run.dir")})
+    name = f"{plain.run.name}-{prefix}{task}"
+    own = {"run.name": name}
+    if "run.dir" in overrides:
+        own["run.dir"] = str(Path(overrides["run.dir"]) / f"{prefix}{task}")
+    if plain.tracking.group is None:
+        own["tracking.group"] = plain.run.name
+    return Member(task, config.load(recipe, overrides | own))
+
+
+def run_submission(
+    members: Sequence[Member], resources: Resources, command: Sequence[str], dry_run: bool, wait: bool
+) -> int:
+    """Submit runs as one job, or as an array of several; returns the exit code.
+
+    Args:
+        command: the user's, for the record.
+        dry_run: print what would be submitted; nothing is written.
+        wait: print the log until the job ends.
+
+    Raises:
+        UserError: a run has a job already, or the cluster refuses; nothing has been submitted.
+    """
+    first = members[0]
+    if wait and first.task is not None:
+        raise UserError(
+            "--follow shows one log, and an array has several: leave it out, and see gpc-dist jobs"
+        )
+    partition = resources.check(slurm.partitions())
+    for member in members:
+        _check(member)
+    script = shipped_folder("slurm") / _SCRIPT
+    log = _template(members) / "job" / ("%A.log" if first.task is not None else "%j.log")
+    options = replace(resources, partition=partition.name).options() + _naming(members, log)
+    arguments = [str(log.with_name(_RECIPE))]
+    if first.task is not None:
+        arguments += ["--tracking.group", str(first.config.tracking.group)]
+    slurm.try_out(options, script, arguments)
+    words = ["sbatch", *options, str(script), *arguments]
+    if dry_run:
+        print(f"{shlex.join(words)}\n\n# {script}\n{script.read_text(encoding='utf-8')}")
+        return EXIT_DONE
+    for member in members:
+        _snapshot(member, script)
+    job = slurm.submit(options, script, arguments)
+    code = git_revision(Path.cwd())
+    for member in members:
+        number, path = job, str(log).replace("%j", job).replace("%A", job)
+        if member.task is not None:
+            number, path = f"{job}_{member.task}", path.replace(TASK, str(member.task))
+        write_record(member.folder, JobRecord(number, path, time.time(), list(command), words, code))
+        print(f"job {number}: {member.folder}\n  log: {path}")
+    if first.config.tracking.enabled:
+        print(f"compare runs: {ui_command(tracking_uri(first.config.tracking, first.folder.path))}")
+    print(f"see gpc-dist jobs; end with: gpc-dist cancel {job}")
+    return follow(first.folder, job) if wait else EXIT_DONE
+
+
+def _naming(members: Sequence[Member], log: Path) -> list[str]:
+    """Options of sbatch for the job's name, log and array."""
+    first = members[0]
+    if first.task is None:
+        return [f"--job-name=gpc-{first.config.run.name}", f"--output={log}"]
+    return [
+        f"--job-name=gpc-{first.config.tracking.group}",
+        f"--output={str(log).replace(TASK, '%a')}",
+        f"--array={','.join(str(member.task) for member in members)}",
+    ]
+
+
+def _check(member: Member) -> None:
+    """Raise `UserError` for a run that has a job, or whose input is not there."""
+    folder = member.folder
+    encoder_path(member.config.encoder)
+    make_task(member.config.task, member.config.data)
+    if data := member.config.data.path:
+        local = data.startswith(("/", ".", "~"))
+        if local and not Path(data).exists():
+            raise UserError(f"data.path {data} does not exist")
+    other = job_id(folder)
+    if other is not None and (job := slurm.jobs([other]).get(other)) and not job.ended:
+        raise UserError(
+            f"{folder} has job {other}, which is {job.state}: end it with gpc-dist cancel {other}, or give this "
+            "run another --run.name"
+        )
+
+
+def _template(members: Sequence[Member]) -> Path:
+    """The members' folder with `{task}` for the number of the task."""
+    path = members[0].folder.path
+    if members[0].task is None:
+        return path
+    name = re.sub(rf"{members[0].task}$", TASK, path.name)
+    return path.with_name(name)
+
+
+def _snapshot(member: Member, script: Path) -> None:
+    """Keep the configuration and the script as they are now: the job may start when both have changed."""
+    folder = member.folder
+    text = member.config.model_copy(
+        update={"run": member.config.run.model_copy(update={"dir": folder.path})}
+    ).to_yaml()
+    files.write_text(folder.job / _RECIPE, text)
+    shutil.copyfile(script, folder.job / _SCRIPT)

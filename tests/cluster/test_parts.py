@@ -1,0 +1,83 @@
+"""The parts of the Slurm code that need no cluster."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from gpc_dist.cluster import jobs, slurm, submit
+from gpc_dist.cluster.resources import Resources
+from gpc_dist.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:00", 5400),
+        ("2-12", 216000),
+        ("2-12:30", 217800),
+        ("1-00:00:00", 86400),
+        ("infinite", None),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits(limit: str, expected: int | None) -> None:
+    assert slurm.seconds(limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("gres", "expected"),
+    [
+        ("(null)", (0, "")),
+        ("gpu:2", (2, "")),
+        ("gpu:a100:8(S:0-1),lustre:1", (8, "a100")),
+        ("gpu:a100:4,gpu:v100:2", (6, "a100")),
+        ("gpumem:80,gpu:h100:8(S:0-7)", (8, "h100")),
+    ],
+)
+def test_generic_resources(gres: str, expected: tuple[int, str]) -> None:
+    assert slurm._gpus(gres) == expected
+
+
+def test_options_of_sbatch() -> None:
+    asked = Resources(
+        nodes=2, gpus_per_node=8, cpus_per_rank=6, dependency="afterok:7", others=("--exclusive",)
+    )
+    assert asked.options() == [
+        *("--nodes=2", "--gpus-per-node=8", "--cpus-per-gpu=6", "--dependency=afterok:7"),
+        *("--kill-on-invalid-dep=yes", "--exclusive"),
+    ]
+    asked = Resources(ranks_per_node=4, cpus_per_rank=2, time="30")
+    assert asked.options() == ["--nodes=1", "--ntasks-per-node=4", "--cpus-per-task=2", "--time=30"]
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5,8-9", [1, 5, 8, 9])])
+def test_seeds(text: str, seeds: list[int]) -> None:
+    members = submit.seeds("rte", {"data.path": "demo"}, text)
+    assert [member.config.run.seed for member in members] == seeds
+    assert [str(member.config.run.folder) for member in members] == [f"runs/rte-seed-{s}" for s in seeds]
+    assert {member.config.tracking.group for member in members} == {"rte"}
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,1", "3-1", "-1", "1,"])
+def test_no_list_of_seeds(text: str) -> None:
+    with pytest.raises(UserError, match="--seeds"):
+        submit.seeds("rte", {}, text)
+
+
+def test_pace_counts_from_the_latest_start() -> None:
+    now = time.time()
+    lines = [
+        {"time_s": now - 5000, "train/progress_pct": 10.0},
+        {"time_s": now - 20, "train/progress_pct": 20.0},
+        {"time_s": now, "train/progress_pct": 40.0},
+        {"time_s": now, "val/accuracy": 0.5},
+    ]
+    progress, left_s = jobs.pace(lines, since_s=now - 100)
+    assert progress == 40.0
+    assert left_s == pytest.approx(60, abs=2)
+    assert jobs.pace(lines[:2], since_s=now - 100) == (20.0, None)
+    assert jobs.pace([], since_s=0) == (None, None)

@@ -1,0 +1,200 @@
+"""`gpc-dist submit`, `jobs`, `cancel` and `doctor --slurm` against the real cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import SlurmLab, reached, same_run
+from tests.conftest import command, losses
+
+
+def job_of(said: str) -> str:
+    found = re.search(r"^job (\d+)", said, re.MULTILINE)
+    assert found, said
+    return found[1]
+
+
+def test_two_nodes_give_the_losses_of_two_ranks(slurm: SlurmLab, superglue: Path, tmp_path: Path) -> None:
+    settings = [
+        *("--data.path", superglue / "RTE", "--data.limit_train", 64, "--data.limit_eval", 16),
+        *("--train.steps", 6, "--train.batch_size", 8, "--train.log_every", 1, "--engine.zero_stage", 3),
+        *("--engine.device", "cpu", "--tracking.enabled", "false"),
+    ]
+    here = command("train", "rte", *settings, "--engine.ranks", 2, "--run.dir", tmp_path / "here")
+    assert here.returncode == 0, here.stderr
+    done = command(
+        "submit", "train", "rte", "--nodes", 2, "--follow", *settings, "--run.dir", "there", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(tmp_path / "here")) == 6
+    same_run(tmp_path / "there", tmp_path / "here")
+    facts = json.loads((tmp_path / "there" / "facts.json").read_text())
+    assert facts["slurm_job_id"] == job_of(done.stdout)
+    assert facts["slurm_nodes"] == "node[01-02]"
+
+
+def test_a_submission_is_kept_as_it_was(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(tiny_recipe.read_text())
+    done = command("submit", "train", recipe, "--nodes", 1, "--time", 5, "--train.lr", 0.02, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    recipe.write_text("run: {name: changed}")  # too late to matter
+    job = job_of(done.stdout)
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    folder = tmp_path / "runs" / "tiny"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["lr"] == 0.02
+    record = json.loads((folder / "job" / "job.json").read_text())
+    assert record["job_id"] == job
+    assert record["command"][:3] == ["gpc-dist", "submit", "train"]
+    assert (folder / "job" / "train.sbatch").is_file()
+    assert "exit code" not in Path(record["log"]).read_text()
+    table = command("jobs", cwd=tmp_path).stdout
+    assert re.search(rf"tiny +{job} +finished +100 % +accuracy", table), table
+
+
+def test_an_array_of_seeds(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    done = command(
+        *("submit", "train", tiny_recipe, "--seeds", "0-3", "--ranks-per-node", 1),
+        *("--tracking.enabled", "true"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    job = job_of(done.stdout)
+    for seed in range(4):
+        assert slurm.wait(f"{job}_{seed}")["JobState"] == "COMPLETED"
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'gpc-dist'")
+    runs = client.search_runs([experiment.experiment_id], "tags.group = 'tiny'")
+    assert sorted(run.info.run_name for run in runs) == [f"tiny-seed-{seed}" for seed in range(4)]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert sorted(run.data.params["run.seed"] for run in runs) == ["0", "1", "2", "3"]
+    assert len({tuple(losses(tmp_path / "runs" / f"tiny-seed-{seed}").values()) for seed in range(4)}) == 4
+
+
+def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text(
+        "# two of them\n--train.lr 0.01\n\n--train.lr 0.05 --adapter.cell gated\n"
+    )
+    done = command("submit", "train", tiny_recipe, "--array", "settings", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = job_of(done.stdout)
+    for task in range(2):
+        assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
+    configs = [
+        yaml.safe_load((tmp_path / "runs" / f"tiny-{task}" / "config.yaml").read_text()) for task in range(2)
+    ]
+    assert [config["train"]["lr"] for config in configs] == [0.01, 0.05]
+    assert [config["adapter"]["cell"] for config in configs] == ["residual", "gated"]
+
+
+def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
+    def submit() -> str:
+        done = command("submit", "train", long_recipe, "--nodes", 2, "--train.steps", 100000, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return job_of(done.stdout)
+
+    job = submit()
+    again = command("submit", "train", long_recipe, cwd=tmp_path)
+    assert again.returncode == 2
+    assert f"has job {job}" in again.stderr
+    reached(tmp_path / "runs" / "tiny", 100)
+    shown = command("jobs", cwd=tmp_path).stdout
+    assert re.search(rf"tiny +{job} +running +node\[01-02\]", shown), shown
+    cancelled = command("cancel", "runs/tiny", cwd=tmp_path)
+    assert job in cancelled.stdout
+    assert slurm.wait(job)["JobState"] == "CANCELLED"
+    shown = command("jobs", "runs/tiny", cwd=tmp_path).stdout
+    assert re.search(rf"tiny +{job} +stopped", shown), shown
+    assert "SIGTERM at step" in shown
+    # submitted again, the run goes on
+    before = max(losses(tmp_path / "runs" / "tiny"))
+    job = submit()
+    reached(tmp_path / "runs" / "tiny", before + 1)
+    command("cancel", job)
+    slurm.wait(job)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["no-such-recipe"], "no recipe 'no-such-recipe'"),
+        (
+            ["rte", "--partition", "gpuhuge"],
+            "--partition 'gpuhuge' does not exist: use one of main (default), spot",
+        ),
+        (["rte", "--nodes", "3"], "--nodes: 3 are asked for, partition 'main' has 2 nodes"),
+        (["rte", "--gpus-per-node", "8"], "--gpus-per-node: 8 are asked for, partition 'main' has 2 GPUs"),
+        (
+            ["rte", "--ranks-per-node", "4", "--cpus-per-rank", "4"],
+            "16 are asked for, partition 'main' has 8 CPUs",
+        ),
+        (["rte", "--time", "2-00:00:00"], "--time 2-00:00:00 is longer than partition 'main' allows (24 h)"),
+        (["rte", "--time", "soon"], "'soon' is not a time limit"),
+        (["rte", "--mem", "900G"], "sbatch: "),
+        (["rte", "--constraint", "moon"], "sbatch: "),
+        (["rte", "--train.lrr", "1"], "did you mean 'train.lr'"),
+        (["rte", "--encoder.path", "/no/such/encoder"], "/no/such/encoder does not exist"),
+        (["rte", "--data.path", "./no-data"], "data.path ./no-data does not exist"),
+        (["rte", "--seeds", "a"], "no list of seeds"),
+        (["rte", "--array", "missing"], "--array missing: No such file"),
+        (["rte", "--nodes", "auto"], "give --gpu"),
+    ],
+)
+def test_what_cannot_run_is_not_submitted(
+    slurm: SlurmLab, tmp_path: Path, words: list[str], said: str
+) -> None:
+    before = slurm.call("squeue", "--noheader", "--states=all", "--format=%i")
+    done = command("submit", "train", *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert slurm.call("squeue", "--noheader", "--states=all", "--format=%i") == before
+
+
+def test_a_dry_run_shows_the_script_and_writes_nothing(
+    slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    done = command("submit", "train", tiny_recipe, "--nodes", 2, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("sbatch --nodes=2 ")
+    assert "#SBATCH --requeue" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_planner_finds_the_nodes(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_recipe.read_text())
+    done = command("submit", "train", recipe, "--nodes", "auto", "--gpu", "h100", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 node(s). Recommended: replicated" in done.stdout
+    assert "sbatch --nodes=1 --gpus-per-node=2" in done.stdout
+
+
+def test_doctor(slurm: SlurmLab, tmp_path: Path) -> None:
+    done = command("doctor", "--slurm", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in (
+        r"ok +partition main \(default\) +2 nodes with up to 8 CPUs, 62 GiB, 2 GPUs; limit 24 h",
+        r"ok +rendezvous +2 ranks on node01, node02 met in",
+        r"ok +bandwidth +[\d.]+ GB/s all-reduce \(gloo\)",
+        rf"ok +shared folder +{tmp_path} is seen by all",
+        r"ok +clocks +\d+ ms apart",
+        r"ok +versions +the same on all nodes",
+    ):
+        assert re.search(line, done.stdout), (line, done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm(tmp_path: Path) -> None:
+    for words in (["submit", "train", "rte"], ["doctor", "--slurm"], ["cancel", "7"]):
+        done = command(*words, cwd=tmp_path, PATH=str(tmp_path))
+        assert done.returncode == 3
+        assert "login node of a Slurm cluster" in done.stderr

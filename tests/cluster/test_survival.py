@@ -1,0 +1,161 @@
+"""A job that is disturbed ends as the undisturbed one: the same adapter bit for bit, one run in MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import ROOT, SlurmLab, reached, recorded_once, same_run
+
+SCRIPT = ROOT / "slurm" / "train.sbatch"
+NODES = ("--nodes=2", "--ntasks-per-node=1")
+
+
+def start(slurm: SlurmLab, recipe: Path, folder: Path, *options: str, settings: tuple[str, ...] = ()) -> str:
+    """Submit a run over two nodes as a user of plain sbatch does."""
+    return slurm.submit(*NODES, *options, SCRIPT, recipe, "--run.dir", folder / "run", *settings, cwd=folder)
+
+
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    """The training processes of a run, in the order of their ranks."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        if (
+            {str(folder / "run"), "train"} <= set(words)
+            and "SLURM_PROCID" in environment
+            and "srun" not in words[0]
+        ):
+            found[int(environment["SLURM_PROCID"])] = process
+    return [found[rank] for rank in sorted(found)]
+
+
+def log_of(folder: Path) -> str:
+    return "".join(path.read_text() for path in folder.glob("*.log"))
+
+
+def test_requeued_by_hand(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = start(slurm, long_recipe, tmp_path)
+    reached(tmp_path / "run", 150)
+    slurm.call("scontrol", "requeue", job)
+    found = slurm.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
+    same_run(tmp_path / "run", undisturbed)
+    recorded_once(tmp_path / "run")
+
+
+def test_preempted(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = start(slurm, long_recipe, tmp_path, "--partition=spot")
+    reached(tmp_path / "run", 150)
+    other = slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", cwd=tmp_path)
+    slurm.wait(other)
+    found = slurm.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
+    assert "stopped by SIG" in log_of(tmp_path)
+    same_run(tmp_path / "run", undisturbed)
+    recorded_once(tmp_path / "run")
+
+
+def test_time_limit(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
+    # slower steps, so that the run does not fit into a minute: no comparison with the undisturbed run
+    job = start(
+        slurm,
+        long_recipe,
+        tmp_path,
+        "--time=1",
+        "--signal=B:USR2@20",
+        settings=("--train.steps", "6000", "--train.log_every", "50", "--train.eval_every", "3000"),
+    )
+    found = slurm.wait(job, timeout_s=400)
+    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert int(found["Restarts"]) >= 1
+    assert "stopped by SIGUSR2" in log_of(tmp_path)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 6000
+
+
+def test_a_killed_rank_ends_the_job_which_goes_on_from_the_last_checkpoint(
+    slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = start(slurm, long_recipe, tmp_path)
+    reached(tmp_path / "run", 250)
+    killed_s = time.time()
+    ranks_of(tmp_path)[1].kill()
+    slurm.wait_for(job, lambda found: found["Restarts"] == "1", timeout_s=60)
+    assert time.time() - killed_s < 60
+    found = slurm.wait(job)
+    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert "failure 1: requeued" in log_of(tmp_path)
+    same_run(tmp_path / "run", undisturbed)
+    recorded_once(tmp_path / "run")
+
+
+def test_a_stuck_rank_ends_the_job_within_the_timeout(
+    slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = start(slurm, long_recipe, tmp_path, settings=("--engine.timeout_s", "10"))
+    reached(tmp_path / "run", 250)
+    os.kill(ranks_of(tmp_path)[1].pid, signal.SIGSTOP)
+    slurm.wait_for(job, lambda found: found["Restarts"] == "1", timeout_s=60)
+    found = slurm.wait(job)
+    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert "did not answer for 10 s (engine.timeout_s)" in log_of(tmp_path)
+    same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_dead_node(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = start(slurm, long_recipe, tmp_path)
+    reached(tmp_path / "run", 250)
+    slurm.down("--node", "node02")
+    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
+    slurm.up()
+    found = slurm.wait(job)
+    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
+    same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_failure_that_stays_is_given_up(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").write_text("#!/bin/bash\nexit 7\n")
+    (tmp_path / "broken").chmod(0o755)
+    environment = f"--export=ALL,GPC_DIST_MAX_FAILURES=1,GPC_DIST_LAUNCHER={tmp_path / 'broken'}"
+    found = slurm.wait(start(slurm, long_recipe, tmp_path, environment))
+    assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "1", "7:0")
+    assert "given up after 2 failures" in log_of(tmp_path)
+
+
+def test_a_users_error_is_not_tried_again(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
+    job = start(slurm, long_recipe, tmp_path, settings=("--task.text", "[no_such_column]"))
+    found = slurm.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0")
+    assert "no_such_column" in log_of(tmp_path)
+    assert "not requeued: it would fail again" in log_of(tmp_path)
+
+
+def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    job = start(slurm, long_recipe, tmp_path)
+    reached(tmp_path / "run", 50)
+    slurm.call("scancel", job)
+    assert slurm.wait(job)["JobState"] == "CANCELLED"
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run_id = json.loads((tmp_path / "run" / "tracking.json").read_text())["run_id"]
+    deadline = time.monotonic() + 30
+    while client.get_run(run_id).info.status != "KILLED":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert slurm.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.parametrize("options", [("--gpus-per-node=2",), ("--ntasks-per-node=2", "--cpus-per-task=2")])
+def test_ranks_of_a_node(
+    slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    job = slurm.submit("--nodes=2", *options, SCRIPT, tiny_recipe, "--run.dir", "run", cwd=tmp_path)
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 4
