@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,16 +31,21 @@ class Resources:
     others: tuple[str, ...] = ()
     """Further options of sbatch, as they are."""
 
+    @property
+    def _ranks(self) -> int:
+        """Of a node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
     def options(self) -> list[str]:
         """Options of `sbatch`."""
-        ranks = self.ranks_per_node
+        cpus = self.cpus_per_rank and self.cpus_per_rank * self._ranks
         named = {
             "nodes": self.nodes,
             "gpus-per-node": self.gpus_per_node,
-            "ntasks-per-node": ranks,
-            # sbatch counts CPUs by GPU where there are any, and by task elsewhere
-            "cpus-per-task": self.cpus_per_rank if ranks or not self.gpus_per_node else None,
-            "cpus-per-gpu": self.cpus_per_rank if self.gpus_per_node and not ranks else None,
+            "ntasks-per-node": self.ranks_per_node,
+            # sbatch counts CPUs by GPU (as the script does, and takes no other count by then) or by node
+            "cpus-per-gpu": math.ceil(cpus / self.gpus_per_node) if cpus and self.gpus_per_node else None,
+            "mincpus": cpus if not self.gpus_per_node else None,
             "time": self.time,
             "partition": self.partition,
             "account": self.account,
@@ -68,7 +74,7 @@ class Resources:
             ("--gpus-per-node", self.gpus_per_node or 0, partition.gpus, "GPUs on a node"),
             (
                 "--cpus-per-rank",
-                (self.cpus_per_rank or 1) * (self.ranks_per_node or self.gpus_per_node or 1),
+                (self.cpus_per_rank or 1) * self._ranks,
                 partition.cpus,
                 "CPUs on a node, for all its ranks",
             ),

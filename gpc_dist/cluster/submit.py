@@ -16,10 +16,8 @@ from gpc_dist.cluster.follow import follow
 from gpc_dist.cluster.record import JobRecord, job_id, write_record
 from gpc_dist.cluster.resources import Resources
 from gpc_dist.config import Config
-from gpc_dist.engine.frozen import encoder_path
 from gpc_dist.errors import EXIT_DONE, UserError
 from gpc_dist.shipped import shipped_folder
-from gpc_dist.tasks import make_task
 from gpc_dist.tracking.facts import git_revision
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.store import tracking_uri, ui_command
@@ -144,6 +142,10 @@ def _naming(members: Sequence[Member], log: Path) -> list[str]:
 
 def _check(member: Member) -> None:
     """Raise `UserError` for a run that has a job, or whose input is not there."""
+    # late, because they bring torch
+    from gpc_dist.engine.frozen import encoder_path
+    from gpc_dist.tasks import make_task
+
     folder = member.folder
     encoder_path(member.config.encoder)
     make_task(member.config.task, member.config.data)

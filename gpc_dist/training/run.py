@@ -93,7 +93,8 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
         if recording:
             recording.finish(patience_s)
         _say_where(config, folder)
-    return EXIT_DONE if outcome.stopped_by is None else EXIT_STOPPED
+    # the main rank alone speaks of a stop: `srun` ends all others when one of them ends with an error
+    return EXIT_STOPPED if outcome.stopped_by and world.is_main else EXIT_DONE
 
 
 def _open_folder(

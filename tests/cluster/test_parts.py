@@ -51,7 +51,7 @@ def test_options_of_sbatch() -> None:
         *("--kill-on-invalid-dep=yes", "--exclusive"),
     ]
     asked = Resources(ranks_per_node=4, cpus_per_rank=2, time="30")
-    assert asked.options() == ["--nodes=1", "--ntasks-per-node=4", "--cpus-per-task=2", "--time=30"]
+    assert asked.options() == ["--nodes=1", "--ntasks-per-node=4", "--mincpus=8", "--time=30"]
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5,8-9", [1, 5, 8, 9])])

@@ -157,6 +157,43 @@ def test_a_signal_stops_with_state_saved_and_the_run_goes_on(
     assert sorted(losses(folder)) == list(range(1, step + 3))
 
 
+def test_a_stop_does_not_wait_for_an_evaluation(tiny_recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    rows = (tiny_data / "validation.jsonl").read_text()
+    (tmp_path / "many.jsonl").write_text(rows * 400)  # seconds of evaluation
+    words = ["--engine.ranks", "2", "--data.validation", str(tmp_path / "many.jsonl"), "--train.steps", "8"]
+    words += ["--train.eval_batch_tokens", "256"]
+    alone = train(tiny_recipe, tmp_path / "alone", 2, 0, *words[2:])
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpc_dist", "train", str(tiny_recipe), "--run.dir", str(folder), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=0) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "SIGTERM" in said
+    assert "val/accuracy" not in (folder / "metrics.jsonl").read_text()
+    train(tiny_recipe, folder, 2, 0, *words[2:])
+    assert losses(folder) == losses(alone)
+    evaluations = [
+        [
+            (line["step"], line["val/accuracy"])
+            for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            if "val/accuracy" in line
+        ]
+        for run in (folder, alone)
+    ]
+    assert evaluations[0] == evaluations[1]
+    assert len(evaluations[0]) == 2
+    adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (folder, alone)]
+    assert adapters[0] == adapters[1]
+
+
 def test_a_killed_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
