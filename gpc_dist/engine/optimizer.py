@@ -148,7 +148,7 @@ def reduce_gradients(lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage
 
 def send_updates(lanes: Sequence[LaneOptimizer]) -> None:
     """Bring the tensors that their owners have updated to every rank: one broadcast per owner."""
-    if not lanes[0].partitioned:
+    if not lanes or not lanes[0].partitioned:
         return
     world = lanes[0].world
     with torch.no_grad():

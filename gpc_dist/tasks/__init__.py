@@ -9,7 +9,7 @@ from __future__ import annotations
 from gpc_dist.config import DataConfig, TaskConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.batching import EpochPlan, Sizes, evaluation_batches, share
-from gpc_dist.tasks.collate import Batch, collate
+from gpc_dist.tasks.collate import Batch, LaneBatch, collate, join
 from gpc_dist.tasks.encode import Encoded, encode
 from gpc_dist.tasks.example import Example, limit
 from gpc_dist.tasks.submission import write_predictions
@@ -22,12 +22,14 @@ __all__ = [
     "Encoded",
     "EpochPlan",
     "Example",
+    "LaneBatch",
     "Prediction",
     "Sizes",
     "Task",
     "collate",
     "encode",
     "evaluation_batches",
+    "join",
     "limit",
     "make_task",
     "share",

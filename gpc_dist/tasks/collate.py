@@ -43,19 +43,20 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`. A copy to a GPU is queued, through pinned memory, and not
         waited for."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.is_cuda or device.type != "cuda":
-                return tensor.to(device)
-            return tensor.pin_memory().to(device, non_blocking=True)
-
         return replace(
             self,
-            input_ids=move(self.input_ids),
-            attention_mask=move(self.attention_mask),
-            token_type_ids=None if self.token_type_ids is None else move(self.token_type_ids),
-            targets=None if self.targets is None else move(self.targets),
+            input_ids=to_device(self.input_ids, device),
+            attention_mask=to_device(self.attention_mask, device),
+            token_type_ids=None if self.token_type_ids is None else to_device(self.token_type_ids, device),
+            targets=None if self.targets is None else to_device(self.targets, device),
         )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; see `Batch.to`."""
+    if tensor.is_cuda or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(encoded: Encoded, indices: Sequence[int] | np.ndarray, pad_id: int) -> Batch:
@@ -81,6 +82,60 @@ def collate(encoded: Encoded, indices: Sequence[int] | np.ndarray, pad_id: int) 
         targets=None if targets is None else torch.from_numpy(targets),
         indices=chosen,
         tokens=int(lengths.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class LaneBatch:
+    """Batches of several lanes as one: the rows of the first lane, then those of the second, and so on."""
+
+    input_ids: torch.Tensor
+    """int64 `[R, T]`."""
+    attention_mask: torch.Tensor
+    """int64 `[R, T]`."""
+    token_type_ids: torch.Tensor | None
+    """int64 `[R, T]`."""
+    lanes: list[Batch]
+    """The batch of each lane, which may have no rows; only its targets are moved with this one."""
+
+    @property
+    def lane_rows(self) -> list[int]:
+        """Rows of each lane, summing to R."""
+        return [len(batch.input_ids) for batch in self.lanes]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens with padding, R x T."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> LaneBatch:
+        """As `Batch.to`."""
+        return LaneBatch(
+            to_device(self.input_ids, device),
+            to_device(self.attention_mask, device),
+            None if self.token_type_ids is None else to_device(self.token_type_ids, device),
+            [
+                replace(batch, targets=None if batch.targets is None else to_device(batch.targets, device))
+                for batch in self.lanes
+            ],
+        )
+
+
+def join(batches: Sequence[Batch], pad_id: int) -> LaneBatch:
+    """One batch of the lanes' batches, padded to the longest row of all."""
+    import torch
+
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def stack(tables: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=padding) for t in tables])
+
+    token_types = [batch.token_type_ids for batch in batches if batch.token_type_ids is not None]
+    return LaneBatch(
+        stack([batch.input_ids for batch in batches], pad_id),
+        stack([batch.attention_mask for batch in batches], 0),
+        stack(token_types, 0) if token_types else None,
+        list(batches),
     )
 
 

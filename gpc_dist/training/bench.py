@@ -34,8 +34,8 @@ from gpc_dist.tasks.encode import Encoded
 from gpc_dist.tasks.metrics import accuracy
 from gpc_dist.tasks.synthetic import draw_lengths, synthetic
 from gpc_dist.training.plan import planned
-from gpc_dist.training.session import Base, Session, check_input, load_base, open_session
-from gpc_dist.training.step import backward, finish, prepare
+from gpc_dist.training.session import Base, Session, check_input, fresh_adapter, load_base, open_session
+from gpc_dist.training.step import Work, backward, finish, prepare
 
 PROFILED_STEPS = 3
 
@@ -80,7 +80,7 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     else:
         base = _random_base(shape, config, world)
     multiplied = flops.layer_parameters(base.parts)  # ZeRO-3 leaves shards, which do not tell
-    session = open_session(config, world, task, base)
+    session = open_session(config, world, task, base, [fresh_adapter(config, task, base)])
     examples = _examples(session, lengths, steps)
     lane = LaneOptimizer(session.model.adapter, config.train, world, config.engine.zero_stage)
     lane.set_factor(0.0)
@@ -201,13 +201,13 @@ def _run(
         UserError: a loss that is not finite: the update would be left out.
     """
     seconds, padded = [], 0
-    step = prepare(session, examples, batches[0])
+    step = prepare(session, [Work(examples, batches[0])])
     synchronize(session.world.device)
     for upcoming in [*batches[1:], batches[0]]:
         start = time.perf_counter()
         loss = backward(session, step)
-        following = prepare(session, examples, upcoming)
-        done = finish(session, lane, loss)
+        following = prepare(session, [Work(examples, upcoming)])
+        (done,), _ = finish(session, [lane], loss)
         seconds.append(time.perf_counter() - start)
         if not done.finite:
             raise UserError("the loss is not finite, so this measures nothing: set engine.dtype fp32 or bf16")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpc_dist.training.session import Session
+from gpc_dist.config import Config
+from gpc_dist.tasks import Task
 
 
-def task_card(session: Session) -> dict[str, Any]:
+def task_card(config: Config, task: Task) -> dict[str, Any]:
     """The `task` entry of an adapter's card; `inference.adapter_config` reads it."""
-    config, task = session.config.dump(), session.task
-    if session.config.task.text or session.config.task.choices:
+    values = config.dump()
+    if config.task.text or config.task.choices:
         # a table's labels must not depend on finding its training split again
-        config["task"]["labels"] = list(task.labels) or None
-    return {"task": config["task"], "data": config["data"]}
+        values["task"]["labels"] = list(task.labels) or None
+    return {"task": values["task"], "data": values["data"]}

@@ -1,4 +1,4 @@
-"""Evaluation: the outputs of every example of a split, exactly once, for any number of ranks."""
+"""Evaluation: the outputs of every example of a split, exactly once, for any number of ranks and lanes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor
 
 from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.engine.distributed import World
-from gpc_dist.tasks import Batch, Encoded, collate, evaluation_batches
+from gpc_dist.tasks import Encoded, LaneBatch, collate, evaluation_batches, join
 from gpc_dist.training.objective import split_outputs
 
 
-def run_batch(model: GraftedEncoder, batch: Batch, device: torch.device) -> Tensor:
-    """Outputs `[R, outputs]` of a batch's rows."""
-    batch = batch.to(device)
-    return model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+def run_lanes(model: GraftedEncoder, batch: LaneBatch) -> list[Tensor]:
+    """Outputs `[R_k, outputs]` of each lane's rows, for a batch on the model's device."""
+    return model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows)
 
 
 @torch.no_grad()
@@ -28,20 +27,22 @@ def all_outputs(
     world: World,
     batch_tokens: int,
     on_batch: Callable[[], None] = lambda: None,
-) -> list[np.ndarray] | None:
-    """Outputs of every example in the order of the split, on rank 0; None elsewhere.
+) -> list[list[np.ndarray]] | None:
+    """Outputs of every lane for every example in the order of the split, on rank 0; None elsewhere.
 
     Args:
-        batch_tokens: padded tokens, prompt included, of one batch of a rank.
+        batch_tokens: padded tokens, prompt included, of one batch of a rank, all lanes together.
         on_batch: called after each batch.
     """
-    sizes, prompt = encoded.sizes, model.prompt_tokens
-    found: list[tuple[int, np.ndarray]] = []
-    for indices in evaluation_batches(sizes, world.rank, world.size, batch_tokens, prompt):
+    lanes = len(model.adapters)
+    tokens = max(1, batch_tokens // lanes)
+    found: list[tuple[int, list[np.ndarray]]] = []
+    for indices in evaluation_batches(encoded.sizes, world.rank, world.size, tokens, model.prompt_tokens):
         # under ZeRO-3 a pass is a collective: a rank without examples runs one and drops the result
         batch = collate(encoded, indices if len(indices) else [0], pad_id)
-        outputs = split_outputs(run_batch(model, batch, world.device), batch)
-        found += list(zip(indices.tolist(), outputs, strict=False))
+        outputs = run_lanes(model, join([batch] * lanes, pad_id).to(world.device))
+        by_lane = [split_outputs(out, batch) for out in outputs]
+        found += list(zip(indices.tolist(), map(list, zip(*by_lane, strict=True)), strict=False))
         on_batch()
     gathered = world.gather(found)
     if gathered is None:
@@ -50,4 +51,4 @@ def all_outputs(
     total = sum(len(part) for part in gathered)
     if len(ordered) != len(encoded) or total != len(encoded):
         raise AssertionError(f"{total} outputs for {len(encoded)} examples")
-    return [ordered[index] for index in range(len(encoded))]
+    return [[ordered[index][lane] for index in range(len(encoded))] for lane in range(lanes)]

@@ -42,7 +42,7 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
     adapter, card = load_adapter(folder)
     base = load_base(config, world)
     card.check_encoder(base.identity)
-    return open_session(config, world, make_task(config.task, config.data), base, adapter)
+    return open_session(config, world, make_task(config.task, config.data), base, [adapter])
 
 
 def run_evaluation(folder: Path, overrides: Mapping[str, str]) -> int:
@@ -82,13 +82,9 @@ def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[s
 
 def _outputs(session: Session, split: Split) -> Any:
     session.model.eval()
-    return all_outputs(
-        session.model,
-        split.encoded,
-        session.pad_id,
-        session.world,
-        session.config.train.eval_batch_tokens,
-    )
+    tokens = session.config.train.eval_batch_tokens
+    outputs = all_outputs(session.model, split.encoded, session.pad_id, session.world, tokens)
+    return None if outputs is None else outputs[0]
 
 
 class Predictor:

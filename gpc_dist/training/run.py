@@ -24,8 +24,16 @@ from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.tracking.store import tracking_uri, ui_command
 from gpc_dist.training import loop
+from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
 from gpc_dist.training.plan import planned
-from gpc_dist.training.session import Session, check_input, load_base, open_session, seed_everything
+from gpc_dist.training.session import (
+    Session,
+    check_input,
+    fresh_adapter,
+    load_base,
+    open_session,
+    seed_everything,
+)
 
 _RUN_ID_TIMEOUT_S = 30.0
 """How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
@@ -54,7 +62,7 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
     validation = limit(task.read("validation"), config.data.limit_eval)
     config = planned(config, world, task.outputs)
     folder = RunFolder(config.run.folder)
-    saved = loop.saved_state(folder.checkpoints, config)
+    saved = saved_state(folder.checkpoints, config)
     check_input(config, world)
     seed_everything(config.run.seed)
     # from here on the folder is this run's: what is wrong with the input has been said
@@ -139,7 +147,8 @@ def _train(
 ) -> tuple[loop.Outcome, dict[str, Any]]:
     """Train, and say what came of it: the contents of `result.json`, on rank 0."""
     base = load_base(config, world)
-    session = open_session(config, world, task, base)
+    adapter = fresh_adapter(config, task, base)
+    session = open_session(config, world, task, base, [adapter])
     if world.is_main:
         files.write_json(folder.ds_config, session.ds_config)
     training, evaluation = session.split(train), session.split(validation)
@@ -150,15 +159,9 @@ def _train(
             log.truncate_after(saved.step if saved else 0)
         sampler = GpuTelemetry(partial(_telemetry_log, folder), enabled=world.local_rank == 0)
         telemetry = stack.enter_context(sampler)
-        outcome = loop.train(
-            session,
-            training,
-            evaluation,
-            folder.checkpoints,
-            folder.adapter,
-            saved,
-            log.append if log else None,
-        )
+        outlet = Outlet(folder.checkpoints, folder.adapter, log.append if log else None)
+        run = LaneRun(session, config, adapter, training, evaluation, outlet, saved)
+        outcome = loop.train(run)
     energy = world.gather(telemetry.energy_j)
     memory = world.gather(peak_memory_mib(world.device))
     if memory is None or energy is None:  # not the main rank

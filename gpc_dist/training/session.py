@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,26 +119,25 @@ def load_base(config: Config, world: World) -> Base:
     return Base(encoder, identity, tokenizer, parameters, time.monotonic() - start)
 
 
-def open_session(
-    config: Config, world: World, task: Task, base: Base, adapter: Adapter | None = None
-) -> Session:
-    """Graft an adapter onto the encoder and place both where they run.
+def fresh_adapter(config: Config, task: Task, base: Base) -> Adapter:
+    """An adapter for a task, started from `run.seed`; on the CPU, or where the token table lies."""
+    return new_adapter(
+        base.parts,
+        config.adapter,
+        task.outputs,
+        tokenizer=base.tokenizer,
+        label_words=task.label_words,
+        seed=config.run.seed,
+    )
 
-    Args:
-        adapter: a trained one; a fresh one, started from `run.seed`, when not given.
-    """
-    if adapter is None:
-        adapter = new_adapter(
-            base.parts,
-            config.adapter,
-            task.outputs,
-            tokenizer=base.tokenizer,
-            label_words=task.label_words,
-            seed=config.run.seed,
-        )
+
+def open_session(
+    config: Config, world: World, task: Task, base: Base, adapters: Sequence[Adapter]
+) -> Session:
+    """Graft adapters onto the encoder and place all where they run."""
     dtype = encoder_dtype(config.engine, world.device)
     ds_config = deepspeed_config.resolve(config, world.size, dtype)
-    model = GraftedEncoder(base.parts, [adapter.to(world.device)])
+    model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in adapters])
     if config.engine.compile:
         model.compile_layers()
     if config.engine.activation_checkpointing:

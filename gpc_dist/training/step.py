@@ -1,12 +1,16 @@
-"""One optimizer step: prepared, run by this rank, and finished by all ranks together.
+"""One optimizer step of one or more lanes: prepared, run by this rank, and finished by all ranks together.
 
-A GPU is waited for in `finish` alone, which needs the step's loss and gradient norm on the host. So a
-caller that prepares the next step between `backward` and `finish` does so while the GPU works.
+All lanes of a step share its passes: one batch holds the rows of all. A lane's loss, gradient norm, clipping
+and update are its own, so that a lane learns as it would alone, up to the order of sums.
+
+A GPU is waited for in `finish` alone, which needs the losses and gradient norms on the host. So a caller that
+prepares the next step between `backward` and `finish` does so while the GPU works.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,50 +18,69 @@ import torch
 from torch import Tensor
 
 from gpc_dist.engine.optimizer import LaneOptimizer, reduce_gradients, send_updates
-from gpc_dist.tasks import Batch, Encoded, collate, share
-from gpc_dist.training.evaluate import run_batch
+from gpc_dist.tasks import Encoded, LaneBatch, Sizes, collate, join, share
+from gpc_dist.training.evaluate import run_lanes
 from gpc_dist.training.objective import summed_loss
 from gpc_dist.training.session import Session
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a lane learns from in a step."""
+
+    encoded: Encoded
+    indices: np.ndarray
+    """int64 `[B]`: the lane's examples, over all ranks."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Examples that a rank runs at once, on its device."""
 
-    batch: Batch
+    batch: LaneBatch
     counts: bool
     """False for a pass that is run for the other ranks' sake only."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The examples of a step, and this rank's part of them."""
+    """What the lanes learn from, and this rank's part of it."""
 
-    indices: np.ndarray
-    """int64 `[B]`: the step's examples, over all ranks."""
+    works: list[Work]
+    """Of each lane, in the order of the model's lanes."""
     passes: list[MicroBatch]
 
 
 @dataclass(frozen=True)
 class Done:
-    """What all ranks know of a finished step."""
+    """What all ranks know of a lane's finished step."""
 
     loss: float
-    """Mean over the step's examples."""
+    """Mean over the lane's examples."""
     norm: float
     """Gradient norm before clipping."""
-    finite: bool
-    """Whether both are finite; the adapter is left as it was if they are not."""
-    flags: float
-    """Ranks that raised their flag."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether both are finite; the adapter is left as it was if they are not."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-def prepare(session: Session, encoded: Encoded, indices: np.ndarray) -> Step:
-    """The step of these examples. Copies to a GPU are queued, not waited for."""
+def prepare(session: Session, works: Sequence[Work]) -> Step:
+    """The step of these examples, one entry for each lane. Copies to a GPU are queued, not waited for.
+
+    Ranks and passes share out all lanes' examples together, so that rows of similar length meet whichever lane
+    they belong to.
+    """
     world = session.world
+    sizes = Sizes(
+        np.concatenate([work.encoded.sizes.rows[work.indices] for work in works]),
+        np.concatenate([work.encoded.sizes.longest[work.indices] for work in works]),
+    )
+    edges = np.cumsum([len(work.indices) for work in works])
     parts = share(
-        indices,
-        encoded.sizes,
+        np.arange(len(sizes)),
+        sizes,
         world.rank,
         world.size,
         session.config.engine.micro_batch_tokens,
@@ -66,40 +89,59 @@ def prepare(session: Session, encoded: Encoded, indices: np.ndarray) -> Step:
     passes = []
     for part in parts:
         # under ZeRO-3 a pass is a collective: a rank without examples runs one that counts nothing
-        batch = collate(encoded, part if len(part) else indices[-1:], session.pad_id)
-        passes.append(MicroBatch(batch.to(world.device), counts=len(part) > 0))
-    return Step(indices, passes)
+        chosen = part if len(part) else np.array([len(sizes) - 1])
+        lane = np.searchsorted(edges, chosen, side="right")
+        batches = [
+            collate(
+                work.encoded, work.indices[chosen[lane == k] - edges[k] + len(work.indices)], session.pad_id
+            )
+            for k, work in enumerate(works)
+        ]
+        batch = join(batches, session.pad_id).to(world.device)
+        passes.append(MicroBatch(batch, counts=len(part) > 0))
+    return Step(list(works), passes)
 
 
 def backward(session: Session, step: Step) -> Tensor:
-    """Gradients of this rank's part of a step; returns its part of the step's mean loss, a scalar that a
-    GPU may still be working on."""
-    total = torch.zeros((), device=session.world.device)
+    """Gradients of this rank's part of a step; returns its part of each lane's mean loss, `[K]`, which a GPU may
+    still be working on."""
+    total = torch.zeros(len(step.works), device=session.world.device)
     for micro in step.passes:
-        outputs = run_batch(session.model, micro.batch, session.world.device)
-        loss = summed_loss(session.task.kind, outputs, micro.batch) / len(step.indices)
+        outputs = run_lanes(session.model, micro.batch)
+        losses = torch.stack(
+            [
+                summed_loss(session.task.kind, out, batch) / len(work.indices) if len(out) else out.sum()
+                for out, batch, work in zip(outputs, micro.batch.lanes, step.works, strict=True)
+            ]
+        )
         if not micro.counts:
-            loss = loss * 0
-        loss.backward()
-        total += loss.detach()
+            losses = losses * 0
+        losses.sum().backward()
+        total += losses.detach()
     return total
 
 
-def finish(session: Session, lane: LaneOptimizer, loss: Tensor, flag: bool = False) -> Done:
-    """Sum the gradients over the ranks and update the adapter, unless something is not finite.
+def finish(
+    session: Session, lanes: Sequence[LaneOptimizer], losses: Tensor, flag: bool = False
+) -> tuple[list[Done], bool]:
+    """Sum the gradients over the ranks and update the adapters, but those with something that is not finite.
 
     Args:
-        loss: what `backward` returned.
+        losses: what `backward` returned.
         flag: what this rank wants the others to know.
+
+    Returns:
+        What came of each lane, and whether any rank raised its flag.
     """
     # filled by the device itself: a copy from the host would wait for all that is queued before it
-    flags = torch.full_like(loss, float(flag))
-    reduced = reduce_gradients([lane], torch.stack([loss, flags]), session.config.engine.zero_stage)
-    mean_loss, raised = reduced.sums
-    (norm,) = reduced.norms
-    finite = math.isfinite(mean_loss) and math.isfinite(norm)
-    if finite:
-        lane.apply(norm)
-        send_updates([lane])
-    lane.clear()
-    return Done(mean_loss, norm, finite, raised)
+    flags = torch.full_like(losses[:1], float(flag))
+    reduced = reduce_gradients(lanes, torch.cat([losses, flags]), session.config.engine.zero_stage)
+    *means, raised = reduced.sums
+    done = [Done(*found) for found in zip(means, reduced.norms, strict=True)]
+    finite = [(lane, one) for lane, one in zip(lanes, done, strict=True) if one.finite]
+    for lane, one in finite:
+        lane.apply(one.norm)
+    send_updates([lane for lane, _ in finite])
+    for lane in lanes:
+        lane.clear()
+    return done, raised > 0
