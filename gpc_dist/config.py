@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from gpc_dist.errors import UserError
 
@@ -264,13 +266,15 @@ class Config(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-def all_keys() -> dict[str, Any]:
+def all_keys(tree: type[Section] = Config) -> dict[str, FieldInfo]:
     """Every dotted key with its field: `train.lr` -> FieldInfo (default, documentation)."""
-    return {
-        f"{section}.{name}": field
-        for section, info in Config.model_fields.items()
-        for name, field in info.annotation.model_fields.items()  # type: ignore[union-attr]
-    }
+    found: dict[str, FieldInfo] = {}
+    for name, field in tree.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= {f"{name}.{key}": inner for key, inner in all_keys(field.annotation).items()}
+        else:
+            found[name] = field
+    return found
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -286,7 +290,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """What a YAML text says; raises `UserError` for duplicate keys and anything that is no YAML."""
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -319,49 +324,68 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
     Raises:
         UserError: unknown recipe, invalid YAML, unknown or duplicate key, value out of range.
     """
-    tree = _parse_yaml(_recipe_text(recipe), f"recipe {recipe}") or {}
-    return build(tree, overrides)
+    return build(recipe_tree(recipe), overrides)
+
+
+def recipe_tree(recipe: str) -> Any:
+    """What a packaged recipe or a YAML file says, for `build` or `apply` to check."""
+    return parse_yaml(_recipe_text(recipe), f"recipe {recipe}") or {}
 
 
 def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Config:
     """The configuration of a nested mapping with dotted overrides on top; raises `UserError`."""
+    return apply(tree, parse_overrides(overrides or {}, list(all_keys())))
+
+
+def parse_overrides(overrides: dict[str, str], valid: Sequence[str]) -> dict[str, Any]:
+    """The values of dotted overrides given as YAML scalar text; raises `UserError` for a key that is not valid."""
+    for key in overrides:
+        if key not in valid:
+            raise UserError(unknown_key(key, valid))
+    return {key: parse_yaml(text, f"--{key}") if text else text for key, text in overrides.items()}
+
+
+RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
+"""Keys that exclude each other: the one given last, on the command line, wins."""
+
+
+def apply(tree: dict[str, Any], values: Mapping[str, Any]) -> Config:
+    """The configuration of a nested mapping with the values of dotted keys on top; raises `UserError`."""
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections: " + ", ".join(Config.model_fields))
-    for key, text in (overrides or {}).items():
+    for key, value in values.items():
         section, _, name = key.partition(".")
-        if key not in all_keys():
-            raise UserError(_unknown_key(key))
-        tree.setdefault(section, {})[name] = _parse_yaml(text, f"--{key}") if text else text
-        # steps and epochs exclude each other: the one given last, on the command line, wins
-        rival = {"train.steps": "epochs", "train.epochs": "steps"}.get(key)
-        if rival and f"train.{rival}" not in (overrides or {}):
-            tree[section].pop(rival, None)
-    if (overrides or {}).get("engine.plan") == "auto":
+        tree.setdefault(section, {})[name] = value
+        if key in RIVALS and RIVALS[key] not in values:
+            tree[section].pop(RIVALS[key].partition(".")[2], None)
+    if values.get("engine.plan") == "auto":
         # as much for what a recipe fixes and a plan asked for on the command line chooses
         for name in (*PLANNED, "ds_config"):
-            if f"engine.{name}" not in (overrides or {}):
+            if f"engine.{name}" not in values:
                 tree["engine"].pop(name, None)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(explain(error, list(all_keys()))) from None
 
 
-def _unknown_key(key: str) -> str:
-    valid = list(all_keys())
-    section = key.split(".")[0]
+def unknown_key(key: str, valid: Sequence[str]) -> str:
+    """What to say about a key that is none of the valid ones: the nearest, and those of its section."""
     close = difflib.get_close_matches(key, valid, n=1)
-    siblings = [k for k in valid if k.split(".")[0] == section] or list(Config.model_fields)
+    siblings = list(dict.fromkeys(k.split(".")[0] for k in valid))
+    for section in (key.split(".")[0], key.rpartition(".")[0]):
+        siblings = [k for k in valid if section and k.startswith(f"{section}.")] or siblings
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"unknown key '{key}'{hint} Valid keys: {', '.join(siblings)}"
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, valid: Sequence[str]) -> str:
+    """What is wrong with a tree whose valid keys these are, one line for each problem."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(_unknown_key(key))
+            lines.append(unknown_key(key, valid))
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = problem.get("input")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpc_dist.errors import MachineError
 
-SHIPPED = ("ds_configs", "recipes", "slurm")
+SHIPPED = ("ds_configs", "recipes", "slurm", "tune")
 
 
 def shipped_folder(name: str) -> Path:

@@ -1,0 +1,306 @@
+"""The space of a search: checked against the configuration it searches, and handed to what draws from it.
+
+A sample is a flat mapping of dotted keys to values, as Ray Tune and Optuna draw it; `settings_of` makes the settings
+of one trial of it. All drawing is Ray's and Optuna's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Literal
+
+from gpc_dist import config
+from gpc_dist.config import Config
+from gpc_dist.errors import UserError
+from gpc_dist.search.distribution import Distribution
+from gpc_dist.search.spec import SearchSpec
+
+NOT_SET = "not set"
+"""Stands in Ray's samples for a key whose condition does not hold."""
+
+_FIXED_ONCE_STARTED = frozenset(
+    f"train.{name}" for name in ("steps", "epochs", "batch_size", "batch_tokens", "optimizer")
+)
+"""What a run that goes on from a checkpoint cannot change: the order of its data, the state of its optimizer."""
+
+_MOST_COMBINATIONS = 2000
+"""Combinations that `validate` builds: more would keep the user waiting for more than a second or two."""
+
+
+def base_config(spec: SearchSpec) -> Config:
+    """One configuration of the search, for what all of them have in common."""
+    return trial_config(spec, {key: held.probes()[0] for key, held in spec.space.items() if not held.when})
+
+
+def trial_config(spec: SearchSpec, sample: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of one trial.
+
+    Args:
+        own: values of the keys that the search sets itself (`run.dir`, `run.seed`, ...).
+
+    Raises:
+        UserError: the configuration does not accept a value, or not all of them together.
+    """
+    return _build(spec, config.recipe_tree(spec.recipe), settings_of(sample) | dict(own or {}))
+
+
+def settings_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted settings of a sample: without the keys whose conditions do not hold."""
+    return {key: value for key, value in sample.items() if value != NOT_SET}
+
+
+def _build(spec: SearchSpec, tree: dict[str, Any], settings: Mapping[str, Any]) -> Config:
+    own = {"task.metric": spec.metric} if spec.metric else {}
+    return config.apply(copy.deepcopy(tree), {**spec.settings, **own, **settings})
+
+
+def goal(spec: SearchSpec) -> tuple[str, Literal["max", "min"]]:
+    """The metric that is searched for, without `val/`, and whether more or less of it is better.
+
+    Raises:
+        UserError: the task has no such metric, or cannot be made.
+    """
+    from gpc_dist.tasks import make_task  # brings numpy and scikit-learn
+
+    base = base_config(spec)
+    task = make_task(base.task, base.data)
+    return task.main_metric, spec.mode or ("max" if task.greater_is_better else "min")
+
+
+def pack_key(trial: Config) -> tuple[str, ...]:
+    """What must be equal for two trials to share one running encoder and its batches."""
+    data = trial.data.model_dump_json(exclude={"limit_train", "limit_eval"})
+    prompt_tokens = 0 if trial.adapter.method == "linear-probe" else trial.adapter.prompt_tokens
+    sections = (trial.encoder, trial.task, trial.engine)
+    return (*(section.model_dump_json() for section in sections), data, f"prompt tokens: {prompt_tokens}")
+
+
+def validate(spec: SearchSpec) -> None:
+    """Refuse what would fail in the middle of a search.
+
+    Raises:
+        UserError: the recipe or the settings are not valid; a value that can be drawn is not accepted; conditions
+            that never hold or form a circle; distributions that the algorithm or the scheduler cannot draw;
+            keys that trials in one pack cannot differ in.
+    """
+    for key, distribution in _ordered(spec).items():
+        _check_kind(spec, key, distribution)
+        for other, accepted in distribution.when.items():
+            _check_condition(spec, key, other, accepted)
+    _check_values(spec)
+    if spec.scheduler.name == "pbt" and not _mutated(spec):
+        raise UserError(
+            "scheduler.name 'pbt' changes keys of train. while trials run, and the space has none that can be "
+            f"(without conditions, and none of {', '.join(sorted(_FIXED_ONCE_STARTED))}): give train.lr"
+        )
+
+
+def _ordered(spec: SearchSpec) -> dict[str, Distribution]:
+    """The searched keys, each after those that its conditions name."""
+    graph = {key: [k for k in held.when if k in spec.space] for key, held in spec.space.items()}
+    try:
+        return {key: spec.space[key] for key in TopologicalSorter(graph).static_order()}
+    except CycleError as error:
+        circle = " -> ".join(error.args[1])
+        raise UserError(f"space: conditions form a circle: {circle}; leave out one of them") from None
+
+
+def _check_kind(spec: SearchSpec, key: str, distribution: Distribution) -> None:
+    if spec.algorithm == "grid" and not distribution.is_list:
+        raise UserError(f"space.{key}: algorithm grid needs a list of values, not {distribution.kind}")
+    if spec.algorithm == "optuna" and distribution.kind == "grid":
+        raise UserError(f"space.{key}: algorithm optuna draws, it does not go through a grid: write choice")
+    if spec.algorithm == "random" and distribution.kind == "grid" and distribution.when:
+        raise UserError(
+            f"space.{key}: a grid with a condition needs algorithm grid: write choice to draw from its values"
+        )
+
+
+def _check_condition(spec: SearchSpec, key: str, other: str, accepted: tuple[Any, ...]) -> None:
+    parent = spec.space.get(other)
+    if parent is None:
+        return  # fixed: true of all trials or of none, which an override may well make it
+    if not parent.is_list:
+        raise UserError(
+            f"space.{key}: when: {other} is drawn from a range: a condition needs a list of values"
+        )
+    if never := [value for value in accepted if value not in parent.values]:
+        raise UserError(
+            f"space.{key}: when: {other} never is {', '.join(map(repr, never))}: "
+            f"its values are {', '.join(map(repr, parent.values))}"
+        )
+
+
+def _live(spec: SearchSpec) -> dict[str, Distribution]:
+    """The keys that can be set at all, each after those its conditions name; of these the searched ones alone."""
+    base = base_config(spec)
+    live: dict[str, Distribution] = {}
+    for key, held in _ordered(spec).items():
+        searched = {other: accepted for other, accepted in held.when.items() if other in spec.space}
+        fixed = {other: _value(base, other) for other in held.when if other not in spec.space}
+        if searched.keys() <= live.keys() and all(
+            value in held.when[other] for other, value in fixed.items()
+        ):
+            live[key] = held.model_copy(update={"when": searched})
+    return live
+
+
+def _value(base: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(base, section), name)
+
+
+def _holds(when: Mapping[str, tuple[Any, ...]], sample: Mapping[str, Any]) -> bool:
+    return all(sample.get(other, NOT_SET) in accepted for other, accepted in when.items())
+
+
+def _check_values(spec: SearchSpec) -> None:
+    tree = config.recipe_tree(spec.recipe)
+    live = _live(spec)
+    first = pack_key(_build(spec, tree, _probe(live)))
+    for key, distribution in live.items():
+        for value in distribution.probes():
+            try:
+                built = _build(spec, tree, _probe(live, key, value))
+            except UserError as error:
+                raise UserError(f"space.{key}: the value {value!r} is not accepted: {error}") from None
+            if spec.resources.pack > 1 and pack_key(built) != first:
+                raise UserError(
+                    f"space.{key}: trials in one pack share the encoder and its batches, and cannot differ in this: "
+                    "fix it under settings, or give --resources.pack 1"
+                )
+    for sample in itertools.islice(_combinations(live), _MOST_COMBINATIONS):
+        try:
+            _build(spec, tree, sample)
+        except UserError as error:
+            together = ", ".join(f"{key} {value!r}" for key, value in sample.items())
+            raise UserError(f"space: {together} are not accepted together: {error}") from None
+
+
+def _probe(live: dict[str, Distribution], key: str = "", value: Any = None) -> dict[str, Any]:
+    """A sample of first values, in which `key` has this one and its conditions hold."""
+    forced = {key: value}
+    for child in reversed(live):
+        if child in forced:
+            forced |= {other: accepted[0] for other, accepted in live[child].when.items()}
+    sample: dict[str, Any] = {}
+    for name, held in live.items():
+        if _holds(held.when, sample):
+            sample[name] = forced.get(name, held.probes()[0])
+    return sample
+
+
+def _combinations(live: dict[str, Distribution]) -> Iterator[dict[str, Any]]:
+    """A sample for every combination of the values that stand for each key's."""
+    samples: Iterator[dict[str, Any]] = iter([{}])
+    for key, held in live.items():
+        samples = _extend(samples, key, held)
+    return samples
+
+
+def _extend(samples: Iterator[dict[str, Any]], key: str, held: Distribution) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        if _holds(held.when, sample):
+            yield from ({**sample, key: value} for value in held.probes())
+        else:
+            yield sample
+
+
+def count(spec: SearchSpec) -> int:
+    """Configurations that the search tries, each of them with every seed."""
+    if spec.algorithm == "grid":
+        return sum(1 for _ in _combinations(_live(spec)))
+    grids = [len(held.values) for held in spec.space.values() if held.kind == "grid"]
+    return (spec.trials or 0) * math.prod(grids)
+
+
+def to_ray(spec: SearchSpec) -> dict[str, Any]:
+    """The space in Ray Tune's own terms, for algorithms `random` and `grid`.
+
+    A key whose condition does not hold is drawn as `NOT_SET`. Give `BasicVariantGenerator` the search's seed.
+    """
+    from ray import tune
+
+    drawn = {key: (held.when, _domain(spec, held)) for key, held in _live(spec).items()}
+    return {
+        key: tune.sample_from(partial(_draw, when, domain)) if when else domain
+        for key, (when, domain) in drawn.items()
+    }
+
+
+def _domain(spec: SearchSpec, held: Distribution) -> Any:
+    from ray import tune
+
+    if held.is_list:
+        each = spec.algorithm == "grid" or held.kind == "grid"
+        return tune.grid_search(list(held.values)) if each else tune.choice(list(held.values))
+    low, high = held.values
+    match held.kind:
+        case "uniform":
+            return tune.uniform(low, high)
+        case "loguniform":
+            return tune.loguniform(low, high)
+        case "int":
+            return tune.randint(low, high + 1)  # Ray leaves the upper end out
+        case _:
+            return tune.lograndint(low, high + 1)
+
+
+def _draw(when: Mapping[str, tuple[Any, ...]], domain: Any, variant: Mapping[str, Any]) -> Any:
+    """What Ray puts in the place of a conditional key, and resolves again by itself, with its own seed."""
+    from ray import tune
+    from ray.tune.search.sample import Domain
+
+    drawn = {other: variant["config"][other] for other in when}
+    if any(isinstance(value, Domain | dict) for value in drawn.values()):
+        return tune.sample_from(partial(_draw, when, domain))  # the other key comes first
+    return domain if _holds(when, drawn) else NOT_SET
+
+
+def to_optuna(spec: SearchSpec) -> Callable[[Any], dict[str, Any]]:
+    """The space as the define-by-run function that Ray's `OptunaSearch` takes, for algorithm `optuna`."""
+    return partial(_suggest, _live(spec))
+
+
+def _suggest(live: dict[str, Distribution], trial: Any) -> dict[str, Any]:
+    sample: dict[str, Any] = {}
+    for key, held in live.items():
+        if not _holds(held.when, sample):
+            continue
+        if held.is_list:
+            # as text, because Optuna chooses between scalars only, and train.betas is a list
+            texts = {json.dumps(value): value for value in held.values}
+            sample[key] = texts[trial.suggest_categorical(key, list(texts))]
+        else:
+            suggest = trial.suggest_int if held.kind in ("int", "logint") else trial.suggest_float
+            sample[key] = suggest(key, *held.values, log=held.kind in ("loguniform", "logint"))
+    return sample
+
+
+def mutations(spec: SearchSpec) -> dict[str, Any]:
+    """What population-based training changes while trials run, as its scheduler takes it: the keys of train. that a
+    run can change on its way and that have no condition. All others are copied with the better trial."""
+    return {
+        key: list(held.values) if held.is_list else _domain(spec, held)
+        for key, held in _mutated(spec).items()
+    }
+
+
+def within(spec: SearchSpec, sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample with what population-based training moved out of its range put back to the range's end."""
+    ranges = {key: held.values for key, held in _mutated(spec).items() if not held.is_list}
+    return sample | {key: min(max(sample[key], low), high) for key, (low, high) in ranges.items()}
+
+
+def _mutated(spec: SearchSpec) -> dict[str, Distribution]:
+    return {
+        key: held
+        for key, held in _live(spec).items()
+        if key.startswith("train.") and key not in _FIXED_ONCE_STARTED and not held.when
+    }

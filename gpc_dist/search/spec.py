@@ -1,0 +1,267 @@
+"""The specification of a search: a YAML file plus dotted overrides.
+
+Every key is a field below with its documentation under it, as in `gpc_dist.config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from gpc_dist import config
+from gpc_dist.config import Section, TrackingConfig
+from gpc_dist.errors import UserError
+from gpc_dist.search.distribution import Distribution
+from gpc_dist.shipped import shipped_folder
+
+RESERVED = {
+    "run.name": "each trial gets a name of its own",
+    "run.dir": "each trial gets a folder of its own in the search's `dir`",
+    "run.seed": "give `seeds`",
+    "task.metric": "give `metric`",
+    "train.resume": "a trial always goes on from its own checkpoint",
+    "engine.ranks": "give `resources.ranks`",
+    **{
+        key: "give the search's own `tracking` section"
+        for key in config.all_keys()
+        if key.startswith("tracking.")
+    },
+}
+"""Keys that the search itself sets, and what to do instead."""
+
+
+class SchedulerConfig(Section):
+    name: Literal["fifo", "asha", "median", "pbt"] = "fifo"
+    """`fifo`: every trial runs to its end; `asha`: the weaker ones are stopped at ever more steps; `median`: a
+    trial below the median of the others is stopped; `pbt`: the weaker ones go on from a copy of a better one with
+    changed values (population-based training)."""
+    grace_steps: int | None = Field(None, ge=1)
+    """asha, median: steps that every trial may run; up to its first evaluation when not given."""
+    reduction_factor: float = Field(4, gt=1)
+    """asha: at each rung one of so many trials goes on, for so many times the steps."""
+    brackets: int = Field(1, ge=1)
+    """asha: brackets, each with a longer grace than the one before."""
+    perturb_every: int | None = Field(None, ge=1)
+    """pbt: steps between two comparisons of the trials."""
+    quantile_fraction: float = Field(0.25, gt=0, le=0.5)
+    """pbt: share of the trials that copy, and of those that are copied."""
+    resample_probability: float = Field(0.25, ge=0, le=1)
+    """pbt: how often a changed value is drawn anew instead of being moved to one nearby."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SchedulerConfig:
+        if self.name == "pbt" and self.perturb_every is None:
+            raise ValueError("scheduler.name 'pbt' needs scheduler.perturb_every")
+        return self
+
+
+class ResourcesConfig(Section):
+    ranks: int = Field(1, ge=1)
+    """Processes of a trial."""
+    gpus_per_rank: float | None = Field(None, ge=0, le=1)
+    """GPUs of a rank: 1, 0, or a part of one for several trials on it; 1 where there are GPUs when not given."""
+    cpus_per_rank: int = Field(1, ge=1)
+    """Cores of a rank."""
+    pack: int = Field(1, ge=1)
+    """Trials that share one running encoder, each in a lane of its own (K)."""
+    concurrent: int | None = Field(None, ge=1)
+    """Most trials that run at the same time; as many as the cluster has room for when not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ResourcesConfig:
+        if self.ranks > 1 and 0 < (self.gpus_per_rank or 0) < 1:
+            raise ValueError(
+                "resources.gpus_per_rank below 1 needs resources.ranks 1: two ranks cannot share one GPU"
+            )
+        return self
+
+
+class StopConfig(Section):
+    threshold: float | None = None
+    """End the search when a trial's metric is as good as this."""
+    max_s: float | None = Field(None, gt=0)
+    """End the search after so many seconds."""
+    patience: int | None = Field(None, ge=1)
+    """End the search after so many finished trials in a row without a better one."""
+
+
+class SearchSpec(Section):
+    name: str = Field("search", min_length=1)
+    """Name of the search; that of its file when not given."""
+    dir: Path | None = None
+    """Folder the search writes; `searches/<name>` when not given."""
+    recipe: str
+    """What is searched: a packaged recipe, or the path of one, from the search's file or from here."""
+    settings: dict[str, Any] = Field({})
+    """Dotted keys of the recipe and the values they have in every trial: `train.steps: 100`."""
+    space: dict[str, Distribution]
+    """Dotted keys of the recipe and the values that are tried: `train.lr: {loguniform: [1e-3, 1e-1]}`."""
+    trials: int | None = Field(None, ge=1)
+    """Configurations to try; not for algorithm `grid`, which tries all."""
+    seeds: list[int] = Field([0], min_length=1)
+    """Seeds (run.seed) with each of which every configuration is run."""
+    metric: str | None = None
+    """Metric of the validation split that is searched for, such as `accuracy`; the task's own when not given."""
+    mode: Literal["max", "min"] | None = None
+    """Whether more or less of the metric is better; known from the metric when not given."""
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """`random`; `grid`: every combination; `optuna`: drawn near what went well (TPE; needs the extra `optuna`)."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    stop: StopConfig = StopConfig()
+    retries: int = Field(1, ge=0)
+    """How often a trial that failed is started again, from its last checkpoint."""
+    seed: int = Field(0, ge=0)
+    """Seed of what the search draws."""
+    register_as: str | None = None
+    """Name of the MLflow model that the best adapter becomes a version of; not registered when not given."""
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return self.dir or Path("searches") / self.name
+
+    def to_yaml(self) -> str:
+        """The search as YAML, every default filled in; it loads as the same search again."""
+        tree = self.model_dump(mode="json")
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+    @field_validator("settings", "space")
+    @classmethod
+    def _check_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for key, value in given.items():
+            _check_key(key)
+            for other in value.when if isinstance(value, Distribution) else ():
+                _check_key(other, f"{key}: when: ")
+            if key in RESERVED:
+                raise ValueError(_reserved(key))
+        return given
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, given: list[int]) -> list[int]:
+        if min(given) < 0 or len(set(given)) < len(given):
+            raise ValueError(f"give different seeds, none below 0 (given: {given})")
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchSpec:
+        if not self.space:
+            raise ValueError("space is empty: give at least one key and its values")
+        if both := [key for key in self.space if key in self.settings]:
+            raise ValueError(f"{', '.join(both)}: both in settings and in space: give it in one of them")
+        if self.algorithm == "grid" and self.trials is not None:
+            raise ValueError(
+                "algorithm 'grid' tries every combination: leave out trials, or give --trials null"
+            )
+        if self.algorithm != "grid" and self.trials is None:
+            raise ValueError(f"algorithm '{self.algorithm}' needs trials: how many configurations to try")
+        if self.algorithm == "optuna" and self.scheduler.name == "pbt":
+            raise ValueError(
+                "scheduler.name 'pbt' changes values by itself: it needs algorithm random or grid"
+            )
+        return self
+
+
+def _check_key(key: str, where: str = "") -> None:
+    valid = list(config.all_keys())
+    if key not in valid:
+        raise ValueError(where + config.unknown_key(key, valid))
+
+
+def _reserved(key: str) -> str:
+    return f"'{key}' is set by the search itself: {RESERVED[key]}"
+
+
+def search_names() -> list[str]:
+    return sorted(path.stem for path in shipped_folder("tune").glob("*.yaml"))
+
+
+def all_keys() -> list[str]:
+    """Every dotted key an override may have; those of the recipe stand under `settings.` and `space.`."""
+    found: list[str] = []
+    for key in config.all_keys(SearchSpec):
+        if key in ("settings", "space"):
+            found += [f"{key}.{inner}" for inner in config.all_keys()]
+        else:
+            found.append(key)
+    return found
+
+
+def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
+    """A packaged search or a YAML file, with dotted overrides on top.
+
+    What is given on the command line wins: `--settings.KEY` fixes a key that the file searches, `--space.KEY`
+    searches one that it fixes, and `--space.KEY null` leaves it out.
+
+    Args:
+        search: packaged name (`demo`) or path of a YAML file.
+        overrides: dotted key -> YAML scalar text, as given on the command line.
+
+    Raises:
+        UserError: unknown search, invalid YAML, unknown or duplicate key, value out of range.
+    """
+    path = _path(search)
+    tree = config.parse_yaml(path.read_text(encoding="utf-8"), f"search {search}") or {}
+    if not isinstance(tree, dict):
+        raise UserError("a search is a mapping of: " + ", ".join(SearchSpec.model_fields))
+    valid = all_keys()
+    for section in {key.partition(".")[0] for key in valid if "." in key} & tree.keys():
+        if not isinstance(tree[section] or {}, dict):
+            raise UserError(f"{section} is a mapping of keys to values (given: {tree[section]!r})")
+    recipe = tree.get("recipe")
+    if isinstance(recipe, str) and (path.parent / recipe).is_file():
+        tree["recipe"] = str(path.parent / recipe)
+    tree.setdefault("name", path.stem)
+    values = _parse(overrides or {}, valid)
+    for key, value in values.items():
+        _override(tree, key, value, values)
+    try:
+        return SearchSpec.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(config.explain(error, valid)) from None
+
+
+def _path(search: str) -> Path:
+    path = Path(search)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"search file {path} does not exist")
+        return path
+    if search in search_names():
+        return shipped_folder("tune") / f"{search}.yaml"
+    raise UserError(f"no search '{search}': give a YAML file or one of {', '.join(search_names())}")
+
+
+def _parse(overrides: dict[str, str], valid: list[str]) -> dict[str, Any]:
+    for key in overrides:
+        if key in RESERVED and key not in valid:
+            raise UserError(_reserved(key))
+        if f"settings.{key}" in valid and key not in valid:
+            raise UserError(
+                f"'{key}' is a key of the recipe: fix it with --settings.{key}, or search it with --space.{key}"
+            )
+    return config.parse_overrides(overrides, valid)
+
+
+def _override(tree: dict[str, Any], key: str, value: Any, values: dict[str, Any]) -> None:
+    section, _, name = key.partition(".")
+    if not name:
+        tree[key] = value
+    elif section == "space" and value is None:
+        tree["space"] = {other: held for other, held in (tree.get("space") or {}).items() if other != name}
+    else:
+        tree[section] = (tree.get(section) or {}) | {name: value}
+        if section in ("settings", "space"):
+            _give_way(tree, name, values)
+
+
+def _give_way(tree: dict[str, Any], name: str, values: dict[str, Any]) -> None:
+    """Take out what the file says about a key given on the command line, or about one that excludes it."""
+    for section in ("settings", "space"):
+        for other in (name, config.RIVALS.get(name)):
+            if f"{section}.{other}" not in values:
+                (tree.get(section) or {}).pop(other, None)

@@ -1,0 +1,317 @@
+"""The space of a search: refusals, and what Ray Tune and Optuna draw from it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpc_dist import config
+from gpc_dist.errors import UserError
+from gpc_dist.search import space
+from gpc_dist.search.spec import SearchSpec
+
+
+def make(searched: dict[str, Any], **others: Any) -> SearchSpec:
+    if others.get("algorithm") != "grid":
+        others.setdefault("trials", 4)
+    return SearchSpec.model_validate({"recipe": "demo", "space": searched} | others)
+
+
+EVERY_KIND: dict[str, Any] = {
+    "train.lr": {"loguniform": [1e-3, 1e-1]},
+    "train.weight_decay": {"uniform": [0, 0.1]},
+    "train.batch_size": {"int": [15, 17]},
+    "adapter.prompt_tokens": {"logint": [4, 6]},
+    "adapter.prompt_init": ["vocab", "labels"],
+    "train.betas": {"choice": [[0.9, 0.999], [0.9, 0.98]]},
+    "train.clip_norm": [None, 1.0],
+}
+
+CHAIN: dict[str, Any] = {
+    "adapter.cell_rank": {"choice": [4, 8], "when": {"adapter.cell": ["residual", "recurrent"]}},
+    "adapter.cell": {"choice": ["gated", "residual", "recurrent"], "when": {"adapter.method": "gpc"}},
+    "adapter.method": ["gpc", "prompt-tuning"],
+}
+"""Children stand before their parents on purpose."""
+
+
+def variants(generator: Any) -> Iterator[dict[str, Any]]:
+    while (trial := generator.next_trial()) is not None:
+        yield trial.config
+
+
+def generate(spec: SearchSpec, trials: int) -> Any:
+    from ray.tune.experiment import Experiment
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    generator = BasicVariantGenerator(random_state=spec.seed)
+    experiment = Experiment("x", run=lambda _: None, config=space.to_ray(spec), num_samples=trials)
+    generator.add_configurations([experiment])
+    return generator
+
+
+def from_ray(spec: SearchSpec, trials: int = 1) -> list[dict[str, Any]]:
+    return list(variants(generate(spec, trials)))
+
+
+def from_optuna(spec: SearchSpec, trials: int) -> list[dict[str, Any]]:
+    from ray.tune.search.optuna import OptunaSearch
+
+    searcher = OptunaSearch(space.to_optuna(spec), metric="m", mode="max", seed=spec.seed)
+    samples = []
+    for number in range(trials):
+        samples.append(searcher.suggest(str(number)))
+        searcher.on_trial_complete(str(number), {"m": random.random()})
+    return samples
+
+
+def draw(spec: SearchSpec, trials: int) -> list[dict[str, Any]]:
+    return from_optuna(spec, trials) if spec.algorithm == "optuna" else from_ray(spec, trials)
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_every_distribution_draws_what_it_says(algorithm: str) -> None:
+    spec = make(EVERY_KIND, algorithm=algorithm)
+    space.validate(spec)
+    samples = [space.settings_of(sample) for sample in draw(spec, 60)]
+    drawn = {key: [sample[key] for sample in samples] for key in EVERY_KIND}
+    assert all(1e-3 <= value <= 1e-1 for value in drawn["train.lr"])
+    assert all(0 <= value <= 0.1 for value in drawn["train.weight_decay"])
+    assert set(drawn["train.batch_size"]) == {15, 16, 17}
+    assert set(drawn["adapter.prompt_tokens"]) == {4, 5, 6}
+    assert set(drawn["adapter.prompt_init"]) == {"vocab", "labels"}
+    assert {tuple(value) for value in drawn["train.betas"]} == {(0.9, 0.999), (0.9, 0.98)}
+    assert set(drawn["train.clip_norm"]) == {None, 1.0}
+    for sample in samples:
+        assert space.trial_config(spec, sample).train.lr == sample["train.lr"]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_key_is_set_only_where_its_conditions_hold(algorithm: str) -> None:
+    spec = make(CHAIN, algorithm=algorithm)
+    space.validate(spec)
+    seen = set()
+    for sample in draw(spec, 60):
+        settings = space.settings_of(sample)
+        method, cell, rank = (settings.get(f"adapter.{name}") for name in ("method", "cell", "cell_rank"))
+        assert (cell is not None) == (method == "gpc")
+        assert (rank is not None) == (cell in ("residual", "recurrent"))
+        seen.add((method, cell, rank))
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_the_same_seed_draws_the_same(algorithm: str) -> None:
+    first, second, other = (make(EVERY_KIND | CHAIN, algorithm=algorithm, seed=seed) for seed in (1, 1, 2))
+    assert draw(first, 8) == draw(second, 8)
+    assert draw(first, 8) != draw(other, 8)
+
+
+def test_an_interrupted_generator_goes_on_with_the_same_samples(tmp_path: Path) -> None:
+    spec = make(EVERY_KIND | CHAIN)
+    whole = from_ray(spec, 6)
+    generator = generate(spec, 6)
+    start = [next(variants(generator)) for _ in range(3)]
+    generator.save_to_dir(str(tmp_path), "x")
+    again = generate(spec, 6)
+    again.restore_from_dir(str(tmp_path))
+    assert start + list(variants(again)) == whole
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    spec = make(CHAIN | {"train.lr": {"grid": [0.1, 0.2]}}, algorithm="grid")
+    space.validate(spec)
+    samples = [space.settings_of(sample) for sample in from_ray(spec)]
+    assert len(samples) == space.count(spec) == 12
+    assert len({tuple(sorted(sample.items())) for sample in samples}) == 12
+    assert sum("adapter.cell_rank" in sample for sample in samples) == 8
+
+
+def test_a_random_search_draws_for_each_point_of_its_grid() -> None:
+    spec = make({"train.lr": {"uniform": [0.1, 0.2]}, "adapter.cell": {"grid": ["gated", "residual"]}})
+    space.validate(spec)
+    samples = from_ray(spec, 4)
+    assert len(samples) == space.count(spec) == 8
+    assert sum(sample["adapter.cell"] == "gated" for sample in samples) == 4
+
+
+def test_a_condition_on_a_fixed_key_holds_for_all_trials_or_none() -> None:
+    searched = {
+        "train.lr": [0.1, 0.2],
+        "adapter.cell": {"choice": ["gated"], "when": {"adapter.method": "gpc"}},
+    }
+    assert "adapter.cell" in space.to_ray(make(searched))
+    without = make(searched, settings={"adapter.method": "linear-probe"})
+    space.validate(without)
+    assert set(space.to_ray(without)) == {"train.lr"}
+    assert set(from_optuna(without, 1)[0]) == {"train.lr"}
+
+
+@pytest.mark.parametrize(
+    ("searched", "others", "message"),
+    [
+        (
+            {"train.lr": [0.1, -1]},
+            {},
+            "space.train.lr: the value -1 is not accepted: train.lr: Input should be",
+        ),
+        ({"train.lr": {"uniform": [0, 1]}}, {}, "train.lr: Input should be greater than 0 (given: 0)"),
+        ({"train.batch_size": {"uniform": [8, 16]}}, {}, "space.train.batch_size: the value 10.9"),
+        ({"adapter.cell": ["gated", "lstm"]}, {}, "space.adapter.cell: the value 'lstm' is not accepted"),
+        (
+            {"engine.zero_stage": [0, 3], "engine.compile": [False, True]},
+            {},
+            "engine.zero_stage 3, engine.compile True are not accepted together: engine: engine.compile needs",
+        ),
+        ({"train.lr": [0.1]}, {"settings": {"train.steps": -4}}, "train.steps: Input should be"),
+        ({"train.lr": [0.1]}, {"recipe": "none"}, "no recipe 'none'"),
+        (
+            {
+                "adapter.cell": {"choice": ["gated"], "when": {"adapter.method": "gpc"}},
+                "adapter.method": {"choice": ["gpc"], "when": {"adapter.cell": "gated"}},
+            },
+            {},
+            "conditions form a circle: adapter.",
+        ),
+        (
+            {"train.lr": {"choice": [0.1], "when": {"train.lr": 0.1}}},
+            {},
+            "conditions form a circle: train.lr -> train.lr",
+        ),
+        (
+            {
+                "adapter.method": ["gpc"],
+                "adapter.cell": {"choice": ["gated"], "when": {"adapter.method": "gcp"}},
+            },
+            {},
+            "space.adapter.cell: when: adapter.method never is 'gcp': its values are 'gpc'",
+        ),
+        (
+            {
+                "train.lr": {"uniform": [0.1, 1]},
+                "adapter.cell": {"choice": ["gated"], "when": {"train.lr": 1}},
+            },
+            {},
+            "train.lr is drawn from a range",
+        ),
+        (
+            {"train.lr": {"uniform": [0.1, 1]}},
+            {"algorithm": "grid"},
+            "space.train.lr: algorithm grid needs a list of values, not uniform",
+        ),
+        ({"train.lr": {"grid": [0.1, 1]}}, {"algorithm": "optuna"}, "space.train.lr: algorithm optuna draws"),
+        (
+            {"adapter.cell": {"grid": ["gated"], "when": {"adapter.method": "gpc"}}},
+            {},
+            "a grid with a condition needs algorithm grid",
+        ),
+        (
+            {"train.batch_size": [8, 16]},
+            {"scheduler": {"name": "pbt", "perturb_every": 5}},
+            "'pbt' changes keys of train. while trials run, and the space has none",
+        ),
+        (
+            {"data.max_length": [32, 64]},
+            {"resources": {"pack": 2}},
+            "space.data.max_length: trials in one pack share the encoder",
+        ),
+        (
+            {"adapter.method": ["gpc", "linear-probe"]},
+            {"resources": {"pack": 2}},
+            "fix it under settings, or give --resources.pack 1",
+        ),
+    ],
+)
+def test_what_would_fail_later_is_refused(
+    searched: dict[str, Any], others: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        space.validate(make(searched, **others))
+    assert message in str(error.value)
+
+
+def test_a_key_that_needs_another_is_tried_with_it() -> None:
+    text = {"choice": ["is it done?"], "when": {"adapter.prompt_init": "text"}}
+    space.validate(make({"adapter.prompt_init": ["vocab", "text"], "adapter.prompt_text": text}))
+    space.validate(
+        make({"adapter.prompt_text": ["a", "b"]}, settings={"adapter.prompt_init": "text"}),
+    )
+
+
+def test_a_searched_number_of_steps_takes_the_place_of_the_recipes_epochs() -> None:
+    spec = make({"train.steps": [5, 10]}, recipe="rte")
+    space.validate(spec)
+    built = space.trial_config(spec, {"train.steps": 5}, {"run.seed": 3, "run.name": "t0"})
+    assert (built.train.steps, built.train.epochs, built.run.seed, built.run.name) == (5, None, 3, "t0")
+
+
+def test_lanes_of_a_pack_may_differ_in_the_adapter_and_the_training() -> None:
+    searched = {
+        "train.lr": [0.1],
+        "adapter.cell": ["gated", "residual"],
+        "adapter.method": ["gpc", "prompt-tuning"],
+    }
+    space.validate(make(searched, resources={"pack": 2}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shared"),
+    [
+        ("train.lr", "0.5", True),
+        ("data.limit_train", "10", True),
+        ("adapter.method", "prompt-tuning", True),
+        ("adapter.method", "linear-probe", False),
+        ("adapter.prompt_tokens", "11", False),
+        ("encoder.path", "other", False),
+        ("task.label", "other", False),
+        ("data.train", "other.jsonl", False),
+        ("engine.dtype", "bf16", False),
+    ],
+)
+def test_a_pack_shares_encoder_task_data_and_engine(key: str, value: str, shared: bool) -> None:
+    assert (
+        space.pack_key(config.load("demo")) == space.pack_key(config.load("demo", {key: value}))
+    ) is shared
+
+
+def test_the_goal_is_the_tasks_own_metric_when_not_given() -> None:
+    searched = {"train.lr": [0.1]}
+    assert space.goal(make(searched)) == ("accuracy", "max")
+    assert space.goal(make(searched, recipe="cb")) == ("average", "max")
+    assert space.goal(make(searched, recipe="cb", metric="f1_macro", mode="min")) == ("f1_macro", "min")
+    regression = {"task.kind": "regression", "task.labels": None}
+    assert space.goal(make(searched, settings=regression, metric="rmse")) == ("rmse", "min")
+    with pytest.raises(UserError, match="no metric 'f1'"):
+        space.goal(make(searched, metric="f1"))
+
+
+def test_population_based_training_changes_what_a_run_can_change_on_its_way() -> None:
+    from ray.tune.schedulers import PopulationBasedTraining
+
+    searched = EVERY_KIND | {
+        "adapter.method": ["gpc", "prompt-tuning"],
+        "train.cell_lr": {"loguniform": [1e-4, 1e-3], "when": {"adapter.method": "gpc"}},
+    }
+    spec = make(searched, scheduler={"name": "pbt", "perturb_every": 5})
+    space.validate(spec)
+    changed = space.mutations(spec)
+    assert set(changed) == {"train.lr", "train.weight_decay", "train.betas", "train.clip_norm"}
+    scheduler = PopulationBasedTraining(
+        hyperparam_mutations=changed,
+        custom_explore_fn=lambda sample: space.within(spec, sample),
+        metric="m",
+        mode="max",
+    )
+    random.seed(0)
+    np.random.seed(0)
+    sample = from_ray(spec)[0]
+    for _ in range(50):
+        sample, _ = scheduler._get_new_config(None, type("Trial", (), {"config": sample})())
+        assert 1e-3 <= sample["train.lr"] <= 1e-1
+        assert 0 <= sample["train.weight_decay"] <= 0.1
+        space.trial_config(spec, sample)
