@@ -152,6 +152,15 @@ def _sync(options: Any, rest: list[str], _: list[str]) -> int:
     return EXIT_DONE
 
 
+def _tune(options: Any, rest: list[str], arguments: list[str]) -> int:
+    from gpc_dist.search import spec
+
+    search = spec.load(options.search, overrides(rest))
+    from gpc_dist.search.tuner import run_search
+
+    return run_search(search, ["gpc-dist", *arguments], options.resume)
+
+
 def _fetch(options: Any, rest: list[str], _: list[str]) -> int:
     settings = config.load(options.recipe, overrides(rest))
     from gpc_dist.training.fetch import run_fetch
@@ -263,6 +272,7 @@ COMMANDS: dict[str, Callable[[Any, list[str], list[str]], int]] = {
     "plan": _plan,
     "results": _results,
     "sync": _sync,
+    "tune": _tune,
     "fetch": _fetch,
     "doctor": _doctor,
     "submit": _submit,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from gpc_dist import __version__, config
-from gpc_dist.shipped import SHIPPED
+from gpc_dist.shipped import SHIPPED, shipped_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -127,6 +127,19 @@ def build_parser() -> argparse.ArgumentParser:
     sync.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
     sync.add_argument("--uri", help="MLflow tracking URI; the run's own when not given")
 
+    tune = command(
+        "tune",
+        "Search for good settings: many trials, compared in MLflow.",
+        "A search is a YAML file (space, trials, scheduler, resources), with overrides such as --trials 8 or\n"
+        "--settings.train.steps 100. With resources.pack K, K trials share one running encoder.\n\n"
+        "example: gpc-dist tune demo --trials 4",
+        arguments="SEARCH [--resume] [--key VALUE ...]",
+    )
+    tune.add_argument(
+        "search", metavar="SEARCH", help=f"a YAML file, or one of: {', '.join(_search_names())}"
+    )
+    tune.add_argument("--resume", action="store_true", help="go on with a search that was cut off")
+
     fetch = command(
         "fetch",
         "Download what a recipe needs: encoder, tokenizer and data.",
@@ -219,6 +232,10 @@ def _add_submit(submit: argparse.ArgumentParser) -> None:
     )
     submit.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     submit.add_argument("--follow", action="store_true", help="print the log until the job ends")
+
+
+def _search_names() -> list[str]:
+    return sorted(path.stem for path in shipped_folder("tune").glob("*.yaml"))
 
 
 def _nodes(text: str) -> int | str:

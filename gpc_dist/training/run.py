@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,15 +17,15 @@ from gpc_dist.engine.measure import peak_memory_mib
 from gpc_dist.engine.telemetry import GpuTelemetry, Write
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
 from gpc_dist.tasks import Example, Task, limit, make_task
-from gpc_dist.tracking import facts, follower
+from gpc_dist.tracking import follower
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.tracking.store import tracking_uri, ui_command
 from gpc_dist.training import loop
 from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
 from gpc_dist.training.plan import planned
+from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.session import (
-    Session,
     check_input,
     fresh_adapter,
     load_base,
@@ -68,7 +66,7 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
     # from here on the folder is this run's: what is wrong with the input has been said
     recording = None
     if world.is_main:
-        _open_folder(folder, config, argv, task, train, validation)
+        open_folder(folder, config, argv, task, train, validation)
         if config.tracking.enabled:
             recording = follower.start(folder.path)
     try:
@@ -105,36 +103,6 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
     return EXIT_STOPPED if outcome.stopped_by and world.is_main else EXIT_DONE
 
 
-def _open_folder(
-    folder: RunFolder,
-    config: Config,
-    argv: Sequence[str],
-    task: Task,
-    train: list[Example],
-    validation: list[Example],
-) -> None:
-    files.recover_folder(folder.adapter)
-    if not config.train.resume:
-        folder.start_over()
-        for path in (folder.checkpoints, folder.adapter):
-            shutil.rmtree(path, ignore_errors=True)
-    folder.result.unlink(missing_ok=True)
-    folder.write_status("running")
-    files.write_text(folder.config, config.to_yaml())
-    digest = hashlib.sha256(repr([(e.rows, e.target) for e in train]).encode()).hexdigest()
-    described = {
-        "dataset": {
-            "name": task.name,
-            "source": str(config.data.path),
-            "digest": digest,
-            "train_examples": len(train),
-            "validation_examples": len(validation),
-        },
-        "signature": {"inputs": dict.fromkeys(task.columns, "string")},
-    }
-    files.write_json(folder.facts, facts.collect_facts(argv) | described)
-
-
 def _train(
     config: Config,
     world: World,
@@ -166,7 +134,7 @@ def _train(
     memory = world.gather(peak_memory_mib(world.device))
     if memory is None or energy is None:  # not the main rank
         return outcome, {}
-    result = _result(session, outcome, task.majority_baseline(train, validation))
+    result = run_result(run)
     spent = [joules for joules in energy if joules is not None]
     first = outcome.speed.first_step_at_s
     return outcome, result | {
@@ -181,26 +149,6 @@ def _train(
 def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
     with MetricLog(folder.host_telemetry()) as log:
         yield log.append
-
-
-def _result(session: Session, outcome: loop.Outcome, baseline: dict[str, float]) -> dict[str, Any]:
-    config, position = session.config, outcome.position
-    return {
-        "task": session.task.name,
-        "method": config.adapter.method,
-        "main_metric": session.task.main_metric,
-        "metrics": {"best": position.best, "last": position.last, "best_step": position.best_step},
-        "majority_baseline": baseline,
-        "steps": position.step,
-        "seed": config.run.seed,
-        "world_size": session.world.size,
-        "zero_stage": config.engine.zero_stage,
-        "encoder": session.base.identity.dump(),
-        "trainable_parameters": sum(p.numel() for p in session.model.adapter.parameters()),
-        "frozen_parameters": session.base.parameters,
-        **outcome.speed.figures(),
-        "load_s": session.load_s,
-    }
 
 
 def _print_result(result: dict[str, Any]) -> None:

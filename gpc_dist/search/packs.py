@@ -1,0 +1,281 @@
+"""The packs of a search: trials ask for a lane, wait for what their run comes to, and leave.
+
+One Ray actor keeps them all. A pack is a group of rank actors with one encoder and K lanes; it is started when
+a trial finds no free lane that suits it, and ended when nobody uses it and its room is needed, or after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpc_dist.errors import UserError
+from gpc_dist.search.ranks import Rank
+
+ACTOR = "gpc-dist-packs"
+_DECIDE_S = 1.0
+"""For which lanes wait for the trials of their pack to say whether they go on."""
+_ROUND_S = 5.0
+"""After which a pack looks for trials that want to join or leave."""
+_SHARE = 0.97
+"""Of a rank's CPUs asked of Ray; the rest is for the trials' own processes, which only wait."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one pack takes."""
+
+    ranks: int
+    cpus_per_rank: float
+    gpus_per_rank: float
+    lanes: int
+    most: int
+    """Packs at once."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trial's run is trained."""
+
+    pack: int
+    lane: int
+    host: str
+
+
+@dataclass
+class _Lane:
+    number: int
+    events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    """Events, or the error that ended the pack."""
+    may_go: bool = False
+    """Whether its trial waits for the next event; otherwise the lane rests."""
+
+
+@dataclass
+class _Pack:
+    number: int
+    key: Any
+    ranks: list[Any]
+    group: Any
+    host: str = ""
+    lanes: dict[str, _Lane] = field(default_factory=dict)
+    calls: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held for a call to all ranks: they need the same order."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a trial joined, left or wants to go on."""
+    alive: bool = True
+
+
+class Packs:
+    """The actor's class; see the module.
+
+    Args:
+        shape: of every pack.
+    """
+
+    def __init__(self, shape: Shape):
+        self._shape = shape
+        self._packs: list[_Pack] = []
+        self._numbers = itertools.count()
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def join(
+        self, name: str, key: Any, tree: dict[str, Any], command: Sequence[str], state: str | None
+    ) -> Place:
+        """A lane for a run, as soon as there is one.
+
+        Args:
+            key: packs take runs with equal keys only.
+            tree: configuration of the run.
+            state: folder of another run's checkpoint to start from.
+
+        Raises:
+            UserError: the run's configuration cannot be trained.
+        """
+        async with self._changed:
+            pack = await self._find(key)
+            number = min(set(range(self._shape.lanes)) - {lane.number for lane in pack.lanes.values()})
+            pack.lanes[name] = lane = _Lane(number)
+        try:
+            if not pack.ranks:
+                await self._start(pack, tree)
+            await self._all(pack, "join", name, tree, command, state)
+        except BaseException:
+            pack.lanes.pop(name, None)
+            await self._notify(pack)
+            raise
+        return Place(pack.number, lane.number, pack.host)
+
+    async def next(self, name: str) -> Any:
+        """The next `training.pack.Event` of a run; it is trained while this waits.
+
+        Raises:
+            RuntimeError: the pack has ended: a rank died.
+        """
+        pack = self._pack_of(name)
+        if pack is None:
+            raise RuntimeError(f"{name} has no lane: its pack has ended")
+        lane = pack.lanes[name]
+        lane.may_go = True
+        pack.news.set()
+        event = await lane.events.get()
+        if isinstance(event, BaseException):
+            raise RuntimeError(str(event))
+        if event.over:
+            pack.lanes.pop(name, None)
+            await self._notify(pack)
+        return event
+
+    async def save(self, name: str) -> None:
+        """Save a run's state in its folder."""
+        if pack := self._pack_of(name):
+            await self._all(pack, "call", "save", name)
+
+    async def leave(self, name: str, reason: str) -> None:
+        """Stop a run with its state saved; one that has ended is left alone."""
+        if pack := self._pack_of(name):
+            lane = pack.lanes[name]
+            lane.may_go = False
+            await self._all(pack, "call", "leave", name, "stopped", reason)
+            pack.lanes.pop(name, None)
+            await self._notify(pack)
+
+    async def _find(self, key: Any) -> _Pack:
+        """A pack with a free lane for this key; waits until there is one."""
+        while True:
+            for pack in self._packs:
+                if pack.alive and pack.key == key and len(pack.lanes) < self._shape.lanes:
+                    return pack
+            if len(self._packs) >= self._shape.most:
+                for pack in [pack for pack in self._packs if not pack.lanes]:
+                    self._end(pack)
+            if len(self._packs) < self._shape.most:
+                pack = _Pack(next(self._numbers), key, [], None)
+                self._packs.append(pack)
+                return pack
+            await self._changed.wait()
+
+    async def _start(self, pack: _Pack, tree: dict[str, Any]) -> None:
+        """Start the ranks of a pack; whoever comes meanwhile waits for its lock."""
+        async with pack.calls:
+            if pack.ranks:
+                return
+            import ray
+            from ray.util.placement_group import placement_group
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            shape = self._shape
+            bundle = {"CPU": shape.cpus_per_rank * _SHARE, "GPU": shape.gpus_per_rank}
+            bundle = {key: value for key, value in bundle.items() if value}
+            try:
+                pack.group = placement_group([bundle] * shape.ranks)
+                await pack.group.ready()
+                make = ray.remote(Rank)
+                ranks = [
+                    make.options(
+                        num_cpus=bundle.get("CPU", 0),
+                        num_gpus=shape.gpus_per_rank,
+                        scheduling_strategy=PlacementGroupSchedulingStrategy(pack.group, index),
+                    ).remote(index, shape.ranks, max(1, int(shape.cpus_per_rank)))
+                    for index in range(shape.ranks)
+                ]
+                host, port = await ranks[0].address.remote()
+                hosts = await asyncio.gather(*(rank.open.remote(tree, host, port) for rank in ranks))
+            except BaseException as error:
+                self._fail(pack, error)
+                raise _cause(error) from None
+            pack.ranks, pack.host = ranks, hosts[0]
+            self._go(self._drive(pack))
+
+    async def _drive(self, pack: _Pack) -> None:
+        """Train a pack's lanes round after round, until it has ended."""
+        try:
+            while pack.alive:
+                names = await self._ready(pack)
+                for event in await self._all(pack, "call", "advance", names, _ROUND_S) if names else []:
+                    lane = pack.lanes.get(event.name)
+                    if lane is not None:
+                        lane.may_go = False
+                        lane.events.put_nowait(event)
+        except BaseException as error:
+            self._fail(pack, error)
+
+    async def _ready(self, pack: _Pack) -> list[str]:
+        """The runs to train next, once all trials have decided or the patience with them is over."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _DECIDE_S
+        while pack.alive:
+            going = [name for name, lane in pack.lanes.items() if lane.may_go]
+            left_s = deadline - loop.time()
+            if going and (len(going) == len(pack.lanes) or left_s <= 0):
+                return going
+            pack.news.clear()
+            try:
+                # with nobody to train there is nothing to be late for
+                await asyncio.wait_for(pack.news.wait(), left_s if going else None)
+            except TimeoutError:
+                continue
+        return []
+
+    async def _all(self, pack: _Pack, method: str, *arguments: Any) -> Any:
+        """Call a method on all ranks; returns what rank 0 returns.
+
+        Raises:
+            UserError: all ranks refuse; the pack goes on.
+        """
+        async with pack.calls:
+            if not pack.alive:
+                raise RuntimeError("the pack has ended: a rank died")
+            try:
+                found = await asyncio.gather(
+                    *(getattr(rank, method).remote(*arguments) for rank in pack.ranks)
+                )
+            except BaseException as error:
+                cause = _cause(error)
+                if not isinstance(cause, UserError):
+                    self._fail(pack, error)
+                raise cause from None
+            return found[0]
+
+    def _fail(self, pack: _Pack, error: BaseException) -> None:
+        """End a pack and tell its trials, who will be tried again from their checkpoints."""
+        for lane in pack.lanes.values():
+            lane.events.put_nowait(_cause(error))
+        self._end(pack)
+
+    def _end(self, pack: _Pack) -> None:
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        pack.alive = False
+        pack.news.set()
+        if pack in self._packs:
+            self._packs.remove(pack)
+        for rank in pack.ranks:
+            ray.kill(rank)
+        if pack.group is not None:
+            remove_placement_group(pack.group)
+        self._go(self._notify(pack))  # room for others
+
+    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside; asyncio itself would let it be collected."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _notify(self, pack: _Pack) -> None:
+        pack.news.set()
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _pack_of(self, name: str) -> _Pack | None:
+        return next((pack for pack in self._packs if name in pack.lanes), None)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a rank raised, out of Ray's wrapping."""
+    return getattr(error, "cause", None) or error

@@ -1,0 +1,64 @@
+"""The ranks of a pack: one Ray actor for each, in a placement group of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpc_dist import config
+
+if TYPE_CHECKING:
+    from gpc_dist.training.pack import Pack
+
+
+class Rank:
+    """One rank; a Ray actor. All ranks of a pack get the same calls in the same order."""
+
+    def __init__(self, rank: int, size: int, threads: int):
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            LOCAL_RANK=str(rank),  # where Ray shows an actor its own GPU only, that one is taken
+            OMP_NUM_THREADS=str(threads),
+        )
+        self._pack: Pack | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This host, and a port that is free on it: where the ranks can meet."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def open(self, tree: dict[str, Any], host: str, port: int) -> str:
+        """Meet the other ranks and load the encoder; returns the host's name."""
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+        if host.startswith("127."):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        from gpc_dist.engine.distributed import join
+        from gpc_dist.training.pack import Pack
+
+        settings = config.build(tree)
+        self._pack = Pack(settings, join(settings.engine))
+        return socket.gethostname()
+
+    def join(self, name: str, tree: dict[str, Any], command: Sequence[str], state: str | None) -> None:
+        """See `Pack.join`.
+
+        Args:
+            state: folder of another run's checkpoint to start from.
+        """
+        from gpc_dist.engine import checkpoint
+
+        assert self._pack is not None
+        saved = checkpoint.load(Path(state)) if state else None
+        self._pack.join(name, config.build(tree), command, saved)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the pack."""
+        return getattr(self._pack, method)(*arguments)

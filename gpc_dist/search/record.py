@@ -1,0 +1,74 @@
+"""What the driver of a search records of its trials, and what it gives a scheduler back after a restart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+
+from gpc_dist import files
+from gpc_dist.search.folder import SearchFolder
+from gpc_dist.search.trial import OVER, STEP, trial_number
+from gpc_dist.tracking.metrics import TIME
+
+
+class Recorder(tune.Callback):
+    """Writes down what became of each trial.
+
+    At the start of a search that goes on it also tells the scheduler again what it was told before: Ray Tune
+    restores trials and searchers, but a scheduler's memory (the rungs of ASHA) is lost.
+
+    Args:
+        metric: as it stands in results.
+    """
+
+    def __init__(self, folder: SearchFolder, metric: str):
+        self._folder, self._metric = folder, metric
+        self.scheduler: TrialScheduler | None = None
+        self._told = False
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if not self._told and self.scheduler is not None:
+            replay(self._folder, trials, self.scheduler, self._metric)
+        self._told = True
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        over = bool((trial.last_result or {}).get(OVER))
+        self._decide(trial, "completed" if over else "stopped by scheduler")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._decide(trial, "failed")
+
+    def _decide(self, trial: Any, decision: str) -> None:
+        number = trial_number(trial.trial_id)
+        record = self._folder.read_trial(number)
+        files.write_json(self._folder.trial(number).path / "trial.json", record | {"decision": decision})
+
+
+def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, metric: str) -> int:
+    """Tell a scheduler of every evaluation that trials have made, in the order in which they were made.
+
+    Returns:
+        How many there were.
+    """
+    past = []
+    for trial in trials:
+        lines, _ = files.read_lines(folder.trial(trial_number(trial.trial_id)).metrics)
+        past += [(line[TIME], trial, line) for line in lines if line.get(metric) is not None]
+    for _, trial, line in sorted(past, key=lambda each: each[0]):
+        result = {metric: line[metric], STEP: line["step"], "training_iteration": 1}
+        scheduler.on_trial_result(None, trial, result)  # type: ignore[arg-type]
+    return len(past)
+
+
+def best_trial(folder: SearchFolder, metric: str, mode: str) -> tuple[str, float] | None:
+    """Name and best value of the trial whose adapter is best; None if none was evaluated."""
+    found = []
+    for path in sorted(folder.trials.iterdir()) if folder.trials.is_dir() else []:
+        result = files.read_json(path / "result.json")
+        value = result.get("metrics", {}).get("best", {}).get(metric)
+        if value is not None and (path / "adapter").is_dir():
+            found.append((path.name, float(value)))
+    sign = 1 if mode == "max" else -1
+    return max(found, key=lambda each: sign * each[1], default=None)

@@ -1,0 +1,145 @@
+"""A trial as Ray Tune knows it: a process that waits for a run which a pack trains."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from gpc_dist import config, files
+from gpc_dist.search import space, spec
+from gpc_dist.search.folder import SearchFolder, TrialRecord
+from gpc_dist.search.packs import ACTOR
+
+SEED = "run.seed"
+STEP = "step"
+OVER = "over"
+"""Of a result: the run has made all its steps."""
+
+_STATE, _ORIGIN = "state", "origin.json"
+
+
+def trial_number(trial_id: str) -> int:
+    """The number of a trial in its search, from 0: the last part of Ray Tune's id."""
+    return int(trial_id.rpartition("_")[2])
+
+
+class Trial(tune.Trainable):
+    """One trial. A result is an evaluation of its run: `val/<metric>`, `step` and `over`."""
+
+    def setup(self, config: dict[str, Any], search: str = "") -> None:
+        """Prepare; the run joins a pack at the first step, when it is known where it starts from.
+
+        Args:
+            config: the sample, and `run.seed`.
+            search: folder of the search.
+        """
+        self._folder = SearchFolder(search)
+        self._spec = spec.load(str(self._folder.spec))
+        self._sample = dict(config)
+        self._number = trial_number(self.trial_id)
+        self._packs = ray.get_actor(ACTOR, namespace=ray.get_runtime_context().namespace)
+        self._start_from: str | None = None
+        self._joined = False
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next evaluation.
+
+        Raises:
+            RuntimeError: the run failed, or its pack died.
+        """
+        if not self._joined:
+            self._join()
+        event = ray.get(self._packs.next.remote(self._lane_name))
+        if event.failure:
+            self._joined = False
+            raise RuntimeError(event.failure)
+        metrics = {f"val/{name}": value for name, value in event.metrics.items()}
+        return {**metrics, STEP: event.step, OVER: event.over, tune.result.DONE: event.over}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Copy the run's newest state, so that this or another trial can go on from it."""
+        from gpc_dist.engine import checkpoint
+
+        if self._joined:
+            ray.get(self._packs.save.remote(self._lane_name))
+        newest = checkpoint.newest(self._run.checkpoints)
+        if newest is not None:
+            shutil.copytree(newest, Path(checkpoint_dir) / _STATE / newest.name)
+        files.write_json(Path(checkpoint_dir) / _ORIGIN, {"number": self._number})
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from the state of another trial; its own is in its run's folder, and at least as new."""
+        folder = Path(checkpoint)
+        if files.read_json(folder / _ORIGIN).get("number") == self._number:
+            return
+        states = list((folder / _STATE).glob("step-*"))
+        if states:
+            # Ray removes what it has handed over
+            kept = self._run.path / "started-from"
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(states[0], kept / states[0].name)
+            self._start_from = str(kept / states[0].name)
+
+    def cleanup(self) -> None:
+        """Leave the lane, with the state saved."""
+        if self._joined:
+            ray.get(self._packs.leave.remote(self._lane_name, "stopped by the search"))
+
+    @property
+    def _lane_name(self) -> str:
+        return self._run.path.name
+
+    @property
+    def _run(self) -> Any:
+        return self._folder.trial(self._number)
+
+    def _join(self) -> None:
+        built = self._config()
+        record = TrialRecord(
+            self._spec.name,
+            self.trial_id,
+            self._number,
+            seed_group(self._sample),
+            space.settings_of(self._drawn()),
+        )
+        self._folder.write_trial(record)
+        tree = built.dump()
+        place = ray.get(
+            self._packs.join.remote(
+                self._lane_name, space.pack_key(built), tree, self._command(), self._start_from
+            )
+        )
+        self._joined, self._start_from = True, None
+        self._folder.write_trial(TrialRecord(**{**record.__dict__, "lane": place.lane, "host": place.host}))
+
+    def _drawn(self) -> dict[str, Any]:
+        return {key: value for key, value in self._sample.items() if key in self._spec.space}
+
+    def _config(self) -> config.Config:
+        run = self._run
+        own = {
+            "run.name": f"{self._spec.name}-{run.path.name}",
+            "run.dir": str(run.path),
+            SEED: self._sample.get(SEED, self._spec.seeds[0]),
+            "engine.ranks": self._spec.resources.ranks,
+            **{f"tracking.{key}": value for key, value in self._spec.tracking.model_dump().items()},
+        }
+        drawn = self._drawn()
+        if self._spec.scheduler.name == "pbt":
+            drawn = space.within(self._spec, drawn)
+        return space.trial_config(self._spec, drawn, own)
+
+    def _command(self) -> list[str]:
+        return ["gpc-dist", "train", str(self._run.config), "--run.dir", f"{self._run.path}-again"]
+
+
+def seed_group(sample: dict[str, Any]) -> str:
+    """A name for the configuration of a sample, the seed left out."""
+    import hashlib
+
+    text = repr(sorted((key, value) for key, value in sample.items() if key != SEED))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

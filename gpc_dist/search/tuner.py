@@ -1,0 +1,257 @@
+"""`gpc-dist tune`: a search from its specification to its best trial, with Ray Tune's own parts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import stopper
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Searcher
+
+from gpc_dist import files
+from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, MachineError, UserError
+from gpc_dist.search import space
+from gpc_dist.search.folder import SearchFolder
+from gpc_dist.search.packs import ACTOR, Packs, Shape
+from gpc_dist.search.record import Recorder, best_trial
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.search.trial import SEED, STEP, Trial
+from gpc_dist.tracking.facts import collect_facts
+
+_NAMESPACE = "gpc-dist"
+_LAST_STEP = 10**9
+"""For schedulers that want to know the longest run."""
+
+
+def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
+    """Search as specified; returns the exit code.
+
+    Args:
+        command: the user's, for the record.
+        resume: go on with a search that was cut off.
+
+    Raises:
+        UserError: the search is not valid, or its folder holds another one already.
+        MachineError: the cluster has no room for one trial.
+    """
+    space.validate(spec)
+    metric, mode = space.goal(spec)
+    folder = SearchFolder(spec.folder)
+    _open(folder, spec, command, resume)
+    start_s = time.time()
+    _connect()
+    try:
+        shape = pack_shape(spec)
+        packs = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
+        recorder = Recorder(folder, f"val/{metric}")
+        scheduler = make_scheduler(spec, f"val/{metric}", mode)
+        recorder.scheduler = scheduler
+        analysis = tune.run(
+            tune.with_parameters(Trial, search=str(folder.path)),
+            name=folder.ray.name,
+            storage_path=str(folder.path),
+            metric=f"val/{metric}",
+            mode=mode,
+            config=_param_space(spec),
+            num_samples=_samples(spec),
+            search_alg=_algorithm(spec, f"val/{metric}", mode),
+            scheduler=scheduler,
+            stop=_stopper(spec, f"val/{metric}", mode),
+            resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
+            max_concurrent_trials=_concurrent(spec, shape),
+            max_failures=spec.retries,
+            raise_on_failed_trial=False,
+            resume="AUTO+ERRORED" if resume else None,
+            reuse_actors=False,
+            verbose=1,
+            progress_reporter=_reporter(spec, f"val/{metric}"),
+            callbacks=[recorder],
+            keep_checkpoints_num=2,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        )
+        states = Counter(trial.status for trial in analysis.trials)
+        ray.kill(packs)
+    finally:
+        ray.shutdown()
+    return _close(folder, metric, mode, states, start_s)
+
+
+def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume: bool) -> None:
+    there = folder.spec.exists()
+    if there and not resume:
+        raise UserError(
+            f"{folder.path} holds a search already: go on with it by --resume, or give this one another --name"
+        )
+    if resume and not there:
+        raise UserError(f"{folder.path} holds no search to go on with: leave out --resume")
+    if resume and folder.spec.read_text(encoding="utf-8") != spec.to_yaml():
+        raise UserError(
+            f"{folder.spec} differs from the search that is to go on: give --resume with that file, as "
+            f"gpc-dist tune {folder.spec} --resume"
+        )
+    files.write_text(folder.spec, spec.to_yaml())
+    folder.run.write_status("running")
+    files.write_json(folder.run.facts, collect_facts(command))
+
+
+def _connect() -> None:
+    """A Ray cluster: the one that RAY_ADDRESS names, or one of this machine's own, on its loopback interface."""
+    # Tune reports by tables, not by its newer output, which cannot sort them
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    own = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **own)
+
+
+def pack_shape(spec: SearchSpec) -> Shape:
+    """What a pack takes, and how many of them the cluster has room for.
+
+    Raises:
+        MachineError: not for one.
+    """
+    resources, there = spec.resources, ray.cluster_resources()
+    gpus = resources.gpus_per_rank
+    if gpus is None:
+        gpus = 1.0 if there.get("GPU", 0) >= 1 else 0.0
+    room = int(there.get("CPU", 0) // (resources.ranks * resources.cpus_per_rank))
+    if gpus:
+        room = min(room, int(there.get("GPU", 0) // (resources.ranks * gpus)))
+    if room < 1:
+        raise MachineError(
+            f"a trial takes {resources.ranks} rank(s) of {resources.cpus_per_rank} CPU(s) and {gpus:g} GPU(s), and the "
+            f"cluster has {there.get('CPU', 0):g} CPU(s) and {there.get('GPU', 0):g} GPU(s): give a smaller "
+            "--resources.ranks, --resources.cpus_per_rank or --resources.gpus_per_rank"
+        )
+    return Shape(resources.ranks, resources.cpus_per_rank, gpus, resources.pack, room)
+
+
+def _concurrent(spec: SearchSpec, shape: Shape) -> int:
+    return min(spec.resources.concurrent or shape.most * shape.lanes, shape.most * shape.lanes)
+
+
+def _param_space(spec: SearchSpec) -> dict[str, Any]:
+    if spec.algorithm == "optuna":
+        return {SEED: spec.seeds[0]}
+    return {**space.to_ray(spec), SEED: tune.grid_search(list(spec.seeds))}
+
+
+def _samples(spec: SearchSpec) -> int:
+    if spec.algorithm == "grid":
+        return 1
+    return (spec.trials or 1) * (len(spec.seeds) if spec.algorithm == "optuna" else 1)
+
+
+def _algorithm(spec: SearchSpec, metric: str, mode: str) -> Searcher | SearchAlgorithm:
+    if spec.algorithm != "optuna":
+        # one drawn configuration for all its seeds
+        return BasicVariantGenerator(constant_grid_search=True, random_state=spec.seed)
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        searcher: Searcher = OptunaSearch(space.to_optuna(spec), metric=metric, mode=mode, seed=spec.seed)
+    except (ImportError, AssertionError):
+        raise UserError("algorithm 'optuna' needs the extra: pip install 'gpc-dist[optuna]'") from None
+    return Repeater(searcher, repeat=len(spec.seeds)) if len(spec.seeds) > 1 else searcher
+
+
+def make_scheduler(spec: SearchSpec, metric: str, mode: str) -> TrialScheduler:
+    """Ray Tune's scheduler, counting in optimizer steps."""
+    wanted = spec.scheduler
+    match wanted.name:
+        case "asha":
+            return ASHAScheduler(
+                time_attr=STEP,
+                max_t=_LAST_STEP,
+                grace_period=wanted.grace_steps or 1,
+                reduction_factor=wanted.reduction_factor,
+                brackets=wanted.brackets,
+            )
+        case "median":
+            return MedianStoppingRule(time_attr=STEP, grace_period=wanted.grace_steps or 1)
+        case "pbt":
+            return PopulationBasedTraining(
+                time_attr=STEP,
+                perturbation_interval=wanted.perturb_every or 1,
+                hyperparam_mutations=space.mutations(spec),
+                quantile_fraction=wanted.quantile_fraction,
+                resample_probability=wanted.resample_probability,
+                log_config=False,
+            )
+    return FIFOScheduler()
+
+
+def _stopper(spec: SearchSpec, metric: str, mode: str) -> stopper.Stopper | None:
+    rules: list[stopper.Stopper] = []
+    if spec.stop.max_s is not None:
+        rules.append(stopper.TimeoutStopper(spec.stop.max_s))
+    if spec.stop.threshold is not None:
+        rules.append(_Threshold(metric, mode, spec.stop.threshold))
+    if spec.stop.patience is not None:
+        rules.append(stopper.ExperimentPlateauStopper(metric, top=1, mode=mode, patience=spec.stop.patience))
+    return stopper.CombinedStopper(*rules) if rules else None
+
+
+class _Threshold(stopper.Stopper):
+    """Ends the search at a value of the metric."""
+
+    def __init__(self, metric: str, mode: str, value: float):
+        self._metric, self._sign, self._value = metric, 1 if mode == "max" else -1, value
+        self._reached = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self._reached = self._reached or self._sign * (result[self._metric] - self._value) >= 0
+        return self._reached
+
+    def stop_all(self) -> bool:
+        return self._reached
+
+
+def _reporter(spec: SearchSpec, metric: str) -> tune.CLIReporter:
+    short = {key: key.rpartition(".")[2] for key in spec.space}
+    return tune.CLIReporter(
+        parameter_columns={**short, SEED: "seed"},
+        metric_columns={metric: metric.removeprefix("val/"), STEP: STEP},
+        max_report_frequency=10,
+        sort_by_metric=True,
+    )
+
+
+def _close(folder: SearchFolder, metric: str, mode: str, states: Counter[str], start_s: float) -> int:
+    decisions = Counter(
+        folder.read_trial(int(path.name)).get("decision") for path in sorted(folder.trials.iterdir())
+    )
+    best = best_trial(folder, metric, mode)
+    result = {
+        "metric": metric,
+        "mode": mode,
+        "best_trial": None if best is None else best[0],
+        "best": None if best is None else best[1],
+        "trials": sum(states.values()),
+        "finished": decisions["completed"],
+        "stopped": decisions["stopped by scheduler"],
+        "failed": decisions["failed"],
+        "wall_s": time.time() - start_s,
+    }
+    files.write_json(folder.run.result, result)
+    if best is None:
+        folder.run.write_status("failed", "no trial was evaluated")
+        return EXIT_ENVIRONMENT
+    folder.run.write_status("finished")
+    adapter = folder.trial(int(best[0])).adapter
+    print(f"best of {result['trials']} trials: {best[0]}, {metric} {best[1]:.4f}: {adapter}")
+    print(f"compare them: gpc-dist compare {folder.path}")
+    return EXIT_DONE

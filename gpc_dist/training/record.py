@@ -1,0 +1,74 @@
+"""What a trainer writes into a run's folder before and after training."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from gpc_dist import files
+from gpc_dist.config import Config
+from gpc_dist.tasks import Example, Task
+from gpc_dist.tracking import facts
+from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.training.lane_run import LaneRun
+
+
+def open_folder(
+    folder: RunFolder,
+    config: Config,
+    argv: Sequence[str],
+    task: Task,
+    train: list[Example],
+    validation: list[Example],
+) -> None:
+    """Make a folder that of a run which begins, or goes on if `train.resume` says so.
+
+    Args:
+        argv: the command to reproduce it.
+
+    Raises:
+        UserError: an earlier run there is still being recorded.
+    """
+    files.recover_folder(folder.adapter)
+    if not config.train.resume:
+        folder.start_over()
+        for path in (folder.checkpoints, folder.adapter):
+            shutil.rmtree(path, ignore_errors=True)
+    folder.result.unlink(missing_ok=True)
+    folder.write_status("running")
+    files.write_text(folder.config, config.to_yaml())
+    digest = hashlib.sha256(repr([(e.rows, e.target) for e in train]).encode()).hexdigest()
+    described = {
+        "dataset": {
+            "name": task.name,
+            "source": str(config.data.path),
+            "digest": digest,
+            "train_examples": len(train),
+            "validation_examples": len(validation),
+        },
+        "signature": {"inputs": dict.fromkeys(task.columns, "string")},
+    }
+    files.write_json(folder.facts, facts.collect_facts(argv) | described)
+
+
+def run_result(run: LaneRun) -> dict[str, Any]:
+    """What came of a run, for `result.json`; memory, energy and total time are the caller's to add."""
+    session, config, position = run.session, run.config, run.position
+    return {
+        "task": session.task.name,
+        "method": config.adapter.method,
+        "main_metric": session.task.main_metric,
+        "metrics": {"best": position.best, "last": position.last, "best_step": position.best_step},
+        "majority_baseline": session.task.majority_baseline(run.training.examples, run.validation.examples),
+        "steps": position.step,
+        "seed": config.run.seed,
+        "world_size": session.world.size,
+        "zero_stage": config.engine.zero_stage,
+        "encoder": session.base.identity.dump(),
+        "trainable_parameters": sum(p.numel() for p in run.adapter.parameters()),
+        "frozen_parameters": session.base.parameters,
+        **run.speed.figures(),
+        "load_s": session.load_s,
+    }
