@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from gpc_dist.search import space, spec
 from gpc_dist.search.folder import SearchFolder, TrialRecord
 from gpc_dist.search.packs import ACTOR
 
+SAMPLE = "sample"
+"""Of a trial's configuration in Ray Tune: what was drawn for it; a searcher puts its keys beside it."""
 SEED = "run.seed"
 STEP = "step"
 OVER = "over"
@@ -34,12 +37,14 @@ class Trial(tune.Trainable):
         """Prepare; the run joins a pack at the first step, when it is known where it starts from.
 
         Args:
-            config: the sample, and `run.seed`.
+            config: what was drawn, and `run.seed`.
             search: folder of the search.
         """
         self._folder = SearchFolder(search)
         self._spec = spec.load(str(self._folder.spec))
-        self._sample = dict(config)
+        self._seed = config.get(SEED, self._spec.seeds[0])
+        sample = config.get(SAMPLE, config)
+        self._drawn = {key: value for key, value in sample.items() if key in self._spec.space}
         self._number = trial_number(self.trial_id)
         self._packs = ray.get_actor(ACTOR, namespace=ray.get_runtime_context().namespace)
         self._start_from: str | None = None
@@ -103,8 +108,8 @@ class Trial(tune.Trainable):
             self._spec.name,
             self.trial_id,
             self._number,
-            seed_group(self._sample),
-            space.settings_of(self._drawn()),
+            seed_group(self._drawn),
+            space.settings_of(self._drawn),
         )
         self._folder.write_trial(record)
         tree = built.dump()
@@ -116,19 +121,16 @@ class Trial(tune.Trainable):
         self._joined, self._start_from = True, None
         self._folder.write_trial(TrialRecord(**{**record.__dict__, "lane": place.lane, "host": place.host}))
 
-    def _drawn(self) -> dict[str, Any]:
-        return {key: value for key, value in self._sample.items() if key in self._spec.space}
-
     def _config(self) -> config.Config:
         run = self._run
         own = {
             "run.name": f"{self._spec.name}-{run.path.name}",
             "run.dir": str(run.path),
-            SEED: self._sample.get(SEED, self._spec.seeds[0]),
+            SEED: self._seed,
             "engine.ranks": self._spec.resources.ranks,
             **{f"tracking.{key}": value for key, value in self._spec.tracking.model_dump().items()},
         }
-        drawn = self._drawn()
+        drawn = self._drawn
         if self._spec.scheduler.name == "pbt":
             drawn = space.within(self._spec, drawn)
         return space.trial_config(self._spec, drawn, own)
@@ -137,9 +139,6 @@ class Trial(tune.Trainable):
         return ["gpc-dist", "train", str(self._run.config), "--run.dir", f"{self._run.path}-again"]
 
 
-def seed_group(sample: dict[str, Any]) -> str:
-    """A name for the configuration of a sample, the seed left out."""
-    import hashlib
-
-    text = repr(sorted((key, value) for key, value in sample.items() if key != SEED))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def seed_group(drawn: dict[str, Any]) -> str:
+    """A name for what was drawn: the same for all seeds it is tried with."""
+    return hashlib.sha256(repr(sorted(drawn.items())).encode()).hexdigest()[:8]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune import stopper
+from ray.tune.experiment import Experiment
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -22,16 +25,20 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Searcher
 
 from gpc_dist import files
-from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, MachineError, UserError
+from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.search import space
 from gpc_dist.search.folder import SearchFolder
 from gpc_dist.search.packs import ACTOR, Packs, Shape
 from gpc_dist.search.record import Recorder, best_trial
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.search.trial import SEED, STEP, Trial
+from gpc_dist.search.trial import SAMPLE, SEED, STEP, Trial
 from gpc_dist.tracking.facts import collect_facts
 
+NODES = "GPC_DIST_RAY_NODES"
+"""Environment variable: how many nodes the cluster of RAY_ADDRESS will have."""
+
 _NAMESPACE = "gpc-dist"
+_NODES_S = 120.0
 _LAST_STEP = 10**9
 """For schedulers that want to know the longest run."""
 
@@ -59,6 +66,7 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
         recorder = Recorder(folder, f"val/{metric}")
         scheduler = make_scheduler(spec, f"val/{metric}", mode)
         recorder.scheduler = scheduler
+        interrupted = _interrupt_on_signals()
         analysis = tune.run(
             tune.with_parameters(Trial, search=str(folder.path)),
             name=folder.ray.name,
@@ -86,7 +94,32 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
         ray.kill(packs)
     finally:
         ray.shutdown()
+    if interrupted:
+        folder.run.write_status("stopped", interrupted[0])
+        print(
+            f"stopped by {interrupted[0]}; go on with: gpc-dist tune {folder.spec} --resume", file=sys.stderr
+        )
+        return EXIT_STOPPED
     return _close(folder, metric, mode, states, start_s)
+
+
+def _interrupt_on_signals() -> list[str]:
+    """Let SIGTERM and SIGUSR2 do what SIGINT does: Tune stops, and its trials save their state.
+
+    Returns:
+        A list in which the name of the signal will stand, if one comes.
+    """
+    came: list[str] = []
+
+    def pass_on(number: int, _: object) -> None:
+        came.append(signal.Signals(number).name)
+        os.kill(
+            os.getpid(), signal.SIGUSR1
+        )  # Tune's other word for SIGINT, which a shell may have set to be ignored
+
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, pass_on)
+    return came
 
 
 def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume: bool) -> None:
@@ -112,9 +145,15 @@ def _connect() -> None:
     # Tune reports by tables, not by its newer output, which cannot sort them
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see `_interrupt_on_signals`
     address = os.environ.get("RAY_ADDRESS")
     own = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **own)
+    deadline, wanted = time.monotonic() + _NODES_S, int(os.environ.get(NODES, "1"))
+    while (count := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise MachineError(f"{count} of {wanted} nodes joined the Ray cluster within {_NODES_S:.0f} s")
+        time.sleep(1.0)
 
 
 def pack_shape(spec: SearchSpec) -> Shape:
@@ -146,19 +185,28 @@ def _concurrent(spec: SearchSpec, shape: Shape) -> int:
 def _param_space(spec: SearchSpec) -> dict[str, Any]:
     if spec.algorithm == "optuna":
         return {SEED: spec.seeds[0]}
-    return {**space.to_ray(spec), SEED: tune.grid_search(list(spec.seeds))}
+    return {SAMPLE: tune.grid_search(draw(spec)), SEED: tune.grid_search(list(spec.seeds))}
+
+
+def draw(spec: SearchSpec) -> list[dict[str, Any]]:
+    """The configurations of a random or grid search, drawn by Ray Tune: each is tried with every seed, which its own
+    repetition cannot do for conditional keys."""
+    generator = BasicVariantGenerator(random_state=spec.seed)
+    drawn = Experiment("draw", run=lambda _: None, config=space.to_ray(spec), num_samples=spec.trials or 1)
+    generator.add_configurations([drawn])
+    found = []
+    while (trial := generator.next_trial()) is not None:
+        found.append(trial.config)
+    return found
 
 
 def _samples(spec: SearchSpec) -> int:
-    if spec.algorithm == "grid":
-        return 1
-    return (spec.trials or 1) * (len(spec.seeds) if spec.algorithm == "optuna" else 1)
+    return (spec.trials or 1) * len(spec.seeds) if spec.algorithm == "optuna" else 1
 
 
 def _algorithm(spec: SearchSpec, metric: str, mode: str) -> Searcher | SearchAlgorithm:
     if spec.algorithm != "optuna":
-        # one drawn configuration for all its seeds
-        return BasicVariantGenerator(constant_grid_search=True, random_state=spec.seed)
+        return BasicVariantGenerator()
     try:
         from ray.tune.search.optuna import OptunaSearch
 
@@ -186,7 +234,7 @@ def make_scheduler(spec: SearchSpec, metric: str, mode: str) -> TrialScheduler:
             return PopulationBasedTraining(
                 time_attr=STEP,
                 perturbation_interval=wanted.perturb_every or 1,
-                hyperparam_mutations=space.mutations(spec),
+                hyperparam_mutations={SAMPLE: space.mutations(spec)},
                 quantile_fraction=wanted.quantile_fraction,
                 resample_probability=wanted.resample_probability,
                 log_config=False,
@@ -221,7 +269,8 @@ class _Threshold(stopper.Stopper):
 
 
 def _reporter(spec: SearchSpec, metric: str) -> tune.CLIReporter:
-    short = {key: key.rpartition(".")[2] for key in spec.space}
+    inside = "" if spec.algorithm == "optuna" else f"{SAMPLE}/"
+    short = {inside + key: key.rpartition(".")[2] for key in spec.space}
     return tune.CLIReporter(
         parameter_columns={**short, SEED: "seed"},
         metric_columns={metric: metric.removeprefix("val/"), STEP: STEP},

@@ -1,0 +1,239 @@
+"""Real searches with Ray Tune on this machine: packed and not, cut off and resumed, with trials that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from tests.conftest import command, losses
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_recipe: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe.read_text())
+    return tmp_path
+
+
+def write_search(place: Path, **keys: Any) -> Path:
+    search = {
+        "recipe": "recipe.yaml",
+        "settings": {"train.steps": 24},
+        "space": {
+            "train.lr": {"loguniform": [1e-3, 1e-1]},
+            "adapter.cell": ["residual", "gated"],
+            "adapter.cell_rank": {"choice": [2, 4], "when": {"adapter.cell": "gated"}},
+        },
+        "trials": 4,
+        "resources": {"pack": 4},
+    }
+    path = place / "mine.yaml"
+    path.write_text(yaml.safe_dump(search | keys))
+    return path
+
+
+def tune(place: Path, *words: object) -> Path:
+    done = command("tune", *words, cwd=place, PYTHONPATH=str(Path(__file__).parents[2]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place / "searches" / "mine"
+
+
+def trials(search: Path) -> dict[int, Path]:
+    return {int(path.name): path for path in sorted((search / "trials").iterdir())}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_a_packed_search(place: Path) -> None:
+    search = tune(place, write_search(place, seeds=[0, 1], trials=2))
+    found = trials(search)
+    assert sorted(found) == [0, 1, 2, 3]
+    records = [read(path / "trial.json") for path in found.values()]
+    assert {record["decision"] for record in records} == {"completed"}
+    assert sorted(record["lane"] for record in records) == [0, 1, 2, 3]
+    groups = {record["seed_group"]: set() for record in records}
+    for record, path in zip(records, found.values(), strict=True):
+        groups[record["seed_group"]].add(yaml.safe_load((path / "config.yaml").read_text())["run"]["seed"])
+    assert sorted(map(sorted, groups.values())) == [[0, 1], [0, 1]]
+    result = read(search / "result.json")
+    assert (result["trials"], result["finished"], result["failed"]) == (4, 4, 0)
+    assert read(search / "status.json")["state"] == "finished"
+    best = found[int(result["best_trial"])]
+    evaluated = json.loads(command("evaluate", best / "adapter").stdout)
+    assert evaluated["metrics"]["accuracy"] == pytest.approx(result["best"])
+    # a trial is the run that its configuration makes alone
+    done = command("train", found[3] / "config.yaml", "--run.dir", place / "alone")
+    assert done.returncode == 0, done.stderr
+    mine, theirs = losses(found[3]), losses(place / "alone")
+    assert len(mine) == 24
+    torch.testing.assert_close(list(mine.values()), list(theirs.values()), rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
+    path = write_search(
+        place,
+        resources={"ranks": 2, "pack": 2},
+        settings={"train.steps": 8, "engine.zero_stage": 3},
+        scheduler={"name": "asha", "grace_steps": 4, "reduction_factor": 2},
+    )
+    search = tune(place, path)
+    results = [read(path / "result.json") for path in trials(search).values()]
+    assert len(results) == 4
+    assert {(result["world_size"], result["zero_stage"]) for result in results} == {(2, 3)}
+    stopped = [
+        path for path in trials(search).values() if read(path / "trial.json")["decision"] != "completed"
+    ]
+    assert read(search / "result.json")["stopped"] == len(stopped) > 0
+    for path in stopped:
+        assert read(path / "status.json")["state"] == "stopped"
+        assert max(losses(path)) < 8
+
+
+def test_a_search_that_was_killed_goes_on(place: Path) -> None:
+    path = write_search(
+        place,
+        settings={"train.steps": 4000, "train.eval_every": 200, "train.log_every": 200},
+        resources={"pack": 2},
+        scheduler={"name": "asha", "grace_steps": 400, "reduction_factor": 2},
+    )
+    driver = start(place, path)
+    search = place / "searches" / "mine"
+    wait(
+        lambda: (
+            sum(reached(p) >= 600 for p in trials(search).values()) >= 1
+            if (search / "trials").exists()
+            else False
+        )
+    )
+    before = {number: reached(path) for number, path in trials(search).items()}
+    driver.kill()
+    driver.wait()
+    wait(
+        lambda: (
+            not [
+                p
+                for p in psutil.process_iter(["cmdline"])
+                if str(search) in " ".join(p.info["cmdline"] or [])
+            ]
+        )
+    )
+    done = command("tune", path, cwd=place)
+    assert done.returncode == 2
+    assert "holds a search already: go on with it by --resume" in done.stderr
+    tune(place, path, "--resume")
+    found = trials(search)
+    assert sorted(found) == [0, 1, 2, 3]
+    for number, step in before.items():
+        assert reached(found[number]) >= step
+    for path in found.values():
+        steps = [
+            line["step"]
+            for line in map(json.loads, (path / "metrics.jsonl").open())
+            if "val/accuracy" in line
+        ]
+        assert steps == list(range(200, max(steps) + 1, 200))
+    result = read(search / "result.json")
+    assert result["finished"] + result["stopped"] == 4
+    assert result["failed"] == 0
+
+
+def test_a_stopped_search_goes_on(place: Path) -> None:
+    path = write_search(
+        place, settings={"train.steps": 3000, "train.eval_every": 300, "train.log_every": 300}
+    )
+    driver = start(place, path)
+    search = place / "searches" / "mine"
+    wait(lambda: (search / "trials").exists() and any(reached(p) >= 600 for p in trials(search).values()))
+    driver.send_signal(signal.SIGUSR2)
+    out, said = driver.communicate(timeout=120)
+    assert driver.returncode == 75, out + said
+    assert "stopped by SIGUSR2; go on with" in said
+    assert read(search / "status.json")["state"] == "stopped"
+    tune(place, search / "search.yaml", "--resume")
+    assert {max(losses(path)) for path in trials(search).values()} == {3000}
+
+
+def test_a_trial_whose_ranks_die_is_tried_again(place: Path) -> None:
+    path = write_search(
+        place,
+        settings={"train.steps": 3000, "train.eval_every": 300, "train.log_every": 300},
+        trials=1,
+        resources={},
+        retries=1,
+    )
+    driver = start(place, path)
+    search = place / "searches" / "mine"
+    wait(lambda: (search / "trials" / "000").exists() and reached(search / "trials" / "000") >= 600)
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        if "ray::Rank" in " ".join(process.cmdline()):
+            process.kill()
+    out, said = driver.communicate(timeout=200)
+    assert driver.returncode == 0, out + said
+    assert max(losses(search / "trials" / "000")) == 3000
+    assert read(search / "trials" / "000" / "trial.json")["decision"] == "completed"
+
+
+def test_a_trial_that_fails_does_not_end_the_search(place: Path) -> None:
+    space = {"train.lr": {"grid": [0.01, 1e30]}}
+    settings = {"train.steps": 24, "train.clip_norm": None, "train.warmup": 0}
+    search = tune(place, write_search(place, space=space, algorithm="grid", trials=None, settings=settings))
+    decisions = {
+        yaml.safe_load((path / "config.yaml").read_text())["train"]["lr"]: read(path / "trial.json")[
+            "decision"
+        ]
+        for path in trials(search).values()
+    }
+    assert decisions == {0.01: "completed", 1e30: "failed"}
+    assert read(search / "result.json")["failed"] == 1
+
+
+def test_population_based_training_copies_the_better(place: Path) -> None:
+    space = {"train.lr": {"loguniform": [1e-6, 1e-1]}}
+    path = write_search(
+        place,
+        space=space,
+        scheduler={"name": "pbt", "perturb_every": 8, "quantile_fraction": 0.5},
+        settings={"train.steps": 48, "train.schedule": "constant", "train.eval_every": 4},
+        seed=3,
+    )
+    search = tune(place, path)
+    assert {max(losses(path)) for path in trials(search).values()} == {48}
+    copied = [path for path in trials(search).values() if (path / "started-from").exists()]
+    assert copied
+    for path in trials(search).values():
+        assert sorted(losses(path)) == list(range(1, 49))
+
+
+def start(place: Path, path: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpc_dist", "tune", str(path)],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+
+def reached(path: Path) -> int:
+    return max(losses(path), default=0) if (path / "metrics.jsonl").exists() else 0
+
+
+def wait(ready: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
