@@ -16,7 +16,7 @@ FEWEST = 8
 
 _FOLDS = 4
 _SPLITS = 5
-_TREES = 100
+_TREES = 50
 _SHUFFLES = 10
 
 

@@ -45,7 +45,7 @@ def write_comparison(
         drawn = plots(comparison, found)
         if png:
             for plot in drawn:
-                file = png / f"{_file_name(comparison.task)}-{_file_name(comparison.metric)}-{plot.name}.png"
+                file = png / f"{plot.name}.png"
                 write_png(plot, file)
                 written.append(file)
         if html:
@@ -59,10 +59,6 @@ def write_comparison(
             ) from None
         written.append(html)
     return written
-
-
-def _file_name(text: str) -> str:
-    return "".join(char if char.isalnum() else "_" for char in text)
 
 
 def _page(place: str, sections: Sequence[str]) -> str:

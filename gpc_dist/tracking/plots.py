@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpc_dist.errors import UserError
 from gpc_dist.tracking.comparison import Comparison, Configuration, shorten, show
@@ -37,6 +37,7 @@ _MOST_AXES = 10
 _MOST_BARS = 20
 _LONGEST_LABEL = 130
 _DPI = 150
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plot:
     """A figure that can be drawn, with what to know when reading it."""
 
     name: str
+    """Of a file, and of an element of a page; no two plots of a page share it."""
     title: str
     caption: str
     draw: Callable[[], Figure]
@@ -58,11 +60,12 @@ def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
     metric, ranked = comparison.metric, comparison.ranked
     named = ranked[: len(_COLOURS)]
     others = " Grey: the other configurations." if len(comparison.configurations) > len(named) else ""
+    prefix = "-".join(re.sub(r"\W", "_", text) for text in (comparison.task, metric))
     made = []
     if any(run.curves for run in comparison.runs):
         made.append(
             Plot(
-                "curves",
+                f"{prefix}-curves",
                 "Learning curves",
                 "Mean of the seeds that reached the step; the band is one standard deviation. A training loss is "
                 f"the mean over the steps around.{others}",
@@ -76,7 +79,7 @@ def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
         left_out = f" The {_MOST_AXES} foremost of {len(keys)} settings." if len(keys) > _MOST_AXES else ""
         made.append(
             Plot(
-                "settings",
+                f"{prefix}-settings",
                 "Settings",
                 f"Each line is a configuration, from its settings to its {metric}; the best one is drawn "
                 f"thicker.{left_out}",
@@ -86,7 +89,7 @@ def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
     if isinstance(found, Importance):
         made.append(
             Plot(
-                "importance",
+                f"{prefix}-importance",
                 "Importance of the settings",
                 f"By how much a random forest is more wrong about the {metric} of configurations it has not seen when "
                 "this setting's value is replaced by another configuration's; the bar is one standard deviation over "
@@ -98,7 +101,7 @@ def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
     if any(c.cost_s for c in ranked):
         made.append(
             Plot(
-                "cost",
+                f"{prefix}-cost",
                 "Cost",
                 "Each point is a configuration; the bar is one standard deviation over its seeds. The line is the best "
                 "to be had for a cost, and the numbers on it are those of the lines in the table.",
@@ -111,14 +114,14 @@ def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
 def _trust(found: Importance) -> str:
     if found.explained <= 0:
         return "The forest predicts these configurations no better than their mean does, so these numbers mean nothing."
-    return f"The forest explains {100 * found.explained:.0f} % of the variance in them: the less, the less these numbers mean."
+    return f"The forest explains {100 * found.explained:.0f} % of the variance in them: the less, the less they mean."
 
 
 def to_svg(plot: Plot) -> str:
     """An `<svg>` element for a page: transparent, its text, axes and grid in the colour of the page's text."""
     buffer = io.StringIO()
     with _style(plot.name):
-        plot.draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plot.draw().savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_PAPER, "var(--paper)")
     # names of groups, the same in every figure of a page; what is referred to has no underscore
@@ -154,7 +157,7 @@ def write_png(plot: Plot, file: Path) -> None:
 def _style(salt: str) -> Iterator[None]:
     import matplotlib
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "font.family": "sans-serif",
         "text.parse_math": False,  # a $ in a setting is a $
@@ -212,7 +215,7 @@ def _log_axis(axes: Axes, which: str) -> None:
 def _curves(comparison: Comparison, named: Sequence[Configuration]) -> Figure:
     figure = _figure(_WIDTH, 4.4 + 0.2 * len(named))
     scores, losses = figure.subplots(1, 2)
-    drawn = []
+    drawn: list[float] = []
     for axes, key, thin in (
         (scores, f"val/{comparison.metric}", _as_it_is),
         (losses, "train/loss", _thinned),
@@ -271,6 +274,7 @@ def _over_seeds(curves: Sequence[Curve]) -> tuple[list[int], np.ndarray, np.ndar
 
 
 def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
+    import numpy as np
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -288,12 +292,13 @@ def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
     colours = ScalarMappable(
         Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1), map_
     )
+    shades = colours.to_rgba(np.array(means))
     for number in reversed(range(len(ranked))):  # the best on top
         places = [scale.positions[number] for scale in scales]
         axes.plot(
             range(len(places)),
             places,
-            color=colours.to_rgba(means[number]),
+            color=shades[number],
             linewidth=1.2 if number else 3,
             alpha=0.6 if number else 1,
         )
