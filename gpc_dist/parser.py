@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--metric", metavar="NAME", help="rank by this metric; the task's own when not given"
     )
-    compare.add_argument("--uri", help="MLflow tracking URI of the experiment; mlflow.db in runs or here")
+    compare.add_argument("--uri", help="MLflow tracking URI of the experiment [mlflow.db in runs, or here]")
 
     sync = command(
         "sync",

@@ -125,13 +125,14 @@ def compare(place: str, metric: str | None = None, uri: str | None = None) -> li
     Args:
         place: a folder of runs, a search's folder, or else the name of an MLflow experiment.
         metric: rank by this one, as of the checkpoint that the main metric selected.
-        uri: MLflow tracking store of the experiment.
+        uri: MLflow tracking store of the experiment; with it `place` is one, even where a folder has its name.
 
     Raises:
         UserError: no runs there, or none with this metric.
         MachineError: the tracking store cannot be reached.
     """
-    records = read_folder(Path(place)) if Path(place).is_dir() else read_experiment(place, uri)
+    is_folder = uri is None and Path(place).is_dir()
+    records = read_folder(Path(place)) if is_folder else read_experiment(place, uri)
     tasks: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         main = metric or record.main_metric or _usual_metric(records, record.task)

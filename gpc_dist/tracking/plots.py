@@ -98,7 +98,7 @@ def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
                 lambda: _importance(comparison, found),
             )
         )
-    if any(c.cost_s for c in ranked):
+    if sum(bool(c.cost_s) for c in ranked) > 1:
         made.append(
             Plot(
                 f"{prefix}-cost",
@@ -216,33 +216,42 @@ def _curves(comparison: Comparison, named: Sequence[Configuration]) -> Figure:
     figure = _figure(_WIDTH, 4.4 + 0.2 * len(named))
     scores, losses = figure.subplots(1, 2)
     drawn: list[float] = []
+    named_lines: dict[int, Any] = {}
+    faint = _faint(len(comparison.configurations))
     for axes, key, thin in (
         (scores, f"val/{comparison.metric}", _as_it_is),
         (losses, "train/loss", _thinned),
     ):
         for place, configuration in enumerate(comparison.configurations):
-            steps, mean, std = _over_seeds(
-                [thin(run.curves[key]) for run in configuration.runs if key in run.curves]
-            )
+            curves = [thin(run.curves[key]) for run in configuration.runs if key in run.curves]
+            steps, mean, std = _over_seeds(curves)
             drawn += mean.tolist() if axes is losses else []
+            if not steps:
+                continue
             if place >= len(named):
-                axes.plot(steps, mean, color=_OTHERS, linewidth=0.7, alpha=0.5, zorder=1)
+                axes.plot(steps, mean, color=_OTHERS, linewidth=0.7, alpha=faint, zorder=1)
                 continue
             colour, marker = _COLOURS[place], "o" if len(steps) == 1 else None
-            label = _label(comparison, configuration)
-            axes.plot(steps, mean, color=colour, marker=marker, linewidth=1.7, label=label)
+            (line,) = axes.plot(steps, mean, color=colour, marker=marker, linewidth=1.7)
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+            named_lines[place] = line
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     scores.set_ylabel(f"validation {comparison.metric}")
     losses.set_ylabel("training loss")
     if drawn and is_log(drawn):
         _log_axis(losses, "y")
-    if comparison.baseline is not None:
-        scores.axhline(comparison.baseline, color=_INK, linewidth=1, dashes=(2, 3), label="majority baseline")
-    lines, labels = scores.get_legend_handles_labels()
-    if lines:
-        figure.legend(lines, labels, loc="outside lower center", fontsize="small")
+    entries = {_label(comparison, named[place]): named_lines[place] for place in sorted(named_lines)}
+    if (baseline := comparison.baseline) is not None:
+        entries["majority baseline"] = scores.axhline(baseline, color=_INK, linewidth=1, dashes=(2, 3))
+    if entries:
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", fontsize="small")
     return figure
+
+
+def _faint(lines: int) -> float:
+    """Opacity at which so many lines can be seen through each other."""
+    return max(0.2, min(0.6, 20 / lines))
 
 
 def _as_it_is(curve: Curve) -> Curve:
@@ -300,7 +309,7 @@ def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
             places,
             color=shades[number],
             linewidth=1.2 if number else 3,
-            alpha=0.6 if number else 1,
+            alpha=_faint(len(ranked)) if number else 1,
         )
     for place, (scale, name) in enumerate(zip(scales, names, strict=True)):
         axes.axvline(place, color=_INK, linewidth=0.8)
@@ -356,9 +365,13 @@ def _cost(comparison: Comparison) -> Figure:
         front = _front(mine, comparison.greater_is_better)
         costs, means = [c.cost_s or 0.0 for c in front], [c.mean or 0.0 for c in front]
         axes.plot(costs, means, drawstyle="steps-post", color=colour, linewidth=1, alpha=0.7)
-        for c, cost, mean in zip(front, costs, means, strict=True):
-            number = comparison.configurations.index(c) + 1
-            axes.annotate(str(number), (cost, mean), (5, 4), textcoords="offset points")
+        labelled = None
+        for c in reversed(front):  # the best first; one too near to its label has none
+            if labelled is None or _is_apart(c, labelled, shown):
+                number = comparison.configurations.index(c) + 1
+                place = (c.cost_s or 0.0, c.mean or 0.0)
+                axes.annotate(str(number), place, (5, 4), textcoords="offset points")
+                labelled = c
     if is_log([c.cost_s or 0.0 for c in shown]):
         _log_axis(axes, "x")
     axes.margins(0.06)
@@ -367,6 +380,17 @@ def _cost(comparison: Comparison) -> Figure:
     if len(devices) > 1:
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
+
+
+def _is_apart(one: Configuration, other: Configuration, shown: Sequence[Configuration]) -> bool:
+    """Whether two points of the plot have room for a label each."""
+
+    def share(values: Sequence[float], a: float, b: float) -> float:
+        return abs(a - b) / ((max(values) - min(values)) or 1.0)
+
+    costs, means = [c.cost_s or 0.0 for c in shown], [c.mean or 0.0 for c in shown]
+    across = share(costs, one.cost_s or 0.0, other.cost_s or 0.0)
+    return across > 0.04 or share(means, one.mean or 0.0, other.mean or 0.0) > 0.05
 
 
 def _front(configurations: Sequence[Configuration], greater_is_better: bool) -> list[Configuration]:
