@@ -154,7 +154,9 @@ def _usual_metric(records: Iterable[Record], task: str) -> str:
 
 def _comparison(task: str, metric: str, runs: Iterable[Record]) -> Comparison:
     groups: dict[str, dict[int, Record]] = {}
-    for run in sorted(runs, key=lambda run: (metric in run.best, run.state == "finished", run.started_s)):
+    for run in sorted(
+        runs, key=lambda run: (metric in run.best, run.state.startswith("finished"), run.started_s)
+    ):
         # one run for each seed: a repetition has nothing to say about the spread over seeds. The last one
         # counts, but a finished one before others, and one with a value before one without.
         groups.setdefault(_identity(run.settings), {})[run.seed] = run
