@@ -142,6 +142,20 @@ def _results(options: Any, rest: list[str], _: list[str]) -> int:
     return EXIT_DONE
 
 
+def _compare(options: Any, rest: list[str], _: list[str]) -> int:
+    _refuse(rest)
+    from gpc_dist.tracking.comparison import compare, comparison_table
+
+    comparisons = compare(options.place, options.metric, options.uri)
+    print("\n\n".join(map(comparison_table, comparisons)))
+    if options.html or options.png:
+        from gpc_dist.tracking.page import write_comparison
+
+        for file in write_comparison(comparisons, options.place, options.html, options.png):
+            print(f"wrote {file}")
+    return EXIT_DONE
+
+
 def _sync(options: Any, rest: list[str], _: list[str]) -> int:
     _refuse(rest)
     from gpc_dist.tracking.sync import sync_run
@@ -271,6 +285,7 @@ COMMANDS: dict[str, Callable[[Any, list[str], list[str]], int]] = {
     "bench": _bench,
     "plan": _plan,
     "results": _results,
+    "compare": _compare,
     "sync": _sync,
     "tune": _tune,
     "fetch": _fetch,

@@ -118,6 +118,22 @@ def build_parser() -> argparse.ArgumentParser:
     results = command("results", "Show finished runs side by side.", arguments="RUN ...")
     results.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
 
+    compare = command(
+        "compare",
+        "Rank the configurations of many runs: a table, plots, and a page to keep or send.",
+        "PLACE is a folder of runs, a search's folder, or else the name of an MLflow experiment. Runs that differ\n"
+        "only in seed, name and folder are one configuration.\n\n"
+        "example: gpc-dist compare runs --html compare.html",
+        arguments="PLACE [--html FILE] [--png DIR] [--metric NAME] [--uri URI]",
+    )
+    compare.add_argument("place", metavar="PLACE", help="folder, or MLflow experiment")
+    compare.add_argument("--html", metavar="FILE", type=Path, help="write one page with everything in it")
+    compare.add_argument("--png", metavar="DIR", type=Path, help="write the plots as PNG files")
+    compare.add_argument(
+        "--metric", metavar="NAME", help="rank by this metric; the task's own when not given"
+    )
+    compare.add_argument("--uri", help="MLflow tracking URI of the experiment [mlflow.db in runs, or here]")
+
     sync = command(
         "sync",
         "Bring MLflow up to date with a run's folder.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpc_dist.config import TrackingConfig
+from gpc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -65,18 +66,35 @@ def connect(uri: str, experiment: str, runs_dir: Path) -> tuple[MlflowClient, st
     Raises:
         mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
     """
+    path = _sqlite_path(uri)
+    with _creating(path) if path else nullcontext():
+        client = _client(uri)
+        artifacts = (path.parent if path else runs_dir) / "mlartifacts"
+        location = None if _SERVER.match(uri) else artifacts.absolute().as_uri()
+        return client, _experiment_id(client, experiment, location)
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client of a store that exists, to read from.
+
+    Raises:
+        UserError: it is a SQLite file that is not there; opening it would make an empty one.
+    """
+    path = _sqlite_path(uri)
+    if path and not path.is_file():
+        raise UserError(f"there is no tracking store {path}: give the one of the runs with --uri")
+    with _creating(path) if path else nullcontext():  # the first use may have to migrate its tables
+        return _client(uri)
+
+
+def _client(uri: str) -> MlflowClient:
     for name, value in _HTTP_PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    path = _sqlite_path(uri)
-    with _creating(path) if path else nullcontext():
-        client = MlflowClient(uri, registry_uri=uri)
-        artifacts = (path.parent if path else runs_dir) / "mlartifacts"
-        location = None if _SERVER.match(uri) else artifacts.absolute().as_uri()
-        return client, _experiment_id(client, experiment, location)
+    return MlflowClient(uri, registry_uri=uri)
 
 
 @contextmanager

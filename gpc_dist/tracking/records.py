@@ -1,0 +1,309 @@
+"""Runs as they are read for a comparison: from run folders, or from an MLflow experiment."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpc_dist import files
+from gpc_dist.errors import MachineError, UserError
+from gpc_dist.tracking import store
+from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.metrics import STEP, TIME, read_metrics
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+LOWER_IS_BETTER = frozenset({"loss", "rmse"})
+"""Metrics that are better when they are smaller; all others grow with what is learnt."""
+
+_TRAIN_LOSS = "train/loss"
+_EVALUATION = "val/"
+# what a run is called, where it is written and recorded, and how it starts: nothing of it changes what is learnt
+_NO_SETTINGS = ("run.", "tracking.", "train.resume")
+
+Curve = list[tuple[int, float]]
+"""Step and value, without the values that are not finite."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one run, finished or not."""
+
+    name: str
+    task: str
+    seed: int
+    settings: Mapping[str, Any]
+    """Dotted key -> value, of all keys that can change what is learnt or what it costs."""
+    main_metric: str | None
+    """The metric that selected the best checkpoint; None before the first evaluation."""
+    best: Mapping[str, float]
+    """Metrics of the best evaluation; empty before the first one."""
+    baseline: Mapping[str, float]
+    """Metrics of what asks nothing of the text; empty for an unfinished run, which has not said."""
+    curves: Mapping[str, Curve]
+    """`train/loss` and the evaluations' `val/...`."""
+    state: str
+    reason: str = ""
+    started_s: float = 0.0
+    wall_s: float | None = None
+    """Seconds of the run's latest start."""
+    ranks: int | None = None
+    on_gpu: bool = False
+    energy_j: float | None = None
+    command: str = ""
+    """The command line that was given."""
+    again: Sequence[str] = field(default_factory=list)
+    """Command lines that make the run once more, in a new folder."""
+
+    @property
+    def cost_s(self) -> float | None:
+        """Seconds of all its ranks together: GPU-seconds, or those of CPU processes."""
+        return None if self.wall_s is None or self.ranks is None else self.wall_s * self.ranks
+
+
+def read_folder(place: Path) -> list[Record]:
+    """The runs in a folder: a run's own, a search's (`trials/`), or a folder of run folders.
+
+    Raises:
+        UserError: there is none in it, or a file in one is broken.
+    """
+    inside = place / "trials" if (place / "trials").is_dir() else place
+    candidates = [place, *sorted(path for path in inside.iterdir() if path.is_dir())]
+    folders = [run for run in map(RunFolder, candidates) if run.config.is_file()]
+    if not folders:
+        raise UserError(
+            f"{place} holds no run: give a folder of run folders such as runs, a search's folder, "
+            "or the name of an MLflow experiment"
+        )
+    return [_read_run(folder) for folder in folders]
+
+
+def _read_run(folder: RunFolder) -> Record:
+    status, trial = folder.read_status(), files.read_json(folder.path / "trial.json")
+    result = files.read_json(folder.result)
+    state: str = "finished" if result else status.state
+    if decision := trial.get("decision"):
+        state = f"{state} ({decision})"
+    shown = Path(folder.path.name)
+    return _record(
+        folder.path.name,
+        folder.read_config(),
+        result,
+        files.read_json(folder.facts),
+        read_metrics(folder.metrics),
+        state,
+        status.reason,
+        status.started_s,
+        [f"gpc-dist train {shlex.quote(str(_relative(folder.config)))} {_new_folder(shown.name)}"],
+    )
+
+
+def _relative(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _new_folder(name: str) -> str:
+    """Settings that keep a repetition from going on in the folder of the run it repeats."""
+    again = f"{name}-again"
+    return shlex.join(["--run.name", again, "--run.dir", f"runs/{again}"])
+
+
+def read_experiment(name: str, uri: str | None) -> list[Record]:
+    """The runs of an MLflow experiment that this program recorded.
+
+    Args:
+        uri: tracking store; the file `mlflow.db` in `runs/` or here when not given.
+
+    Raises:
+        UserError: no such store or experiment, or no run in it.
+        MachineError: the store cannot be reached or refuses.
+    """
+    uri = uri or _default_uri(name)
+    try:
+        client = store.open_client(uri)
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            known = ", ".join(sorted(e.name for e in client.search_experiments())) or "none"
+            raise UserError(
+                f"{name} is neither a folder nor an experiment in {store.redact(uri)}: there are {known}"
+            )
+        records = [_read_mlflow_run(client, run) for run in _all_runs(client, found.experiment_id)]
+    except UserError:
+        raise
+    except Exception as error:  # database, HTTP and artifact stores all have their own
+        raise MachineError(
+            f"MLflow at {store.redact(uri)} did not give the runs of {name}: {store.redact(str(error))}"
+        ) from error
+    kept = [record for record in records if record is not None]
+    if not kept:
+        raise UserError(
+            f"the experiment {name} in {store.redact(uri)} holds no run of gpc-dist whose config.yaml can be "
+            "read: compare the folder of the runs instead"
+        )
+    return kept
+
+
+def _default_uri(name: str) -> str:
+    for database in (Path("runs/mlflow.db"), Path("mlflow.db")):
+        if database.is_file():
+            return f"sqlite:///{database.absolute()}"
+    raise UserError(
+        f"{name} is no folder, and there is no mlflow.db in runs or here to find it in as an experiment: "
+        "give a folder that exists, or the tracking store with --uri"
+    )
+
+
+def _all_runs(client: MlflowClient, experiment_id: str) -> Iterable[MlflowRun]:
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _read_mlflow_run(client: MlflowClient, run: MlflowRun) -> Record | None:
+    """None for a run that has no readable configuration: another program's, or one about to start."""
+    run_id, tags = run.info.run_id, run.data.tags
+    name = tags.get("mlflow.runName", run_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = RunFolder(temporary)
+        held = {file.path for file in client.list_artifacts(run_id)}
+        for path in (folder.config, folder.result, folder.facts):
+            if path.name in held:
+                client.download_artifacts(run_id, path.name, temporary)
+        if not folder.config.is_file():
+            return None
+        config, result, facts = (
+            folder.read_config(),
+            files.read_json(folder.result),
+            files.read_json(folder.facts),
+        )
+    config_file = f"mlflow-{run_id}/config.yaml"
+    download = (
+        f"mlflow artifacts download --run-id {run_id} --artifact-path config.yaml --dst-path mlflow-{run_id}"
+    )
+    return _record(
+        name,
+        config,
+        result,
+        facts,
+        _history(client, run),
+        tags.get("gpc.state", run.info.status.lower()),
+        tags.get("gpc.reason", ""),
+        (run.info.start_time or 0) / 1000,
+        [download, f"gpc-dist train {config_file} {_new_folder(name)}"],
+    )
+
+
+def _history(client: MlflowClient, run: MlflowRun) -> list[dict[str, Any]]:
+    """A run's losses and evaluations as the lines of its `metrics.jsonl`."""
+    lines: dict[tuple[int, float], dict[str, Any]] = {}
+    for name in run.data.metrics:
+        if name == _TRAIN_LOSS or name.startswith(_EVALUATION):
+            for point in client.get_metric_history(run.info.run_id, name):
+                time_s = point.timestamp / 1000
+                line = lines.setdefault((point.step, time_s), {STEP: point.step, TIME: time_s})
+                line[name] = point.value
+    return [lines[key] for key in sorted(lines)]
+
+
+def _record(
+    name: str,
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    state: str,
+    reason: str,
+    started_s: float,
+    again: Sequence[str],
+) -> Record:
+    keys = flatten(config)
+    main = result.get("main_metric") or keys.get("task.metric") or _guessed_metric(lines)
+    metrics = result.get("metrics", {})
+    last_s = max((line[TIME] for line in lines if TIME in line), default=0.0)
+    return Record(
+        name=name,
+        task=str(result.get("task") or keys.get("task.name") or "unknown"),
+        seed=int(keys.get("run.seed") or 0),
+        settings={key: value for key, value in keys.items() if not key.startswith(_NO_SETTINGS)},
+        main_metric=main,
+        best=_finite(metrics.get("best") or {}) if result else _best_evaluation(lines, main),
+        baseline=_finite(result.get("majority_baseline") or {}),
+        curves=_curves(lines),
+        state=state,
+        reason=reason,
+        started_s=started_s,
+        wall_s=result.get("wall_s") or (last_s - started_s if 0 < started_s < last_s else None),
+        ranks=result.get("world_size") or _configured_ranks(keys, facts),
+        on_gpu="gpu" in facts and keys.get("engine.device") != "cpu",
+        energy_j=result.get("energy_j"),
+        command=str(facts.get("command", "")),
+        again=again,
+    )
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested mapping under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flatten(value, f"{path}{key}.")
+        else:
+            found[f"{path}{key}"] = value
+    return found
+
+
+def _configured_ranks(keys: Mapping[str, Any], facts: Mapping[str, Any]) -> int | None:
+    """Ranks of an unfinished run; None where the machine or the batch system chose them."""
+    ranks = keys.get("engine.ranks")
+    return ranks if isinstance(ranks, int) and "slurm_job_id" not in facts else None
+
+
+def _guessed_metric(lines: Iterable[Mapping[str, Any]]) -> str | None:
+    """The main metric of a run that does not say: tasks report it first, or as the average."""
+    for line in lines:
+        names = [key.removeprefix(_EVALUATION) for key in line if key.startswith(_EVALUATION)]
+        names = [name for name in names if name != "loss"]
+        if names:
+            return "average" if "average" in names else names[0]
+    return None
+
+
+def _best_evaluation(lines: Iterable[Mapping[str, Any]], main: str | None) -> dict[str, float]:
+    key = f"{_EVALUATION}{main}"
+    evaluations = [line for line in lines if _is_finite(line.get(key))]
+    if not evaluations:
+        return {}
+    choose = min if main in LOWER_IS_BETTER else max
+    best = choose(evaluations, key=lambda line: line[key])  # of equal ones the first, as in training
+    return _finite(
+        {name.removeprefix(_EVALUATION): best[name] for name in best if name.startswith(_EVALUATION)}
+    )
+
+
+def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for line in lines:
+        for key, value in line.items():
+            if (key == _TRAIN_LOSS or key.startswith(_EVALUATION)) and _is_finite(value):
+                curves.setdefault(key, []).append((int(line[STEP]), float(value)))
+    return curves
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
