@@ -1,6 +1,6 @@
 """One node of a search inside a Slurm job: its part of the Ray cluster, and on the first node the search itself.
 
-    srun --ntasks-per-node=1 python -m gpc_dist.search.node SEARCH [--key VALUE ...]
+    srun --ntasks-per-node=1 gpc-dist tune SEARCH [--key VALUE ...]
 
 All nodes start in one step and end together: the workers when the head is gone.
 """
@@ -17,20 +17,43 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpc_dist.errors import EXIT_ENVIRONMENT
-from gpc_dist.search.tuner import NODES
+from gpc_dist.errors import EXIT_ENVIRONMENT, UserError
+from gpc_dist.search.folder import SearchFolder
+
+NODES = "GPC_DIST_RAY_NODES"
+"""Environment variable: how many nodes the cluster of RAY_ADDRESS will have."""
 
 _START_S = 120.0
 _END_S = 20.0
 _PERIOD_S = 1.0
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run this node's part; returns the search's exit code on the first node, 0 on the others."""
-    address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
-    if int(os.environ["SLURM_PROCID"]) == 0:
-        return _head(address, arguments)
-    return _worker(address)
+def is_one() -> bool:
+    """Whether this process is a task of a Slurm step that has no Ray cluster yet."""
+    return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and "RAY_ADDRESS" not in os.environ
+
+
+def run_node(folder: SearchFolder, arguments: Sequence[str]) -> int:
+    """Run this node's part; returns the search's exit code on the first node, 0 on the others.
+
+    Args:
+        folder: of the search; a job that was requeued goes on with what is there.
+        arguments: the command line, from `tune` on.
+
+    Raises:
+        UserError: there is no place to meet: the batch script exports MASTER_ADDR and MASTER_PORT.
+    """
+    try:
+        address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
+    except KeyError:
+        raise UserError(
+            "a search on Slurm's nodes needs MASTER_ADDR and MASTER_PORT in the environment: use slurm/tune.sbatch"
+        ) from None
+    if int(os.environ["SLURM_PROCID"]) > 0:
+        return _worker(address)
+    restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and folder.spec.exists()
+    resume = ["--resume"] if restarted and "--resume" not in arguments else []
+    return _head(address, [*arguments, *resume])
 
 
 def _head(address: str, arguments: Sequence[str]) -> int:
@@ -47,7 +70,7 @@ def _head(address: str, arguments: Sequence[str]) -> int:
                 )
                 return EXIT_ENVIRONMENT
             cluster = {"RAY_ADDRESS": address, NODES: os.environ["SLURM_JOB_NUM_NODES"]}
-            words = [sys.executable, "-m", "gpc_dist", "tune", *arguments]
+            words = [sys.executable, "-m", "gpc_dist", *arguments]
             search = subprocess.Popen(words, env=os.environ | cluster)
             for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: search.send_signal(signal.SIGINT))
@@ -111,7 +134,3 @@ def _stop(ray: subprocess.Popen[bytes]) -> None:
         ray.wait(_END_S)
     except subprocess.TimeoutExpired:
         os.killpg(ray.pid, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

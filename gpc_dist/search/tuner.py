@@ -28,14 +28,12 @@ from gpc_dist import files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.search import space
 from gpc_dist.search.folder import SearchFolder
+from gpc_dist.search.node import NODES
 from gpc_dist.search.packs import ACTOR, Packs, Shape
 from gpc_dist.search.record import Recorder, best_trial
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import SAMPLE, SEED, STEP, Trial
 from gpc_dist.tracking.facts import collect_facts
-
-NODES = "GPC_DIST_RAY_NODES"
-"""Environment variable: how many nodes the cluster of RAY_ADDRESS will have."""
 
 _NAMESPACE = "gpc-dist"
 _NODES_S = 120.0
