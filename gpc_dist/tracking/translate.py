@@ -84,7 +84,7 @@ def fact_tags(facts: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float)}
     versions = {f"version.{key}": value for key, value in facts.get("versions", {}).items()}
     shown = {
-        "mlflow.note.content": _note(facts, folder),
+        "mlflow.note.content": note(facts, folder),
         "mlflow.user": facts.get("user"),
         "mlflow.source.name": facts.get("command"),
         "mlflow.source.type": "LOCAL",
@@ -110,8 +110,8 @@ def dataset(described: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _note(facts: Mapping[str, Any], folder: RunFolder) -> str:
-    """The run's description, in Markdown."""
+def note(facts: Mapping[str, Any], folder: RunFolder) -> str:
+    """The description of a run or search, in Markdown."""
     note = f"Folder: `{facts.get('host', 'unknown host')}:{folder}`\n"
     if command := facts.get("command"):
         note += f"\nTo reproduce, in `{facts.get('folder', '.')}`:\n\n    {command}\n"
