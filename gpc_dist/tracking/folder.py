@@ -20,6 +20,9 @@ from gpc_dist.errors import UserError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+# the C library's, where PyYAML has it: a search reads the configurations of hundreds of trials
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 State = Literal["running", "finished", "failed", "killed", "stopped"]
 
 
@@ -78,7 +81,7 @@ class RunFolder:
             UserError: there is none, so this is not the folder of a run; or it is not YAML.
         """
         try:
-            tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            tree = yaml.load(self.config.read_text(encoding="utf-8"), _YAML_LOADER)
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} is not the folder of a {self.kind}: it has no {self.config.name}"

@@ -13,7 +13,7 @@ stores ignore a metric they already hold with the same step, time and value.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from gpc_dist.tracking.state import TrackingState
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Run
 
 # limits of MLflow's API
 _METRICS_PER_CALL = 1000
@@ -125,9 +125,11 @@ class Mirror(ABC):
     def _create(self, client: MlflowClient, experiment_id: str, status: Status) -> None:
         if self.state.run_id is not None:  # somebody deleted it in MLflow
             self.state = TrackingState(uri=self.state.uri)
+        found: Sequence[Run] = ()
+        if self.state.experiment_id is not None:  # an earlier attempt may have been answered too late
+            found = client.search_runs([experiment_id], f"tags.`gpc.key` = '{self.state.key}'")
         self.state.experiment_id = experiment_id
         self._save()  # the key first: a run created under it can be found again
-        found = client.search_runs([experiment_id], f"tags.`gpc.key` = '{self.state.key}'")
         run = (
             found[0]
             if found
@@ -182,7 +184,8 @@ class Mirror(ABC):
         use = InputTag("mlflow.data.context", "training")
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [use])])
 
-    def _send_params(self, wanted: Mapping[str, str]) -> None:
+    def _send_params(self, wanted: Mapping[str, str], tags: Mapping[str, Any]) -> None:
+        """Send params, and the tags that go with them."""
         from mlflow.entities import Param
 
         held = self.client.get_run(self.run_id).data.params
@@ -191,7 +194,8 @@ class Mirror(ABC):
             self.client.log_batch(self.run_id, params=new[start : start + _PER_CALL])
         # MLflow's params are for ever; what a resume changed (more steps, say) is told by a tag.
         changed = {name: value for name, value in wanted.items() if held.get(name, value) != value}
-        self._set_tags({f"gpc.changed.{name}": value for name, value in changed.items()})
+        where = {"gpc.run_dir": str(self._folder)}
+        self._set_tags({f"gpc.changed.{name}": value for name, value in changed.items()} | {**tags} | where)
 
     # -- metrics and tags ------------------------------------------------------------------------
 

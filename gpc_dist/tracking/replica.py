@@ -60,8 +60,7 @@ class Replica(Mirror):
 
     def _send_config(self) -> None:
         self._config = self._folder.read_config()
-        self._send_params(translate.params(self._config))
-        self._set_tags(translate.config_tags(self._config) | {"gpc.run_dir": str(self._folder)})
+        self._send_params(translate.params(self._config), translate.config_tags(self._config))
 
     def _send_result(self) -> None:
         result = files.read_json(self._folder.result)

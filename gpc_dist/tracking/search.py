@@ -114,9 +114,8 @@ class SearchReplica(Mirror):
 
     def _send_config(self) -> None:
         self._config = self._folder.read_config()
-        self._send_params(translate.search_params(self._config))
         group = (self._config.get("tracking") or {}).get("group")
-        self._set_tags({"search": self.name, "group": group, "gpc.run_dir": str(self._folder)})
+        self._send_params(translate.search_params(self._config), {"search": self.name, "group": group})
 
     def _send_facts(self) -> None:
         super()._send_facts()

@@ -430,8 +430,9 @@ def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial,
         "    with MetricLog(trial.metrics) as log:\n"
         "        for step in range(20):\n"
         "            log.append(step, {'train/loss': step / 10, 'val/accuracy': step / 100})\n"
-        "            time.sleep(0.2)\n"
+        "            time.sleep(0.2)\n"  # long enough for the recorder to meet them at it
         "    trial.write_status('finished')\n"
+        "recorder.wait_for_run_id(120)\n"
         "threads = [threading.Thread(target=train, args=(t,)) for t in search.begun_trials()]\n"
         "for thread in threads: thread.start()\n"
         "for thread in threads: thread.join()\n"
