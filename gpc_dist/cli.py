@@ -158,10 +158,10 @@ def _compare(options: Any, rest: list[str], _: list[str]) -> int:
 
 def _sync(options: Any, rest: list[str], _: list[str]) -> int:
     _refuse(rest)
-    from gpc_dist.tracking.sync import sync_run
+    from gpc_dist.tracking.sync import sync
 
-    for folder in options.runs:
-        state = sync_run(folder, options.uri)
+    for folder in options.places:
+        state = sync(folder, options.uri)
         print(f"{folder}: MLflow run {state.run_id} is up to date")
     return EXIT_DONE
 

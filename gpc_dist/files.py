@@ -91,6 +91,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def version(path: Path) -> str:
+    """What tells apart the contents a file has had, as far as can be said without reading it; empty
+    when it is absent."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ""
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; empty when the file is absent.
 

@@ -136,12 +136,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     sync = command(
         "sync",
-        "Bring MLflow up to date with a run's folder.",
-        "For runs whose tracking server was down or out of reach. Nothing is recorded twice.",
-        arguments="[--uri URI] RUN ...",
+        "Bring MLflow up to date with the folder of a run or of a search.",
+        "For those whose tracking server was down or out of reach. Nothing is recorded twice.",
+        arguments="[--uri URI] PLACE ...",
     )
-    sync.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
-    sync.add_argument("--uri", help="MLflow tracking URI; the run's own when not given")
+    sync.add_argument("places", metavar="PLACE", type=Path, nargs="+", help="folder of a run or of a search")
+    sync.add_argument("--uri", help="MLflow tracking URI; the folder's own when not given")
 
     tune = command(
         "tune",

@@ -1,4 +1,4 @@
-"""The run folder: where everything a run writes has its place."""
+"""Folders of runs, searches and trials: where everything they write has its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
@@ -19,6 +19,9 @@ from gpc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+# the C library's, where PyYAML has it: a search reads the configurations of hundreds of trials
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 State = Literal["running", "finished", "failed", "killed", "stopped"]
 
@@ -46,6 +49,8 @@ class RunFolder:
     Args:
         path: the folder; it need not exist yet, and is made by the first write.
     """
+
+    kind: ClassVar[str] = "run"
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
@@ -76,9 +81,11 @@ class RunFolder:
             UserError: there is none, so this is not the folder of a run; or it is not YAML.
         """
         try:
-            tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            tree = yaml.load(self.config.read_text(encoding="utf-8"), _YAML_LOADER)
         except FileNotFoundError:
-            raise UserError(f"{self.path} is not the folder of a run: it has no {self.config.name}") from None
+            raise UserError(
+                f"{self.path} is not the folder of a {self.kind}: it has no {self.config.name}"
+            ) from None
         except yaml.YAMLError as error:
             raise UserError(f"{self.config} is not valid YAML: {error}") from None
         return tree or {}
@@ -155,3 +162,52 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+
+class TrialFolder(RunFolder):
+    """A run that is part of a search, which says in `trial.json` how the two belong together."""
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self.trial = self.path / "trial.json"
+
+    @property
+    def begun(self) -> bool:
+        """Whether all is there that a record begins with."""
+        return all(path.exists() for path in (self.config, self.trial, self.status))
+
+
+class SearchFolder(RunFolder):
+    """A search: files of its own under the names a run has for them, and the folders of its trials."""
+
+    kind = "search"
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self.config = self.path / "search.yaml"
+        self.trials = self.path / "trials"
+
+    def trial(self, name: str) -> TrialFolder:
+        return TrialFolder(self.trials / name)
+
+    def begun_trials(self) -> list[TrialFolder]:
+        """The trials of which something can be recorded, by name."""
+        if not self.trials.is_dir():
+            return []
+        return [trial for path in sorted(self.trials.iterdir()) if (trial := TrialFolder(path)).begun]
+
+    def mark_killed(self, reason: str) -> None:
+        """Record the end of a driver, and with it of the trials, that could not do so themselves."""
+        self.mark_running_trials(reason)
+        super().mark_killed(reason)
+
+    def mark_running_trials(self, reason: str) -> None:
+        """Record the end of trials that the end of their search cut off."""
+        for trial in self.begun_trials():
+            if trial.read_status().state == "running":
+                trial.mark_killed(reason)
+
+    def last_sign_of_life_s(self) -> float:
+        """Unix time at which the driver, its recorder or one of the trials last wrote."""
+        signs = [trial.last_sign_of_life_s() for trial in self.begun_trials()]
+        return max([super().last_sign_of_life_s(), *signs])

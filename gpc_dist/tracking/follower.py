@@ -2,7 +2,8 @@
 
 The trainer calls `start` and, at the end, `Follower.finish`. The two processes share the run folder
 and a pipe: the trainer holds the writing end and never uses it, so its end, however it came, is the
-end of the file the follower reads.
+end of the file the follower reads. `spawn` and `follow`, the two sides, serve a search and its
+driver as well (`search`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.mirror import Mirror
 from gpc_dist.tracking.replica import Replica
 from gpc_dist.tracking.state import TrackingState
 from gpc_dist.tracking.store import redact
@@ -34,7 +38,7 @@ _GRACE_S = 30.0  # for which an unreachable store is tried again after the train
 
 
 class Follower:
-    """The trainer's side of the process that records its run; made by `start`."""
+    """The trainer's side of the process that records its run; made by `spawn`."""
 
     def __init__(self, folder: RunFolder, process: subprocess.Popen[bytes]) -> None:
         self._folder = folder
@@ -85,8 +89,12 @@ def start(run_dir: Path | str, delay_s: float = 10.0) -> Follower:
         delay_s: seconds for which the follower stays idle, so that it does not compete with the
             start-up of the trainer; the first line of metrics ends the wait.
     """
-    folder = RunFolder(run_dir)
-    command = [sys.executable, "-m", __name__, str(folder), str(delay_s), str(os.getpid())]
+    return spawn(__name__, RunFolder(run_dir), delay_s)
+
+
+def spawn(module: str, folder: RunFolder, delay_s: float) -> Follower:
+    """Start `python -m module FOLDER DELAY_S PID`, which is to `follow` this process."""
+    command = [sys.executable, "-m", module, str(folder), str(delay_s), str(os.getpid())]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -116,16 +124,31 @@ def start(run_dir: Path | str, delay_s: float = 10.0) -> Follower:
 
 def main(run_dir: str, delay_s: float, trainer_pid: int) -> int:
     """Record a run until its trainer ends, then what is left. Returns the exit code."""
+    folder = RunFolder(run_dir)
+    return follow(folder, partial(Replica, folder), delay_s, trainer_pid)
+
+
+def follow(folder: RunFolder, open_mirror: Callable[[], Mirror], delay_s: float, trainer_pid: int) -> int:
+    """Update a mirror until the process that writes its folder ends, and then until all is sent.
+
+    Args:
+        folder: the folder; its tracking lock is held meanwhile.
+        open_mirror: makes the mirror; called again after it failed.
+        delay_s: see `start`.
+        trainer_pid: the process that called `spawn`.
+
+    Returns:
+        The exit code: 0 when MLflow holds everything.
+    """
     os.nice(_NICENESS)
     for number in _TRAINER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
 
-    folder = RunFolder(run_dir)
     trainer = _Trainer(trainer_pid)
     with folder.tracking_lock():  # the follower before a resume may still be at its end
         _wait_for_metrics(folder, trainer, delay_s)
-        recorder = _Recorder(folder)
+        recorder = _Recorder(folder, open_mirror)
         recorder.update()
         while not trainer.ended_within(recorder.pause_s):
             folder.sign_of_life()
@@ -147,11 +170,12 @@ class _Trainer:
 
 
 class _Recorder:
-    """Updates the replica, and notes in `tracking.json` why when that fails."""
+    """Updates the mirror, and notes in `tracking.json` why when that fails."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, open_mirror: Callable[[], Mirror]) -> None:
         self._folder = folder
-        self._replica: Replica | None = None
+        self._open_mirror = open_mirror
+        self._mirror: Mirror | None = None
         self._failures = 0
 
     @property
@@ -163,15 +187,15 @@ class _Recorder:
         """Whether MLflow now holds all there is."""
         error = None
         try:
-            if self._replica is None:
-                self._replica = Replica(self._folder)
-            self._replica.update()
+            if self._mirror is None:
+                self._mirror = self._open_mirror()
+            self._mirror.update()
             self._failures = 0
         except Exception as caught:  # whatever it is, training must not notice
             self._failures += 1
             error = redact(f"{type(caught).__name__}: {caught}")
             print(f"attempt {self._failures} failed: {error}", flush=True)
-        state = self._replica.state if self._replica else TrackingState.load(self._folder)
+        state = self._mirror.state if self._mirror else TrackingState.load(self._folder)
         if state.error != error:
             state.error = error
             state.save(self._folder)
@@ -191,7 +215,7 @@ def _complete(folder: RunFolder, trainer: _Trainer, recorder: _Recorder) -> int:
     if (status.host, status.pid) != (socket.gethostname(), trainer.pid):
         return 0  # resumed already: the next follower waits for the lock and goes on from here
     if status.state == "running":
-        folder.mark_killed("the training process ended without a word (SIGKILL, out of memory?)")
+        folder.mark_killed(f"the {folder.kind}'s process ended without a word (SIGKILL, out of memory?)")
     deadline = time.monotonic() + _GRACE_S
     while not recorder.update():
         if time.monotonic() + recorder.pause_s > deadline:

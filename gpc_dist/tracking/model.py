@@ -9,6 +9,7 @@ pickled, and nothing of it is imported here. Where gpc-dist is installed already
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SERVING_MODULE = "gpc_dist.training.serving"
 """Module with `_load_pyfunc(path)`, which MLflow calls with the folder of the adapter's files."""
 
+_VERSIONS = "mlflow.modelVersions"  # by which the page of a model links to its versions
 _NEEDED = ("torch", "transformers", "safetensors")
 
 
@@ -67,6 +69,43 @@ def log_adapter(
         )
         client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
+
+
+def register(client: MlflowClient, name: str, model_id: str, tags: Mapping[str, str]) -> str:
+    """Make a model the newest version of a registered one, unless it is a version of it already.
+
+    Args:
+        client: client of the store.
+        name: of the registered model, which is made on first use.
+        model_id: a model that is ready.
+        tags: of the version; it also gets `model_id`.
+
+    Returns:
+        The version: load it from `models:/<name>/<version>`.
+    """
+    from mlflow.exceptions import MlflowException
+
+    registered = client.get_logged_model(model_id)
+    made_before = client.search_model_versions(f"run_id = '{registered.source_run_id}'")
+    for found in made_before:
+        if found.name == name and found.tags.get("model_id") == model_id:
+            return str(found.version)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name,
+        # not models:/<model_id>, which MLflow would look up in its global store instead of this one
+        registered.artifact_location,
+        run_id=registered.source_run_id,
+        model_id=model_id,
+        tags={**tags, "model_id": model_id},
+    ).version
+    links = json.loads(registered.tags.get(_VERSIONS, "[]")) + [{"name": name, "version": version}]
+    client.set_logged_model_tags(model_id, {_VERSIONS: json.dumps(links)})
+    return str(version)
 
 
 def signature(described: Mapping[str, Mapping[str, str]]) -> ModelSignature | None:

@@ -1,22 +1,30 @@
-"""`gpc-dist sync`: bring MLflow up to date with a run folder, without a follower."""
+"""`gpc-dist sync`: bring MLflow up to date with the folder of a run or search, without a follower."""
 
 from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from gpc_dist.errors import MachineError, UserError
 from gpc_dist.tracking import store
-from gpc_dist.tracking.folder import RunFolder, Status
+from gpc_dist.tracking.folder import RunFolder, SearchFolder, Status, TrialFolder
+from gpc_dist.tracking.mirror import Mirror
 from gpc_dist.tracking.replica import Replica
+from gpc_dist.tracking.search import SearchReplica
 from gpc_dist.tracking.state import TrackingState
 
 # A follower gives a sign of life every few seconds. Silence for this long means that its machine is
 # gone, whatever clocks that disagree and slow network file systems add.
 _SILENCE_S = 600.0
+
+
+def sync(place: Path | str, uri: str | None = None) -> TrackingState:
+    """`sync_search` for the folder of a search, `sync_run` for any other."""
+    return (sync_search if SearchFolder(place).config.exists() else sync_run)(place, uri)
 
 
 def sync_run(run_dir: Path | str, uri: str | None = None) -> TrackingState:
@@ -28,27 +36,46 @@ def sync_run(run_dir: Path | str, uri: str | None = None) -> TrackingState:
             not held the run before gets all of it, under a new run id.
 
     Raises:
-        UserError: this is not the folder of a run, or its follower is still at work.
+        UserError: this is not the folder of a run of its own, or its follower is still at work.
         MachineError: the tracking store cannot be reached or refuses.
     """
     folder = RunFolder(run_dir)
-    folder.read_config()  # fails before anything is written into what is no run folder
+    if TrialFolder(run_dir).trial.exists():
+        search_dir = folder.path.parent.parent
+        raise UserError(f"{folder} is a trial of a search: gpc-dist sync {search_dir} records it")
+    return _sync(folder, lambda: Replica(folder, uri))
+
+
+def sync_search(search_dir: Path | str, uri: str | None = None) -> TrackingState:
+    """`sync_run` for a search and its trials.
+
+    Raises:
+        UserError: this is not the folder of a search, or its recorder is still at work, or a file
+            of a trial is broken.
+        MachineError: the tracking store cannot be reached or refuses.
+    """
+    folder = SearchFolder(search_dir)
+    return _sync(folder, lambda: SearchReplica(folder, uri))
+
+
+def _sync(folder: RunFolder, open_mirror: Callable[[], Mirror]) -> TrackingState:
+    folder.read_config()  # fails before anything is written into what is no such folder
     with folder.hold_tracking():
         _mark_if_gone(folder)
-        replica = Replica(folder, uri)
+        mirror = open_mirror()
         try:
-            replica.update()
+            mirror.update()
         except UserError:
             raise
         except Exception as error:  # database, HTTP and artifact stores all have their own
             raise MachineError(
-                f"MLflow at {store.redact(replica.uri)} did not take the run {folder}: "
+                f"MLflow at {store.redact(mirror.uri)} did not take the {folder.kind} {folder}: "
                 f"{store.redact(str(error))}\n"
                 "Run the command again when the store can be reached; nothing is recorded twice."
             ) from error
-        replica.state.error = None
-        replica.state.save(folder)
-        return replica.state
+        mirror.state.error = None
+        mirror.state.save(folder)
+        return mirror.state
 
 
 def mark_stale(run_dir: Path | str) -> bool:
@@ -76,7 +103,7 @@ def _mark_if_gone(folder: RunFolder) -> bool:
     status = folder.read_status()
     gone = status.state == "running" and _trainer_is_gone(folder, status)
     if gone:
-        folder.mark_killed("found without its training process")
+        folder.mark_killed("found without its process")
     return gone
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gpc_dist.tracking import metrics, store
@@ -16,6 +16,7 @@ _TAG_LENGTH = 8000
 _NAME_LENGTH = 250
 _DIGEST_LENGTH = 36
 
+_NOT_SET: tuple[Any, ...] = (None, [], "")
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 Point = tuple[str, float, int, int]
@@ -56,8 +57,19 @@ def params(config: Mapping[str, Any]) -> dict[str, str]:
         for section, keys in config.items()
         if section != "tracking" and isinstance(keys, dict)
         for key, value in keys.items()
-        if value not in (None, [], "")
+        if value not in _NOT_SET
     }
+
+
+def search_params(search: Mapping[str, Any]) -> dict[str, str]:
+    """A search under its dotted keys (`space.train.lr`), without what is not set or only says where
+    it is recorded."""
+    plain = {
+        name(key): text(value)[:_PARAM_LENGTH]
+        for key, value in search.items()
+        if key not in ("name", "register") and not isinstance(value, dict) and value not in _NOT_SET
+    }
+    return plain | {name(key): value for key, value in params(search).items()}
 
 
 def tags(values: Mapping[str, Any]) -> dict[str, str]:
@@ -84,7 +96,7 @@ def fact_tags(facts: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float)}
     versions = {f"version.{key}": value for key, value in facts.get("versions", {}).items()}
     shown = {
-        "mlflow.note.content": _note(facts, folder),
+        "mlflow.note.content": note(facts, folder),
         "mlflow.user": facts.get("user"),
         "mlflow.source.name": facts.get("command"),
         "mlflow.source.type": "LOCAL",
@@ -110,14 +122,23 @@ def dataset(described: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _note(facts: Mapping[str, Any], folder: RunFolder) -> str:
-    """The run's description, in Markdown."""
+def note(facts: Mapping[str, Any], folder: RunFolder) -> str:
+    """The description of a run or search, in Markdown."""
     note = f"Folder: `{facts.get('host', 'unknown host')}:{folder}`\n"
     if command := facts.get("command"):
         note += f"\nTo reproduce, in `{facts.get('folder', '.')}`:\n\n    {command}\n"
     if commit := facts.get("git_commit"):
         note += f"\nCommit {commit}{' with local changes' if facts.get('git_dirty') else ''}.\n"
     return note
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table in Markdown, of the columns that the rows have together."""
+    from tabulate import tabulate
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[text(row[c]).replace("|", "\\|") if c in row else "" for c in columns] for row in rows]
+    return tabulate(cells, headers=columns, tablefmt="github", disable_numparse=True)
 
 
 def text(value: Any) -> str:

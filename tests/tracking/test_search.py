@@ -1,0 +1,485 @@
+"""Whole searches, made up as a driver and its trainers write them, in real stores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from gpc_dist import cli, files
+from gpc_dist.errors import UserError
+from gpc_dist.tracking.folder import SearchFolder, State, TrialFolder
+from gpc_dist.tracking.metrics import MetricLog
+from gpc_dist.tracking.search import SearchReplica
+from gpc_dist.tracking.sync import sync_search
+from gpc_dist.tracking.trial import TrialReplica
+
+from .conftest import FACTS, REPOSITORY, MakeRun, wait_until
+
+ENDING_S = 120  # generous: machines that run tests are busy
+
+WRITES = (
+    "create_logged_model",
+    "create_model_version",
+    "create_registered_model",
+    "create_run",
+    "log_batch",
+    "log_inputs",
+    "log_model_artifacts",
+    "log_outputs",
+    "log_text",
+    "set_logged_model_tags",
+    "set_terminated",
+    "update_run",
+)
+
+MakeSearch = Callable[..., SearchFolder]
+AddTrial = Callable[..., TrialFolder]
+StartDriver = Callable[[SearchFolder, str], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def make_search(runs: Path, request: pytest.FixtureRequest) -> MakeSearch:
+    """Writes what stands in a search's folder before the first trial."""
+
+    def make(**keys: Any) -> SearchFolder:
+        search = SearchFolder(runs / request.node.name)
+        tree = {
+            "name": search.path.name,
+            "recipe": "rte",
+            "metric": "accuracy",
+            "mode": "max",
+            "space": {"train.lr": {"loguniform": [1e-4, 1e-2]}, "adapter.cell": {"choice": ["gated"]}},
+            "scheduler": {"name": "asha", "grace": 2, "brackets": None},
+            "tracking": {"experiment": "searches", "group": "night"},
+        }
+        files.write_text(search.config, yaml.safe_dump(tree | keys, sort_keys=False))
+        files.write_json(search.facts, {**FACTS, "command": "gpc-dist tune rte"})
+        search.write_status("running")
+        return search
+
+    return make
+
+
+@pytest.fixture
+def add_trial(make_run: MakeRun) -> AddTrial:
+    """Writes a trial: `accuracy` by step, how it ended and what the driver made of it."""
+
+    def add(
+        search: SearchFolder,
+        number: int,
+        accuracy: dict[int, float],
+        state: State = "finished",
+        decision: str = "completed",
+    ) -> TrialFolder:
+        trial = search.trial(f"t{number}")
+        # the trial's own word on the store does not count
+        make_run(trial.path, tracking__uri="sqlite:////nowhere/mlflow.db", tracking__experiment="other")
+        trial.write_status("running")
+        with MetricLog(trial.metrics) as log:
+            for step, value in accuracy.items():
+                log.append(step, {"val/accuracy": value})
+        files.write_text(trial.adapter / "adapter_config.json", f"adapter {number}")
+        if state == "finished":
+            files.write_json(trial.result, {"steps": max(accuracy), "step_ms": 5.0})
+        decide(trial, search, number, decision)
+        if state != "running":
+            trial.write_status(state, "SIGUSR2" if state == "stopped" else "")
+        return trial
+
+    return add
+
+
+def decide(trial: TrialFolder, search: SearchFolder, number: int, decision: str) -> None:
+    described = {
+        "search": search.path.name,
+        "trial": trial.path.name,
+        "number": number,
+        "seed_group": f"lr{number // 2}",
+        "settings": {"train.lr": 0.001 * (number + 1), "adapter.cell": "gated"},
+        "lane": number % 2,
+        "decision": decision,
+        "host": "node3",
+    }
+    files.write_json(trial.trial, described)
+
+
+def finish(search: SearchFolder, best: TrialFolder, value: float) -> None:
+    result = {"best_trial": best.path.name, "metric": "accuracy", "mode": "max", "best": value}
+    counts = {"trials": 4, "finished": 2, "stopped": 1, "failed": 1, "wall_s": 7.5}
+    files.write_json(search.result, result | counts)
+    search.write_status("finished")
+
+
+@pytest.fixture
+def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A serving module whose model answers with the name of its adapter."""
+    (tmp_path / "name_serving.py").write_text(
+        textwrap.dedent("""
+            from pathlib import Path
+
+            class Name:
+                def __init__(self, name):
+                    self.name = name
+
+                def predict(self, model_input, params=None):
+                    return [self.name] * len(model_input)
+
+            def _load_pyfunc(path):
+                return Name((Path(path) / "adapter_config.json").read_text())
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "name_serving"
+
+
+@pytest.fixture
+def driver() -> Iterator[StartDriver]:
+    """Starts a process that runs a script with `search` (SearchFolder) and `recorder`."""
+    started = []
+
+    def start(search: SearchFolder, script: str) -> subprocess.Popen[str]:
+        prologue = (
+            "import os, signal, sys, threading, time\n"
+            "from gpc_dist import files\n"
+            "from gpc_dist.tracking.folder import SearchFolder\n"
+            "from gpc_dist.tracking.metrics import MetricLog\n"
+            "from gpc_dist.tracking.search import start_recorder\n"
+            "search = SearchFolder(sys.argv[1])\n"
+            "search.write_status('running')\n"
+            "recorder = start_recorder(search.path, delay_s=0)\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", prologue + script, str(search)],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def store_of(search: SearchFolder) -> str:
+    return f"sqlite:///{search.path.parent}/mlflow.db"
+
+
+def parent_of(search: SearchFolder, uri: str | None = None) -> Run:
+    run_id = str(files.read_json(search.tracking)["run_id"])
+    return MlflowClient(uri or store_of(search)).get_run(run_id)
+
+
+def children_of(search: SearchFolder, uri: str | None = None) -> dict[str, Run]:
+    parent = parent_of(search, uri)
+    found = MlflowClient(uri or store_of(search)).search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    by_trial = {run.data.tags["trial"]: run for run in found}
+    assert len(by_trial) == len(found), "a trial has one run"
+    return by_trial
+
+
+def steps_of(search: SearchFolder, run: Run, metric: str) -> list[int]:
+    history = MlflowClient(store_of(search)).get_metric_history(run.info.run_id, metric)
+    return sorted(point.step for point in history)
+
+
+def predictions(uri: str, model: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    table = pd.DataFrame({"premise": ["It rains."], "hypothesis": ["It is wet."]})
+    answers: list[str] = mlflow.pyfunc.load_model(model).predict(table)
+    return answers
+
+
+def test_whole_search(
+    make_search: MakeSearch, add_trial: AddTrial, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = make_search()
+    add_trial(search, 0, {2: 0.5, 4: 0.6, 6: 0.55})
+    best = add_trial(search, 1, {2: 0.6, 4: 0.9, 6: 0.8})
+    add_trial(search, 2, {2: 0.4}, "stopped", "stopped by scheduler")
+    add_trial(search, 3, {}, "failed", "failed")
+    add_trial(search, 4, {2: 0.3}, "stopped", "running")
+    add_trial(search, 5, {2: 0.2}, "stopped", "paused")
+    add_trial(search, 6, {2: 0.1}, "running", "running")
+    finish(search, best, 0.9)
+
+    state = SearchReplica(search, loader_module=loader).update()
+
+    assert state.complete
+    parent, children = parent_of(search), children_of(search)
+    client = MlflowClient(store_of(search))
+    assert client.get_experiment(parent.info.experiment_id).name == "searches"
+    assert (parent.info.run_name, parent.info.status) == ("test_whole_search", "FINISHED")
+    assert parent.data.params == {
+        "recipe": "rte",
+        "metric": "accuracy",
+        "mode": "max",
+        "space.train.lr": '{"loguniform": [0.0001, 0.01]}',
+        "space.adapter.cell": '{"choice": ["gated"]}',
+        "scheduler.name": "asha",
+        "scheduler.grace": "2",
+    }
+    numbers = {"best": 0.9, "trials": 4, "finished": 2, "stopped": 1, "failed": 1, "wall_s": 7.5}
+    assert parent.data.metrics == {f"final/{name}": value for name, value in numbers.items()}
+    tags = {"best_trial": "t1", "metric": "accuracy", "search": search.path.name, "group": "night"}
+    assert tags.items() <= parent.data.tags.items()
+    note = parent.data.tags["mlflow.note.content"]
+    assert "    gpc-dist tune rte\n" in note
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in note.splitlines() if line[:1] == "|"]
+    assert rows[0] == ["run", "accuracy", "train.lr", "adapter.cell", "decision"]
+    assert rows[2] == ["test_whole_search-001", "0.9", "0.002", "gated", "completed"]
+    assert [row[1] for row in rows[2:]] == ["0.9", "0.6", "0.4", "0.3", "0.2", "0.1"]
+
+    ends = ["FINISHED", "FINISHED", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "KILLED"]
+    assert [children[f"t{number}"].info.status for number in range(7)] == ends
+    assert search.trial("t6").read_status().reason == "ended with its search"
+    child = children["t1"]
+    assert child.info.run_name == "test_whole_search-001"
+    tags = {
+        "search": search.path.name,
+        "trial": "t1",
+        "number": "1",
+        "decision": "completed",
+        "host": "node3",
+        "lane": "1",
+        "seed_group": "lr0",
+        "method": "gpc",
+    }
+    assert tags.items() <= child.data.tags.items()
+    assert child.data.params["train.lr"] == "0.01"
+    assert steps_of(search, child, "val/accuracy") == [2, 4, 6]
+    assert (child.data.metrics["final/best"], child.data.metrics["final/step_ms"]) == (0.9, 5.0)
+    assert children["t2"].data.tags["decision"] == "stopped by scheduler"
+    assert children["t2"].data.tags["gpc.state"] == "stopped"
+    assert not (search.trials / "mlflow.db").exists()
+
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert model.source_run_id == child.info.run_id
+    assert {m.key: m.value for m in model.metrics or []}["final/best"] == 0.9
+    version = client.get_model_version("test_whole_search", "1")
+    assert version.run_id == child.info.run_id
+    named = {"trial": "t1", "metric": "accuracy", "mode": "max", "best": "0.9", "model_id": model.model_id}
+    assert named.items() <= version.tags.items()
+    assert parent.data.tags["registered_model"] == "models:/test_whole_search/1"
+    assert predictions(store_of(search), "models:/test_whole_search/1", monkeypatch) == ["adapter 1"]
+
+    calls: list[str] = []
+    for name in WRITES:
+        monkeypatch.setattr(MlflowClient, name, lambda *_, name=name, **__: calls.append(name))
+    monkeypatch.setattr(TrialReplica, "update", lambda _: calls.append("trial"))
+    assert sync_search(search.path).complete
+    assert calls == []
+
+
+def test_trials_that_ended_are_left_alone(
+    make_search: MakeSearch, add_trial: AddTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = make_search()
+    add_trial(search, 0, {1: 0.5, 2: 0.6})
+    going_on = add_trial(search, 1, {1: 0.5}, "running", "running")
+    updated: list[str] = []
+    update = TrialReplica.update
+
+    def counted(self: TrialReplica) -> Any:
+        updated.append(self._folder.path.name)
+        return update(self)
+
+    monkeypatch.setattr(TrialReplica, "update", counted)
+    replica = SearchReplica(search)
+    replica.update()
+    replica.update()
+    SearchReplica(search).update()
+    assert updated == ["t0", "t1", "t1", "t1"]
+
+    # A paused trial goes on under the same recorder: its log is replaced by a shorter one.
+    updated.clear()
+    decide(going_on, search, 1, "paused")
+    going_on.write_status("stopped")
+    replica.update()
+    assert children_of(search)["t1"].info.status == "SCHEDULED"
+    decide(going_on, search, 1, "running")
+    going_on.write_status("running")
+    replica.update()
+    with MetricLog(going_on.metrics) as log:
+        log.truncate_after(0)
+        for step in (1, 2, 3):
+            log.append(step, {"val/accuracy": 0.7})
+    replica.update()
+    decide(going_on, search, 1, "completed")
+    going_on.write_status("finished")
+    replica.update()
+    replica.update()
+    assert updated == ["t1"] * 4
+    child = children_of(search)["t1"]
+    assert (child.info.status, child.data.tags["decision"]) == ("FINISHED", "completed")
+    assert steps_of(search, child, "val/accuracy") == [1, 2, 3]
+    assert child.data.metrics["final/best"] == 0.7
+
+
+def test_broken_trial_does_not_hold_up_the_others(make_search: MakeSearch, add_trial: AddTrial) -> None:
+    search = make_search()
+    broken = add_trial(search, 0, {1: 0.5})
+    add_trial(search, 1, {1: 0.5})
+    files.write_text(broken.trial, "{")
+    replica = SearchReplica(search)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"t0/trial\.json.*restore or remove it"):
+            replica.update()
+    assert list(children_of(search)) == ["t1"]
+    decide(broken, search, 0, "completed")
+    replica.update()
+    assert sorted(children_of(search)) == ["t0", "t1"]
+
+
+def test_resumed_search_has_one_record_and_a_version_for_each_best_trial(
+    make_search: MakeSearch, add_trial: AddTrial
+) -> None:
+    search = make_search(register="rte-best", metric=None)
+    first = add_trial(search, 0, {1: 0.5})
+    finish(search, first, 0.5)
+    run_id = sync_search(search.path).run_id
+    assert "0.5" in parent_of(search).data.tags["mlflow.note.content"], "its result names the metric"
+    search.result.unlink()
+    search.write_status("running")
+    second = add_trial(search, 1, {1: 0.75})
+    finish(search, second, 0.75)
+    os.utime(search.result, (2e9, 2e9))
+    assert sync_search(search.path).run_id == run_id
+    finish(search, second, 0.75)  # ended once more, with nothing new
+    assert sync_search(search.path).run_id == run_id
+    client = MlflowClient(store_of(search))
+    versions = client.search_model_versions("name = 'rte-best'")
+    assert sorted((v.version, v.tags["trial"]) for v in versions) == [(1, "t0"), (2, "t1")]
+    assert parent_of(search).data.tags["registered_model"] == "models:/rte-best/2"
+    assert parent_of(search).data.metrics["final/best"] == 0.75
+
+
+def test_search_that_registers_nothing(make_search: MakeSearch, add_trial: AddTrial) -> None:
+    search = make_search(register=None)
+    finish(search, add_trial(search, 0, {1: 0.5}), 0.5)
+    assert sync_search(search.path).complete
+    assert "registered_model" not in parent_of(search).data.tags
+
+
+def test_killed_driver_and_resumed_search(
+    make_search: MakeSearch, add_trial: AddTrial, driver: StartDriver
+) -> None:
+    search = make_search()
+    add_trial(search, 0, {1: 0.5})
+    add_trial(search, 1, {1: 0.5, 2: 0.6}, "running", "running")
+    first = driver(search, "print(recorder.wait_for_run_id(120), flush=True)\nsignal.pause()\n")
+    assert first.stdout is not None
+    run_id = first.stdout.readline().strip()
+    tracking = search.trial("t1").tracking
+    wait_until(lambda: files.read_json(tracking).get("state") == "running", ENDING_S)
+    first.kill()
+    wait_until(lambda: files.read_json(search.tracking).get("state") == "killed", ENDING_S)
+    parent, children = parent_of(search), children_of(search)
+    assert (parent.info.run_id, parent.info.status) == (run_id, "KILLED")
+    assert "the search's process ended without a word" in parent.data.tags["gpc.reason"]
+    assert {trial: run.info.status for trial, run in children.items()} == {"t0": "FINISHED", "t1": "KILLED"}
+
+    second = driver(
+        search,
+        "trial = search.trial('t1')\n"
+        "trial.write_status('running')\n"
+        "with MetricLog(trial.metrics) as log:\n"
+        "    log.truncate_after(1)\n"
+        "    for step in (2, 3):\n"
+        "        log.append(step, {'val/accuracy': 0.8})\n"
+        "trial.write_status('finished')\n"
+        "files.write_json(search.result, {'best_trial': 't1', 'metric': 'accuracy', 'best': 0.8})\n"
+        "search.write_status('finished')\n"
+        f"state = recorder.finish({ENDING_S})\n"
+        "print(state.run_id, state.complete)\n",
+    )
+    assert second.communicate(timeout=ENDING_S)[0] == f"{run_id} True\n"
+    resumed = children_of(search)
+    assert {trial: run.info.run_id for trial, run in resumed.items()} == {
+        trial: run.info.run_id for trial, run in children.items()
+    }
+    assert (parent_of(search).info.status, resumed["t1"].info.status) == ("FINISHED", "FINISHED")
+    assert steps_of(search, resumed["t1"], "val/accuracy") == [1, 2, 3]
+
+
+def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial, driver: StartDriver) -> None:
+    search = make_search(register=None)
+    for number in range(64):
+        add_trial(search, number, {}, "running", "running")
+    process = driver(
+        search,
+        "def train(trial):\n"
+        "    with MetricLog(trial.metrics) as log:\n"
+        "        for step in range(20):\n"
+        "            log.append(step, {'train/loss': step / 10, 'val/accuracy': step / 100})\n"
+        "            time.sleep(0.2)\n"  # long enough for the recorder to meet them at it
+        "    trial.write_status('finished')\n"
+        "recorder.wait_for_run_id(120)\n"
+        "threads = [threading.Thread(target=train, args=(t,)) for t in search.begun_trials()]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "search.write_status('finished')\n"
+        f"state = recorder.finish({ENDING_S})\n"
+        "print(state.complete)\n",
+    )
+    assert process.communicate(timeout=ENDING_S)[0] == "True\n"
+    assert "failed" not in search.tracking_log.read_text(), search.tracking_log.read_text()
+    children = children_of(search)
+    assert len(children) == 64
+    for child in children.values():
+        assert child.info.status == "FINISHED"
+        assert child.data.metrics["final/best"] == 0.19
+        assert steps_of(search, child, "train/loss") == list(range(20))
+
+
+def test_tracking_server_takes_a_whole_search(
+    make_search: MakeSearch,
+    add_trial: AddTrial,
+    loader: str,
+    server_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = make_search(register="served", tracking={"uri": server_uri})
+    best = add_trial(search, 0, {1: 0.5})
+    add_trial(search, 1, {1: 0.4}, "stopped", "stopped by scheduler")
+    finish(search, best, 0.5)
+    assert SearchReplica(search, loader_module=loader).update().complete
+    assert parent_of(search, server_uri).info.status == "FINISHED"
+    assert sorted(children_of(search, server_uri)) == ["t0", "t1"]
+    assert predictions(server_uri, "models:/served/1", monkeypatch) == ["adapter 0"]
+
+
+def test_command_takes_searches_but_not_their_trials(
+    make_search: MakeSearch, add_trial: AddTrial, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = make_search()
+    trial = add_trial(search, 0, {1: 0.5}, "stopped", "running")
+    search.write_status("stopped", signal.Signals.SIGUSR2.name)
+    assert cli.main(["sync", str(search)]) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert parent_of(search).info.status == "KILLED"
+    assert cli.main(["sync", str(trial)]) == 2
+    assert f"gpc-dist sync {search} records it" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"not the folder of a search: it has no search\.yaml"):
+        sync_search(trial.path)
+    with search.hold_tracking():
+        assert cli.main(["sync", str(search)]) == 2
+    assert "is being recorded by another process" in capsys.readouterr().err
