@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -76,9 +77,13 @@ def _train(options: Any, rest: list[str], arguments: list[str]) -> int:
     code = _start_ranks(settings, arguments)
     if code is not None:
         return code
+    from gpc_dist.training.stop import StopRequest
+
+    stop = StopRequest()
+    stop.listen(signal.SIGUSR2)  # a batch system may ask before torch is there
     from gpc_dist.training.run import run_training
 
-    return run_training(settings, started_s, ["gpc-dist", *arguments])
+    return run_training(settings, started_s, ["gpc-dist", *arguments], stop)
 
 
 def _evaluate(options: Any, rest: list[str], arguments: list[str]) -> int:
@@ -171,7 +176,7 @@ def _tune(options: Any, rest: list[str], arguments: list[str]) -> int:
 
     search = spec.load(options.search, overrides(rest))
     from gpc_dist.search import node
-    from gpc_dist.search.folder import SearchFolder
+    from gpc_dist.tracking.folder import SearchFolder
 
     if node.is_one():
         return node.run_node(SearchFolder(search.folder), arguments)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpc_dist.errors import EXIT_ENVIRONMENT, UserError
-from gpc_dist.search.folder import SearchFolder
+from gpc_dist.tracking.folder import SearchFolder
 
 NODES = "GPC_DIST_RAY_NODES"
 """Environment variable: how many nodes the cluster of RAY_ADDRESS will have."""
@@ -51,7 +51,7 @@ def run_node(folder: SearchFolder, arguments: Sequence[str]) -> int:
         ) from None
     if int(os.environ["SLURM_PROCID"]) > 0:
         return _worker(address)
-    restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and folder.spec.exists()
+    restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and folder.config.exists()
     resume = ["--resume"] if restarted and "--resume" not in arguments else []
     return _head(address, [*arguments, *resume])
 

@@ -8,8 +8,9 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from gpc_dist import files
-from gpc_dist.search.folder import SearchFolder
+from gpc_dist.search.folder import trial_folder
 from gpc_dist.search.trial import OVER, STEP, trial_number
+from gpc_dist.tracking.folder import SearchFolder
 from gpc_dist.tracking.metrics import TIME
 
 
@@ -23,14 +24,13 @@ class Recorder(tune.Callback):
         metric: as it stands in results.
     """
 
-    def __init__(self, folder: SearchFolder, metric: str):
-        self._folder, self._metric = folder, metric
-        self.scheduler: TrialScheduler | None = None
+    def __init__(self, folder: SearchFolder, metric: str, scheduler: TrialScheduler):
+        self._folder, self._metric, self._scheduler = folder, metric, scheduler
         self._told = False
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if not self._told and self.scheduler is not None:
-            replay(self._folder, trials, self.scheduler, self._metric)
+        if not self._told:
+            replay(self._folder, trials, self._scheduler, self._metric)
         self._told = True
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -41,9 +41,8 @@ class Recorder(tune.Callback):
         self._decide(trial, "failed")
 
     def _decide(self, trial: Any, decision: str) -> None:
-        number = trial_number(trial.trial_id)
-        record = self._folder.read_trial(number)
-        files.write_json(self._folder.trial(number).path / "trial.json", record | {"decision": decision})
+        file = trial_folder(self._folder, trial_number(trial.trial_id)).trial
+        files.write_json(file, files.read_json(file) | {"decision": decision})
 
 
 def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, metric: str) -> int:
@@ -54,7 +53,7 @@ def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, m
     """
     past = []
     for trial in trials:
-        lines, _ = files.read_lines(folder.trial(trial_number(trial.trial_id)).metrics)
+        lines, _ = files.read_lines(trial_folder(folder, trial_number(trial.trial_id)).metrics)
         past += [(line[TIME], trial, line) for line in lines if line.get(metric) is not None]
     for _, trial, line in sorted(past, key=lambda each: each[0]):
         result = {metric: line[metric], STEP: line["step"], "training_iteration": 1}

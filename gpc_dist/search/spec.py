@@ -117,7 +117,8 @@ class SearchSpec(Section):
     seed: int = Field(0, ge=0)
     """Seed of what the search draws."""
     register_as: str | None = None
-    """Name of the MLflow model that the best adapter becomes a version of; not registered when not given."""
+    """Name of the MLflow model that the best adapter becomes a version of: the search's own when not given, none when
+    null."""
     tracking: TrackingConfig = TrackingConfig()
 
     @property
@@ -216,6 +217,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         tree["recipe"] = str(path.parent / recipe)
     tree.setdefault("name", path.stem)
+    tree.setdefault("register_as", tree["name"])
     values = _parse(overrides or {}, valid)
     for key, value in values.items():
         _override(tree, key, value, values)

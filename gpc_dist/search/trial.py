@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from ray import tune
 
 from gpc_dist import config, files
 from gpc_dist.search import space, spec
-from gpc_dist.search.folder import SearchFolder, TrialRecord
+from gpc_dist.search.folder import TrialRecord, trial_folder, write_trial
 from gpc_dist.search.packs import ACTOR
+from gpc_dist.tracking.folder import SearchFolder, TrialFolder
 
 SAMPLE = "sample"
 """Of a trial's configuration in Ray Tune: what was drawn for it; a searcher puts its keys beside it."""
@@ -41,7 +43,7 @@ class Trial(tune.Trainable):
             search: folder of the search.
         """
         self._folder = SearchFolder(search)
-        self._spec = spec.load(str(self._folder.spec))
+        self._spec = spec.load(str(self._folder.config))
         self._seed = config.get(SEED, self._spec.seeds[0])
         sample = config.get(SAMPLE, config)
         self._drawn = {key: value for key, value in sample.items() if key in self._spec.space}
@@ -99,8 +101,8 @@ class Trial(tune.Trainable):
         return self._run.path.name
 
     @property
-    def _run(self) -> Any:
-        return self._folder.trial(self._number)
+    def _run(self) -> TrialFolder:
+        return trial_folder(self._folder, self._number)
 
     def _join(self) -> None:
         built = self._config()
@@ -111,7 +113,7 @@ class Trial(tune.Trainable):
             seed_group(self._drawn),
             space.settings_of(self._drawn),
         )
-        self._folder.write_trial(record)
+        write_trial(self._folder, record)
         tree = built.dump()
         place = ray.get(
             self._packs.join.remote(
@@ -119,7 +121,7 @@ class Trial(tune.Trainable):
             )
         )
         self._joined, self._start_from = True, None
-        self._folder.write_trial(TrialRecord(**{**record.__dict__, "lane": place.lane, "host": place.host}))
+        write_trial(self._folder, replace(record, lane=place.lane, host=place.host))
 
     def _config(self) -> config.Config:
         run = self._run

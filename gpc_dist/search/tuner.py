@@ -27,16 +27,20 @@ from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Se
 from gpc_dist import files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.search import space
-from gpc_dist.search.folder import SearchFolder
 from gpc_dist.search.node import NODES
 from gpc_dist.search.packs import ACTOR, Packs, Shape
 from gpc_dist.search.record import Recorder, best_trial
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import SAMPLE, SEED, STEP, Trial
+from gpc_dist.tracking import search as tracking
 from gpc_dist.tracking.facts import collect_facts
+from gpc_dist.tracking.folder import SearchFolder, State
+from gpc_dist.tracking.store import tracking_uri, ui_command
 
 _NAMESPACE = "gpc-dist"
 _NODES_S = 120.0
+_RAY = "ray"
+"""Of a search's folder: where Ray Tune keeps its own records."""
 _LAST_STEP = 10**9
 """For schedulers that want to know the longest run."""
 
@@ -53,52 +57,65 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
         MachineError: the cluster has no room for one trial.
     """
     space.validate(spec)
-    metric, mode = space.goal(spec)
+    goal = space.goal(spec)
     folder = SearchFolder(spec.folder)
     _open(folder, spec, command, resume)
+    recording = tracking.start_recorder(folder.path) if spec.tracking.enabled else None
     start_s = time.time()
-    _connect()
     try:
-        shape = pack_shape(spec)
-        packs = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
-        recorder = Recorder(folder, f"val/{metric}")
-        scheduler = make_scheduler(spec, f"val/{metric}", mode)
-        recorder.scheduler = scheduler
-        interrupted = _interrupt_on_signals()
-        analysis = tune.run(
-            tune.with_parameters(Trial, search=str(folder.path)),
-            name=folder.ray.name,
-            storage_path=str(folder.path),
-            metric=f"val/{metric}",
-            mode=mode,
-            config=_param_space(spec),
-            num_samples=_samples(spec),
-            search_alg=_algorithm(spec, f"val/{metric}", mode),
-            scheduler=scheduler,
-            stop=_stopper(spec, f"val/{metric}", mode),
-            resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
-            max_concurrent_trials=_concurrent(spec, shape),
-            max_failures=spec.retries,
-            raise_on_failed_trial=False,
-            resume="AUTO+ERRORED" if resume else None,
-            reuse_actors=False,
-            verbose=1,
-            progress_reporter=_reporter(spec, f"val/{metric}"),
-            callbacks=[recorder],
-            keep_checkpoints_num=2,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        )
-        states = Counter(trial.status for trial in analysis.trials)
-        ray.kill(packs)
+        signals = _interrupt_on_signals()
+        _connect()
+        try:
+            trials = _tune(spec, folder, *goal, resume)
+        finally:
+            ray.shutdown()
+        if signals:
+            folder.write_status("stopped", signals[0])
+            again = f"gpc-dist tune {folder.config} --resume"
+            print(f"stopped by {signals[0]}; go on with: {again}", file=sys.stderr)
+            return EXIT_STOPPED
+        return _close(folder, *goal, trials, start_s)
+    except BaseException as error:
+        state: State = "failed" if isinstance(error, Exception) else "killed"
+        folder.write_status(state, str(error) or type(error).__name__)
+        raise
     finally:
-        ray.shutdown()
-    if interrupted:
-        folder.run.write_status("stopped", interrupted[0])
-        print(
-            f"stopped by {interrupted[0]}; go on with: gpc-dist tune {folder.spec} --resume", file=sys.stderr
-        )
-        return EXIT_STOPPED
-    return _close(folder, metric, mode, states, start_s)
+        if recording:
+            recording.finish(spec.tracking.finish_timeout_s)
+            print(f"compare runs: {ui_command(tracking_uri(spec.tracking, folder.path))}")
+
+
+def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume: bool) -> int:
+    """Run Ray Tune; returns the number of trials."""
+    metric = f"val/{metric}"
+    shape = pack_shape(spec)
+    packs = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
+    scheduler = make_scheduler(spec)
+    analysis = tune.run(
+        tune.with_parameters(Trial, search=str(folder.path)),
+        name=_RAY,
+        storage_path=str(folder.path),
+        metric=metric,
+        mode=mode,
+        config=_param_space(spec),
+        num_samples=_samples(spec),
+        search_alg=_algorithm(spec, metric, mode),
+        scheduler=scheduler,
+        stop=_stopper(spec, metric, mode),
+        # a trial's process only waits; the ranks that work for it ask for resources of their own
+        resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
+        max_concurrent_trials=_concurrent(spec, shape),
+        max_failures=spec.retries,
+        raise_on_failed_trial=False,
+        resume="AUTO+ERRORED" if resume else None,
+        verbose=1,
+        progress_reporter=_reporter(spec, metric),
+        callbacks=[Recorder(folder, metric, scheduler)],
+        keep_checkpoints_num=2,
+        trial_dirname_creator=lambda trial: trial.trial_id,
+    )
+    ray.kill(packs)
+    return len(analysis.trials)
 
 
 def _interrupt_on_signals() -> list[str]:
@@ -111,9 +128,7 @@ def _interrupt_on_signals() -> list[str]:
 
     def pass_on(number: int, _: object) -> None:
         came.append(signal.Signals(number).name)
-        os.kill(
-            os.getpid(), signal.SIGUSR1
-        )  # Tune's other word for SIGINT, which a shell may have set to be ignored
+        os.kill(os.getpid(), signal.SIGUSR1)  # Tune's own word for it
 
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, pass_on)
@@ -121,21 +136,22 @@ def _interrupt_on_signals() -> list[str]:
 
 
 def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume: bool) -> None:
-    there = folder.spec.exists()
+    there = folder.config.exists()
     if there and not resume:
         raise UserError(
             f"{folder.path} holds a search already: go on with it by --resume, or give this one another --name"
         )
     if resume and not there:
         raise UserError(f"{folder.path} holds no search to go on with: leave out --resume")
-    if resume and folder.spec.read_text(encoding="utf-8") != spec.to_yaml():
+    if resume and folder.config.read_text(encoding="utf-8") != spec.to_yaml():
         raise UserError(
-            f"{folder.spec} differs from the search that is to go on: give --resume with that file, as "
-            f"gpc-dist tune {folder.spec} --resume"
+            f"{folder.config} differs from the search that is to go on: give --resume with that file, as "
+            f"gpc-dist tune {folder.config} --resume"
         )
-    files.write_text(folder.spec, spec.to_yaml())
-    folder.run.write_status("running")
-    files.write_json(folder.run.facts, collect_facts(command))
+    folder.write_status("running")
+    folder.result.unlink(missing_ok=True)
+    files.write_text(folder.config, spec.to_yaml())
+    files.write_json(folder.facts, collect_facts(command))
 
 
 def _connect() -> None:
@@ -145,7 +161,7 @@ def _connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see `_interrupt_on_signals`
     address = os.environ.get("RAY_ADDRESS")
-    own = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    own: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **own)
     deadline, wanted = time.monotonic() + _NODES_S, int(os.environ.get(NODES, "1"))
     while (count := sum(node["Alive"] for node in ray.nodes())) < wanted:
@@ -214,7 +230,7 @@ def _algorithm(spec: SearchSpec, metric: str, mode: str) -> Searcher | SearchAlg
     return Repeater(searcher, repeat=len(spec.seeds)) if len(spec.seeds) > 1 else searcher
 
 
-def make_scheduler(spec: SearchSpec, metric: str, mode: str) -> TrialScheduler:
+def make_scheduler(spec: SearchSpec) -> TrialScheduler:
     """Ray Tune's scheduler, counting in optimizer steps."""
     wanted = spec.scheduler
     match wanted.name:
@@ -277,28 +293,26 @@ def _reporter(spec: SearchSpec, metric: str) -> tune.CLIReporter:
     )
 
 
-def _close(folder: SearchFolder, metric: str, mode: str, states: Counter[str], start_s: float) -> int:
-    decisions = Counter(
-        folder.read_trial(int(path.name)).get("decision") for path in sorted(folder.trials.iterdir())
-    )
+def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: float) -> int:
+    decisions = Counter(files.read_json(trial.trial).get("decision") for trial in folder.begun_trials())
     best = best_trial(folder, metric, mode)
     result = {
         "metric": metric,
         "mode": mode,
         "best_trial": None if best is None else best[0],
         "best": None if best is None else best[1],
-        "trials": sum(states.values()),
+        "trials": trials,
         "finished": decisions["completed"],
         "stopped": decisions["stopped by scheduler"],
         "failed": decisions["failed"],
         "wall_s": time.time() - start_s,
     }
-    files.write_json(folder.run.result, result)
+    files.write_json(folder.result, result)
     if best is None:
-        folder.run.write_status("failed", "no trial was evaluated")
+        folder.write_status("failed", "no trial was evaluated")
         return EXIT_ENVIRONMENT
-    folder.run.write_status("finished")
-    adapter = folder.trial(int(best[0])).adapter
+    folder.write_status("finished")
+    adapter = folder.trial(best[0]).adapter
     print(f"best of {result['trials']} trials: {best[0]}, {metric} {best[1]:.4f}: {adapter}")
     print(f"compare them: gpc-dist compare {folder.path}")
     return EXIT_DONE

@@ -13,7 +13,7 @@ and a database in one file is enough.
 | `status.json`          | the parent's status                                               |
 
 The best trial of a finished search becomes a version of a registered model, under the name
-`register` in `search.yaml` (by default the search's own; null: none). What has ended and been sent
+`register_as` in `search.yaml` (by default the search's own; null: none). What has ended and been sent
 is not read again, only asked for its age.
 """
 
@@ -197,7 +197,7 @@ class SearchReplica(Mirror):
 
     def _register(self) -> None:
         result = files.read_json(self._folder.result)
-        name, best = self._config.get("register", self.name), result.get("best_trial")
+        name, best = self._config.get("register_as", self.name), result.get("best_trial")
         if name is None or best is None:
             return
         wanted = f"{name} {files.version(self._folder.result)}"

@@ -26,8 +26,8 @@ class Outcome:
     """The signal that asked for the stop; None when the run is complete."""
 
 
-def train(run: LaneRun) -> Outcome:
-    """Train a session's only lane until its steps are done, early stopping ends it, or a signal stops it.
+def train(run: LaneRun, stop: StopRequest) -> Outcome:
+    """Train a session's only lane until its steps are done, early stopping ends it, or a stop is asked for.
 
     Raises:
         UserError: the loss stays non-finite.
@@ -49,7 +49,7 @@ def train(run: LaneRun) -> Outcome:
         return Outcome(run.position, run.speed, signal)
 
     session.model.train()
-    with StopRequest() as stop, Progress(run.total, run.position.step, world.is_main) as progress:
+    with stop, Progress(run.total, run.position.step, world.is_main) as progress:
         if run.evaluation_due:  # the stop of an earlier start came before it
             if not evaluated():
                 return outcome(stopped=True)

@@ -32,6 +32,7 @@ from gpc_dist.training.session import (
     open_session,
     seed_everything,
 )
+from gpc_dist.training.stop import StopRequest
 
 _RUN_ID_TIMEOUT_S = 30.0
 """How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
@@ -40,21 +41,22 @@ _STOPPED_TIMEOUT_S = 5.0
 """How long a stopped run waits for MLflow: a batch system's grace is short, and a resume records the rest."""
 
 
-def run_training(config: Config, started_s: float, argv: Sequence[str]) -> int:
+def run_training(config: Config, started_s: float, argv: Sequence[str], stop: StopRequest) -> int:
     """Train as configured, as one rank of the job; returns the exit code.
 
     Args:
         started_s: unix time at which the user's command began.
         argv: that command, for the record.
+        stop: asked for before training begins, it comes after the first step.
     """
     world = join(config.engine)
     try:
-        return _run(config, world, started_s, argv)
+        return _run(config, world, started_s, argv, stop)
     finally:
         world.leave()
 
 
-def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) -> int:
+def _run(config: Config, world: World, started_s: float, argv: Sequence[str], stop: StopRequest) -> int:
     task = make_task(config.task, config.data)
     train = limit(task.read("train"), config.data.limit_train, config.run.seed)
     validation = limit(task.read("validation"), config.data.limit_eval)
@@ -70,7 +72,7 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str]) ->
         if config.tracking.enabled:
             recording = follower.start(folder.path)
     try:
-        outcome, result = _train(config, world, folder, saved, task, train, validation, started_s)
+        outcome, result = _train(config, world, folder, saved, task, train, validation, started_s, stop)
     except BaseException as error:
         lost = lost_rank(error, config.engine)
         if world.is_main:
@@ -112,6 +114,7 @@ def _train(
     train: list[Example],
     validation: list[Example],
     started_s: float,
+    stop: StopRequest,
 ) -> tuple[loop.Outcome, dict[str, Any]]:
     """Train, and say what came of it: the contents of `result.json`, on rank 0."""
     base = load_base(config, world)
@@ -129,7 +132,7 @@ def _train(
         telemetry = stack.enter_context(sampler)
         outlet = Outlet(folder.checkpoints, folder.adapter, log.append if log else None)
         run = LaneRun(session, config, adapter, training, evaluation, outlet, saved)
-        outcome = loop.train(run)
+        outcome = loop.train(run, stop)
     energy = world.gather(telemetry.energy_j)
     memory = world.gather(peak_memory_mib(world.device))
     if memory is None or energy is None:  # not the main rank

@@ -21,9 +21,13 @@ class StopRequest:
         """Name of the signal that came, if one came."""
         self._previous: dict[int, Any] = {}
 
+    def listen(self, *numbers: signal.Signals) -> None:
+        """Take these signals for the request already; the others still end the process."""
+        for number in numbers:
+            self._previous.setdefault(number, signal.signal(number, self._handle))
+
     def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        self.listen(*SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.state import TrackingState
 from tests.cluster.conftest import ROOT, SlurmLab, reached, recorded_once, same_run
 from tests.conftest import command
 
@@ -143,12 +145,14 @@ def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
     reached(tmp_path / "run", 50)
     slurm.call("scancel", job)
     assert slurm.wait(job)["JobState"] == "CANCELLED"
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    run_id = json.loads((tmp_path / "run" / "tracking.json").read_text())["run_id"]
-    deadline = time.monotonic() + 30
-    while client.get_run(run_id).info.status != "KILLED":
-        assert time.monotonic() < deadline
+    # the follower may be at its start; a second client would disturb it while it makes the tables
+    run = RunFolder(tmp_path / "run")
+    deadline = time.monotonic() + 60
+    while (state := TrackingState.load(run)).state not in ("stopped", "killed"):
+        assert time.monotonic() < deadline, run.tracking_log.read_text()
         time.sleep(0.5)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.get_run(str(state.run_id)).info.status == "KILLED"
     assert slurm.job(job)["Restarts"] == "0"
 
 

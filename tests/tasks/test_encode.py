@@ -119,7 +119,7 @@ def test_an_empty_text_is_a_row_of_special_tokens(bert: Any) -> None:
 
 def test_to_moves_every_tensor(bert: Any) -> None:
     encoded = encode([Example(0, (("a", "b"),), 1)], bert, 16)
-    moved = collate(encoded, [0], 0).to("meta")
+    moved = collate(encoded, [0], 0).to(torch.device("meta"))
     tensors = (moved.input_ids, moved.attention_mask, moved.token_type_ids, moved.targets)
     assert all(tensor is not None and tensor.device.type == "meta" for tensor in tensors)
 

@@ -352,7 +352,7 @@ def test_broken_trial_does_not_hold_up_the_others(make_search: MakeSearch, add_t
 def test_resumed_search_has_one_record_and_a_version_for_each_best_trial(
     make_search: MakeSearch, add_trial: AddTrial
 ) -> None:
-    search = make_search(register="rte-best", metric=None)
+    search = make_search(register_as="rte-best", metric=None)
     first = add_trial(search, 0, {1: 0.5})
     finish(search, first, 0.5)
     run_id = sync_search(search.path).run_id
@@ -373,7 +373,7 @@ def test_resumed_search_has_one_record_and_a_version_for_each_best_trial(
 
 
 def test_search_that_registers_nothing(make_search: MakeSearch, add_trial: AddTrial) -> None:
-    search = make_search(register=None)
+    search = make_search(register_as=None)
     finish(search, add_trial(search, 0, {1: 0.5}), 0.5)
     assert sync_search(search.path).complete
     assert "registered_model" not in parent_of(search).data.tags
@@ -421,7 +421,7 @@ def test_killed_driver_and_resumed_search(
 
 
 def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial, driver: StartDriver) -> None:
-    search = make_search(register=None)
+    search = make_search(register_as=None)
     for number in range(64):
         add_trial(search, number, {}, "running", "running")
     process = driver(
@@ -457,7 +457,7 @@ def test_tracking_server_takes_a_whole_search(
     server_uri: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    search = make_search(register="served", tracking={"uri": server_uri})
+    search = make_search(register_as="served", tracking={"uri": server_uri})
     best = add_trial(search, 0, {1: 0.5})
     add_trial(search, 1, {1: 0.4}, "stopped", "stopped by scheduler")
     finish(search, best, 0.5)
