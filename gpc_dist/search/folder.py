@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gpc_dist import files
@@ -26,6 +27,11 @@ class TrialRecord:
     host: str = ""
     decision: str = "running"
     """running, completed, stopped by scheduler, or failed."""
+
+
+def recipe_of(search: SearchFolder) -> Path:
+    """The recipe as it was when the search began: trials of one search must not differ by a later edit."""
+    return search.path / "recipe.yaml"
 
 
 def trial_folder(search: SearchFolder, number: int) -> TrialFolder:

@@ -34,6 +34,8 @@ class Shape:
     lanes: int
     most: int
     """Packs at once."""
+    folder: str
+    """Working folder of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,12 @@ class Packs:
                 pack.group = placement_group([bundle] * shape.ranks)
                 await pack.group.ready()
                 make = ray.remote(Rank)
-                ranks = [
+                ranks: list[Any] = [
                     make.options(
                         num_cpus=bundle.get("CPU", 0),
                         num_gpus=shape.gpus_per_rank,
                         scheduling_strategy=PlacementGroupSchedulingStrategy(pack.group, index),
-                    ).remote(index, shape.ranks, max(1, int(shape.cpus_per_rank)))
+                    ).remote(index, shape.ranks, max(1, int(shape.cpus_per_rank)), shape.folder)
                     for index in range(shape.ranks)
                 ]
                 host, port = await ranks[0].address.remote()

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Rank:
     """One rank; a Ray actor. All ranks of a pack get the same calls in the same order."""
 
-    def __init__(self, rank: int, size: int, threads: int):
+    def __init__(self, rank: int, size: int, threads: int, folder: str):
+        os.chdir(folder)
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(size),

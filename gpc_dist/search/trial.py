@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from ray import tune
 
 from gpc_dist import config, files
 from gpc_dist.search import space, spec
-from gpc_dist.search.folder import TrialRecord, trial_folder, write_trial
+from gpc_dist.search.folder import TrialRecord, recipe_of, trial_folder, write_trial
 from gpc_dist.search.packs import ACTOR
 from gpc_dist.tracking.folder import SearchFolder, TrialFolder
 
@@ -35,15 +36,18 @@ def trial_number(trial_id: str) -> int:
 class Trial(tune.Trainable):
     """One trial. A result is an evaluation of its run: `val/<metric>`, `step` and `over`."""
 
-    def setup(self, config: dict[str, Any], search: str = "") -> None:
+    def setup(self, config: dict[str, Any], search: str = "", place: str = ".") -> None:
         """Prepare; the run joins a pack at the first step, when it is known where it starts from.
 
         Args:
             config: what was drawn, and `run.seed`.
             search: folder of the search.
+            place: the user's working folder.
         """
+        os.chdir(place)
         self._folder = SearchFolder(search)
-        self._spec = spec.load(str(self._folder.config))
+        loaded = spec.load(str(self._folder.config))
+        self._spec = loaded.model_copy(update={"recipe": str(recipe_of(self._folder))})
         self._seed = config.get(SEED, self._spec.seeds[0])
         sample = config.get(SAMPLE, config)
         self._drawn = {key: value for key, value in sample.items() if key in self._spec.space}
@@ -60,7 +64,7 @@ class Trial(tune.Trainable):
         """
         if not self._joined:
             self._join()
-        event = ray.get(self._packs.next.remote(self._lane_name))
+        event: Any = ray.get(self._packs.next.remote(self._lane_name))
         if event.failure:
             self._joined = False
             raise RuntimeError(event.failure)
@@ -114,12 +118,16 @@ class Trial(tune.Trainable):
             space.settings_of(self._drawn),
         )
         write_trial(self._folder, record)
-        tree = built.dump()
-        place = ray.get(
-            self._packs.join.remote(
-                self._lane_name, space.pack_key(built), tree, self._command(), self._start_from
+        key, tree = space.pack_key(built), built.dump()
+        try:
+            place: Any = ray.get(
+                self._packs.join.remote(self._lane_name, key, tree, self._command(), self._start_from)
             )
-        )
+        except Exception as error:
+            # nothing was trained, but the trial is to be seen, and why it failed
+            files.write_text(self._run.config, built.to_yaml())
+            self._run.write_status("failed", str(getattr(error, "cause", None) or error))
+            raise
         self._joined, self._start_from = True, None
         write_trial(self._folder, replace(record, lane=place.lane, host=place.host))
 

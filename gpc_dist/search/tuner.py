@@ -9,9 +9,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray import tune
 from ray.tune import stopper
 from ray.tune.experiment import Experiment
@@ -24,9 +26,10 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Searcher
 
-from gpc_dist import files
+from gpc_dist import config, files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.search import space
+from gpc_dist.search.folder import recipe_of
 from gpc_dist.search.node import NODES
 from gpc_dist.search.packs import ACTOR, Packs, Shape
 from gpc_dist.search.record import Recorder, best_trial
@@ -89,10 +92,10 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
     """Run Ray Tune; returns the number of trials."""
     metric = f"val/{metric}"
     shape = pack_shape(spec)
-    packs = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
+    packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     scheduler = make_scheduler(spec)
     analysis = tune.run(
-        tune.with_parameters(Trial, search=str(folder.path)),
+        tune.with_parameters(Trial, search=str(folder.path), place=str(Path.cwd())),
         name=_RAY,
         storage_path=str(folder.path),
         metric=metric,
@@ -151,6 +154,9 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
     folder.write_status("running")
     folder.result.unlink(missing_ok=True)
     files.write_text(folder.config, spec.to_yaml())
+    if not resume:
+        recipe = yaml.safe_dump(config.recipe_tree(spec.recipe), sort_keys=False, allow_unicode=True)
+        files.write_text(recipe_of(folder), recipe)
     files.write_json(folder.facts, collect_facts(command))
 
 
@@ -159,6 +165,7 @@ def _connect() -> None:
     # Tune reports by tables, not by its newer output, which cannot sort them
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe's relative paths start where the user is
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see `_interrupt_on_signals`
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
@@ -189,7 +196,7 @@ def pack_shape(spec: SearchSpec) -> Shape:
             f"cluster has {there.get('CPU', 0):g} CPU(s) and {there.get('GPU', 0):g} GPU(s): give a smaller "
             "--resources.ranks, --resources.cpus_per_rank or --resources.gpus_per_rank"
         )
-    return Shape(resources.ranks, resources.cpus_per_rank, gpus, resources.pack, room)
+    return Shape(resources.ranks, resources.cpus_per_rank, gpus, resources.pack, room, str(Path.cwd()))
 
 
 def _concurrent(spec: SearchSpec, shape: Shape) -> int:
