@@ -11,6 +11,7 @@ import pytest
 from gpc_dist import cli, config
 from gpc_dist.engine.frozen import encoder_path
 from gpc_dist.parser import build_parser
+from gpc_dist.search import spec
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +29,10 @@ COMMANDS = [
 def test_a_command_of_the_readme_is_understood(words: list[str]) -> None:
     options, rest = build_parser().parse_known_args(words[1:])
     overrides = cli.overrides(rest)
-    if words[1] == "train" and options.recipe in config.recipe_names():
+    if words[1] == "tune":
+        if not options.resume:  # of a search that was begun before
+            spec.load(options.search, overrides)
+    elif words[1] == "train" and options.recipe in config.recipe_names():
         config.load(options.recipe, overrides)
     else:
         config.build({}, overrides)
