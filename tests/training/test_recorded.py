@@ -43,12 +43,12 @@ def test_the_run_is_finished_with_its_figures(run: Path, result: dict[str, objec
 
 
 def test_the_model_answers_plain_text_as_the_program_does(
-    run: Path, result: dict[str, object], tiny_data: Path, tmp_path: Path
+    run: Path, result: dict[str, object], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
     uri = f"sqlite:///{run.parent}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     outputs = mlflow.MlflowClient(uri).get_run(str(result["mlflow_run_id"])).outputs
     loaded = mlflow.pyfunc.load_model(f"models:/{outputs.model_outputs[0].model_id}")
     texts = [json.loads(line)["text"] for line in (tiny_data / "validation.jsonl").open()]
