@@ -104,7 +104,21 @@ def _creating(database: Path) -> Iterator[None]:
 
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(database.with_name(f".{database.name}.lock")):
+        if not database.exists():
+            _make_tables(database)
         yield
+
+
+def _make_tables(database: Path) -> None:
+    """Make the store elsewhere and move it to its place: a batch system that ends a job in the middle of it would
+    leave tables that no later run can use or complete."""
+    from mlflow import MlflowClient
+
+    new = database.with_name(f".{database.name}.new")
+    new.unlink(missing_ok=True)
+    new.with_name(f"{new.name}-journal").unlink(missing_ok=True)
+    MlflowClient(f"{_SQLITE}{new}").search_experiments(max_results=1)
+    new.rename(database)
 
 
 def _experiment_id(client: MlflowClient, name: str, artifact_location: str | None) -> str:
