@@ -175,11 +175,6 @@ def _tune(options: Any, rest: list[str], arguments: list[str]) -> int:
     from gpc_dist.search import spec
 
     search = spec.load(options.search, overrides(rest))
-    from gpc_dist.search import node
-    from gpc_dist.tracking.folder import SearchFolder
-
-    if node.is_one():
-        return node.run_node(SearchFolder(search.folder), arguments)
     from gpc_dist.search.tuner import run_search
 
     return run_search(search, ["gpc-dist", *arguments], options.resume)
