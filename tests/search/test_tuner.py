@@ -214,7 +214,10 @@ def test_population_based_training_copies_the_better(place: Path) -> None:
     copied = [path for path in trials(search).values() if (path / "started-from").exists()]
     assert copied
     for path in trials(search).values():
-        assert sorted(losses(path)) == list(range(1, 49))
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        steps = [line["step"] for line in lines if "train/loss" in line]
+        # a copy of a trial that is further on leaves out the steps between
+        assert steps == sorted(set(steps))
 
 
 def start(place: Path, path: Path) -> subprocess.Popen[str]:
