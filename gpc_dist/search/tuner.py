@@ -159,7 +159,7 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
 
 
 def _connect() -> None:
-    """A Ray cluster: the one that RAY_ADDRESS names, or one of this machine's own, on its loopback interface."""
+    """A Ray cluster: the one that RAY_ADDRESS names, or one of this machine's own."""
     # Tune reports by tables, not by its newer output, which cannot sort them
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
