@@ -175,6 +175,10 @@ def _tune(options: Any, rest: list[str], arguments: list[str]) -> int:
     from gpc_dist.search import spec
 
     search = spec.load(options.search, overrides(rest))
+    from gpc_dist.search import node
+
+    if node.is_one():
+        return node.run_node(search, arguments)
     from gpc_dist.search.tuner import run_search
 
     return run_search(search, ["gpc-dist", *arguments], options.resume)
@@ -202,8 +206,9 @@ def _doctor(options: Any, rest: list[str], _: list[str]) -> int:
 
 def _submit(options: Any, rest: list[str], arguments: list[str]) -> int:
     settings = overrides(rest)
-    from gpc_dist.cluster import submit
+    from gpc_dist.cluster import members
     from gpc_dist.cluster.resources import Resources
+    from gpc_dist.cluster.submit import run_submission
 
     resources = Resources(
         nodes=options.nodes,
@@ -219,19 +224,31 @@ def _submit(options: Any, rest: list[str], arguments: list[str]) -> int:
         dependency=options.dependency,
         others=tuple(options.sbatch),
     )
-    if options.nodes == "auto":
-        from gpc_dist.cluster.fit import fewest_nodes
+    if options.what == "tune":
+        _refuse_for_searches(options)
+        from gpc_dist.search import spec
 
-        settings |= {"engine.plan": "auto"}
-        resources = fewest_nodes(config.load(options.recipe, settings), resources, options.gpu)
-    if options.seeds:
-        members = submit.seeds(options.recipe, settings, options.seeds)
-    elif options.array:
-        members = submit.lines(options.recipe, settings, _lines(options.array))
+        chosen = members.search(spec.load(options.recipe, settings))
     else:
-        members = submit.single(options.recipe, settings)
+        if options.nodes == "auto":
+            from gpc_dist.cluster.fit import fewest_nodes
+
+            settings |= {"engine.plan": "auto"}
+            resources = fewest_nodes(config.load(options.recipe, settings), resources, options.gpu)
+        if options.seeds:
+            chosen = members.seeds(options.recipe, settings, options.seeds)
+        elif options.array:
+            chosen = members.lines(options.recipe, settings, _lines(options.array))
+        else:
+            chosen = members.single(options.recipe, settings)
     command = ["gpc-dist", *arguments]
-    return submit.run_submission(members, resources, command, options.dry_run, options.follow)
+    return run_submission(options.what, chosen, resources, command, options.dry_run, options.follow)
+
+
+def _refuse_for_searches(options: Any) -> None:
+    given = {"--nodes auto": options.nodes == "auto", "--seeds": options.seeds, "--array": options.array}
+    for name in (name for name, value in given.items() if value):
+        raise UserError(f"{name} is for `submit train`: a search has its own nodes, seeds and settings")
 
 
 def _lines(file: Path) -> list[dict[str, str]]:
@@ -250,7 +267,8 @@ def _jobs(options: Any, rest: list[str], _: list[str]) -> int:
     _refuse(rest)
     from gpc_dist.cluster.jobs import jobs_table
 
-    print(jobs_table(options.runs or [Path("runs")]))
+    usual = [path for path in (Path("runs"), Path("searches")) if path.is_dir()]
+    print(jobs_table(options.runs or usual))
     return EXIT_DONE
 
 

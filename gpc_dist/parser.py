@@ -181,17 +181,22 @@ def build_parser() -> argparse.ArgumentParser:
     _add_submit(
         command(
             "submit",
-            "Submit a run to Slurm.",
+            "Submit a run or a search to Slurm.",
             "The configuration is kept in the run's folder (job/) as it is now. Stopped by a time limit or a\n"
             "preemption, the job saves its state, requeues itself and goes on: one run in MLflow.\n\n"
-            "example: gpc-dist submit train t5-xl --nodes 2 --gpus-per-node 8 --time 12:00:00 --follow",
-            arguments="train RECIPE [options]",
+            "example: gpc-dist submit train t5-xl --nodes 2 --gpus-per-node 8 --time 12:00:00 --follow\n"
+            "         gpc-dist submit tune cb-asha --nodes 2 --gpus-per-node 8 --resources.pack 8",
+            arguments="train|tune RECIPE|SEARCH [options]",
             settings=True,
         )
     )
     jobs = command("jobs", "Show this project's Slurm jobs.", arguments="[RUN ...]")
     jobs.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="*", help="run folder, or a folder of them [runs]"
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="*",
+        help="folder of a run or a search, or of several [runs, searches]",
     )
     cancel = command(
         "cancel", "End Slurm jobs; their runs save their state first.", arguments="JOB|RUN [JOB|RUN ...]"
@@ -208,8 +213,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_submit(submit: argparse.ArgumentParser) -> None:
-    submit.add_argument("what", choices=["train"], help="what to submit")
-    submit.add_argument("recipe", metavar="RECIPE", help="as of `gpc-dist train`")
+    submit.add_argument("what", choices=["train", "tune"], help="a run, or a search")
+    submit.add_argument(
+        "recipe", metavar="RECIPE|SEARCH", help="as of `gpc-dist train`, or of `gpc-dist tune`"
+    )
     submit.add_argument(
         "--nodes",
         type=_nodes,

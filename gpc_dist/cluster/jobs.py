@@ -14,7 +14,7 @@ from gpc_dist import files
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.record import job_id, run_folders
 from gpc_dist.errors import UserError
-from gpc_dist.tracking.folder import RunFolder, Status
+from gpc_dist.tracking.folder import RunFolder, SearchFolder, Status
 from gpc_dist.tracking.metrics import TIME
 
 _PROGRESS = "train/progress_pct"
@@ -36,7 +36,7 @@ def jobs_table(paths: Sequence[Path]) -> str:
 def _line(folder: RunFolder, number: str, job: slurm.Job | None) -> list[Any]:
     status = folder.read_status()
     state, said = _state(status, job, folder.status.exists())
-    progress, left_s = pace(files.read_lines(folder.metrics)[0], status.started_s)
+    done, left_s = _done(folder, status)
     moving = job is not None and job.state == "RUNNING" and left_s is not None
     return [
         folder.path.name,
@@ -44,7 +44,7 @@ def _line(folder: RunFolder, number: str, job: slurm.Job | None) -> list[Any]:
         state,
         job.nodes if job and not job.ended else "",
         job.elapsed if job and not job.ended else "",
-        "" if progress is None else f"{progress:.0f} %",
+        done,
         _metrics(folder),
         tqdm.format_interval(left_s) if moving and left_s is not None else "",
         said,
@@ -79,8 +79,21 @@ def pace(lines: Sequence[dict[str, Any]], since_s: float) -> tuple[float | None,
     return progress, max(0.0, per_pct * (100 - progress) - (time.time() - last_s))
 
 
+def _done(folder: RunFolder, status: Status) -> tuple[str, float | None]:
+    """How far a run or a search is, and the seconds it has left, where that is known."""
+    if isinstance(folder, SearchFolder):
+        begun = folder.begun_trials()
+        ended = sum(trial.read_status().state != "running" for trial in begun)
+        return f"{ended} of {len(begun)} trials", None
+    progress, left_s = pace(files.read_lines(folder.metrics)[0], status.started_s)
+    return "" if progress is None else f"{progress:.0f} %", left_s
+
+
 def _metrics(folder: RunFolder) -> str:
-    """The newest evaluation, the loss left out."""
+    """The newest evaluation, the loss left out; of a search that has ended, the best trial's metric."""
+    result = files.read_json(folder.result)
+    if best := result.get("best_trial"):
+        return f"{result['metric']} {result['best']:.4g} (trial {best})"
     for line in reversed(files.read_lines(folder.metrics)[0]):
         values = {
             key[4:]: value for key, value in line.items() if key.startswith("val/") and key != "val/loss"

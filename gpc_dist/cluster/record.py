@@ -8,7 +8,10 @@ from pathlib import Path
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
-from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.folder import RunFolder, SearchFolder
+
+RECIPE, SEARCH = "recipe.yaml", "search.yaml"
+"""In the job's folder: what is run."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def job_id(folder: RunFolder) -> str | None:
 
 
 def run_folders(paths: Iterable[Path]) -> Iterator[RunFolder]:
-    """The runs at these paths: each is a run's folder or a folder of them.
+    """The runs and searches at these paths: each is the folder of one, or a folder of them.
 
     Raises:
         UserError: a path is neither.
@@ -65,10 +68,17 @@ def run_folders(paths: Iterable[Path]) -> Iterator[RunFolder]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder: give a run's folder, or one with runs in it")
-        inside = [path] if _is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and _is_run(p))
-        yield from map(RunFolder, inside)
+        if folder := _folder(path):
+            yield folder
+            continue
+        for inside in sorted(path.iterdir()):
+            if inside.is_dir() and (folder := _folder(inside)):
+                yield folder
 
 
-def _is_run(path: Path) -> bool:
-    folder = RunFolder(path)
-    return folder.status.exists() or _path(folder).exists()
+def _folder(path: Path) -> RunFolder | None:
+    """The run or the search that has its folder here; None if neither has."""
+    search, run = SearchFolder(path), RunFolder(path)
+    if search.config.exists() or (search.job / SEARCH).exists():
+        return search
+    return run if run.status.exists() or _path(run).exists() else None

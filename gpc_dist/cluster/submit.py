@@ -1,4 +1,4 @@
-"""`gpc-dist submit`: from a recipe to a job in Slurm's queue."""
+"""`gpc-dist submit`: from a recipe or a search to a job in Slurm's queue."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from gpc_dist import config, files
+from gpc_dist import files
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.follow import follow
-from gpc_dist.cluster.record import JobRecord, job_id, write_record
+from gpc_dist.cluster.record import RECIPE, SEARCH, JobRecord, job_id, write_record
 from gpc_dist.cluster.resources import Resources
 from gpc_dist.config import Config
 from gpc_dist.errors import EXIT_DONE, UserError
@@ -25,67 +26,35 @@ from gpc_dist.tracking.store import tracking_uri, ui_command
 TASK = "{task}"
 """Stands for an array task's number; `slurm/train.sbatch` replaces it."""
 
-_RECIPE, _SCRIPT = "recipe.yaml", "train.sbatch"
+_GIVEN = {"train": RECIPE, "tune": SEARCH}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a submission."""
+    """One run, or one search, of a submission."""
 
     task: int | None
     """Its number in the job array; None without one."""
+    name: str
+    folder: RunFolder
     config: Config
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.config.run.folder)
-
-
-def single(recipe: str, overrides: dict[str, str]) -> list[Member]:
-    """A job of one run."""
-    return [Member(None, config.load(recipe, overrides))]
-
-
-def seeds(recipe: str, overrides: dict[str, str], text: str) -> list[Member]:
-    """An array with one run for each seed of a list such as `0-3` or `1,5,7`.
-
-    Raises:
-        UserError: it is no such list.
-    """
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise UserError(f"--seeds '{text}' is no list of seeds: give 0-3, or 1,5,7")
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    if len(found) != len(set(found)) or not found:
-        raise UserError(f"--seeds '{text}' names a seed twice, or none")
-    return [_member(recipe, overrides | {"run.seed": str(seed)}, seed, "seed-") for seed in found]
-
-
-def lines(recipe: str, overrides: dict[str, str], each: Sequence[dict[str, str]]) -> list[Member]:
-    """An array with one run for each set of overrides, on top of those that all share."""
-    return [_member(recipe, overrides | own, task) for task, own in enumerate(each)]
-
-
-def _member(recipe: str, overrides: dict[str, str], task: int, prefix: str = "") -> Member:
-    """The member's folder stands beside, or where `run.dir` is given inside, what the run's alone would be."""
-    plain = config.load(recipe, {k: v for k, v in overrides.items() if not k.startswith("run.dir")})
-    name = f"{plain.run.name}-{prefix}{task}"
-    own = {"run.name": name}
-    if "run.dir" in overrides:
-        own["run.dir"] = str(Path(overrides["run.dir"]) / f"{prefix}{task}")
-    if plain.tracking.group is None:
-        own["tracking.group"] = plain.run.name
-    return Member(task, config.load(recipe, overrides | own))
+    """Of the run, or of a search's runs as far as they agree: says what the job reads and where it is recorded."""
+    kept: Mapping[str, str]
+    """Files of the job's folder, by name, and their texts: all that it needs to know of what was submitted."""
 
 
 def run_submission(
-    members: Sequence[Member], resources: Resources, command: Sequence[str], dry_run: bool, wait: bool
+    what: Literal["train", "tune"],
+    members: Sequence[Member],
+    resources: Resources,
+    command: Sequence[str],
+    dry_run: bool,
+    wait: bool,
 ) -> int:
-    """Submit runs as one job, or as an array of several; returns the exit code.
+    """Submit runs as one job, or as an array of several, or one search; returns the exit code.
 
     Args:
+        what: names the batch script, and the kind of file that it is given.
         command: the user's, for the record.
         dry_run: print what would be submitted; nothing is written.
         wait: print the log until the job ends.
@@ -101,10 +70,10 @@ def run_submission(
     partition = resources.check(slurm.partitions())
     for member in members:
         _check(member)
-    script = shipped_folder("slurm") / _SCRIPT
+    script = shipped_folder("slurm") / f"{what}.sbatch"
     log = _template(members) / "job" / ("%A.log" if first.task is not None else "%j.log")
     options = replace(resources, partition=partition.name).options() + _naming(members, log)
-    arguments = [str(log.with_name(_RECIPE))]
+    arguments = [str(log.with_name(_GIVEN[what]))]
     if first.task is not None:
         arguments += ["--tracking.group", str(first.config.tracking.group)]
     slurm.try_out(options, script, arguments)
@@ -132,7 +101,7 @@ def _naming(members: Sequence[Member], log: Path) -> list[str]:
     """Options of sbatch for the job's name, log and array."""
     first = members[0]
     if first.task is None:
-        return [f"--job-name=gpc-{first.config.run.name}", f"--output={log}"]
+        return [f"--job-name=gpc-{first.name}", f"--output={log}"]
     return [
         f"--job-name=gpc-{first.config.tracking.group}",
         f"--output={str(log).replace(TASK, '%a')}",
@@ -141,7 +110,7 @@ def _naming(members: Sequence[Member], log: Path) -> list[str]:
 
 
 def _check(member: Member) -> None:
-    """Raise `UserError` for a run that has a job, or whose input is not there."""
+    """Raise `UserError` for one that has a job, or whose input is not there."""
     # late, because they bring torch
     from gpc_dist.engine.frozen import encoder_path
     from gpc_dist.tasks import make_task
@@ -157,7 +126,7 @@ def _check(member: Member) -> None:
     if other is not None and (job := slurm.jobs([other]).get(other)) and not job.ended:
         raise UserError(
             f"{folder} has job {other}, which is {job.state}: end it with gpc-dist cancel {other}, or give this "
-            "run another --run.name"
+            "one another name"
         )
 
 
@@ -172,9 +141,6 @@ def _template(members: Sequence[Member]) -> Path:
 
 def _snapshot(member: Member, script: Path) -> None:
     """Keep the configuration and the script as they are now: the job may start when both have changed."""
-    folder = member.folder
-    text = member.config.model_copy(
-        update={"run": member.config.run.model_copy(update={"dir": folder.path})}
-    ).to_yaml()
-    files.write_text(folder.job / _RECIPE, text)
-    shutil.copyfile(script, folder.job / _SCRIPT)
+    for name, text in member.kept.items():
+        files.write_text(member.folder.job / name, text)
+    shutil.copyfile(script, member.folder.job / script.name)

@@ -30,6 +30,7 @@ from gpc_dist import config, files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.search import space
 from gpc_dist.search.folder import recipe_of
+from gpc_dist.search.node import NODES
 from gpc_dist.search.packs import ACTOR, Packs, Shape
 from gpc_dist.search.record import Recorder, best_trial
 from gpc_dist.search.spec import SearchSpec
@@ -40,6 +41,7 @@ from gpc_dist.tracking.folder import SearchFolder, State
 from gpc_dist.tracking.store import tracking_uri, ui_command
 
 _NAMESPACE = "gpc-dist"
+_NODES_S = 120.0
 _RAY = "ray"
 """Of a search's folder: where Ray Tune keeps its own records."""
 _LAST_STEP = 10**9
@@ -168,6 +170,11 @@ def _connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **own)
+    deadline, wanted = time.monotonic() + _NODES_S, int(os.environ.get(NODES, "1"))
+    while (count := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise MachineError(f"{count} of {wanted} nodes joined the Ray cluster within {_NODES_S:.0f} s")
+        time.sleep(1.0)
 
 
 def pack_shape(spec: SearchSpec) -> Shape:

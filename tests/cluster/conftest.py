@@ -94,6 +94,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
         os.environ.update(before)
 
 
+def job_of(said: str) -> str:
+    found = re.search(r"^job (\d+)", said, re.MULTILINE)
+    assert found, said
+    return found[1]
+
+
 def _free_ports() -> int:
     """The first of a hundred ports, of which those at hand are free."""
     for start in range(21000, 29000, 500):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from gpc_dist.cluster import jobs, slurm, submit
+from gpc_dist.cluster import jobs, members, record, slurm
 from gpc_dist.cluster.resources import Resources
 from gpc_dist.errors import UserError
+from gpc_dist.search import space, spec
 
 
 @pytest.mark.parametrize(
@@ -56,16 +58,29 @@ def test_options_of_sbatch() -> None:
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5,8-9", [1, 5, 8, 9])])
 def test_seeds(text: str, seeds: list[int]) -> None:
-    members = submit.seeds("rte", {"data.path": "demo"}, text)
-    assert [member.config.run.seed for member in members] == seeds
-    assert [str(member.config.run.folder) for member in members] == [f"runs/rte-seed-{s}" for s in seeds]
-    assert {member.config.tracking.group for member in members} == {"rte"}
+    found = members.seeds("rte", {"data.path": "demo"}, text)
+    assert [member.config.run.seed for member in found] == seeds
+    assert [str(member.config.run.folder) for member in found] == [f"runs/rte-seed-{s}" for s in seeds]
+    assert {member.config.tracking.group for member in found} == {"rte"}
+
+
+def test_a_search_is_submitted_as_it_is(tmp_path: Path) -> None:
+    """What is kept loads as the same search, whatever becomes of the recipe that it was made of."""
+    asked = spec.load("cb-asha", {"dir": str(tmp_path / "here"), "trials": "3"})
+    (found,) = members.search(asked)
+    for name, text in found.kept.items():
+        (tmp_path / name).write_text(text)
+    kept = spec.load(str(tmp_path / record.SEARCH))
+    same = {"recipe": asked.recipe, "dir": asked.dir}
+    assert kept.model_copy(update=same) == asked
+    assert Path(kept.recipe) == tmp_path / record.RECIPE
+    assert space.base_config(kept) == space.base_config(asked)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,1", "3-1", "-1", "1,"])
 def test_no_list_of_seeds(text: str) -> None:
     with pytest.raises(UserError, match="--seeds"):
-        submit.seeds("rte", {}, text)
+        members.seeds("rte", {}, text)
 
 
 def test_pace_counts_from_the_latest_start() -> None:

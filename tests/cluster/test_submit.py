@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.conftest import SlurmLab, reached, same_run
+from tests.cluster.conftest import SlurmLab, job_of, reached, same_run
 from tests.conftest import command, losses
-
-
-def job_of(said: str) -> str:
-    found = re.search(r"^job (\d+)", said, re.MULTILINE)
-    assert found, said
-    return found[1]
 
 
 def test_two_nodes_give_the_losses_of_two_ranks(slurm: SlurmLab, superglue: Path, tmp_path: Path) -> None:

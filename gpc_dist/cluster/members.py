@@ -1,0 +1,76 @@
+"""What a submission consists of: one run, an array of runs, or a search."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from gpc_dist import config
+from gpc_dist.cluster.record import RECIPE, SEARCH
+from gpc_dist.cluster.submit import Member
+from gpc_dist.config import Config
+from gpc_dist.errors import UserError
+from gpc_dist.search import space
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.tracking.folder import RunFolder, SearchFolder
+
+
+def single(recipe: str, overrides: dict[str, str]) -> list[Member]:
+    """A job of one run."""
+    return [_run(None, config.load(recipe, overrides))]
+
+
+def seeds(recipe: str, overrides: dict[str, str], text: str) -> list[Member]:
+    """An array with one run for each seed of a list such as `0-3` or `1,5,7`.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise UserError(f"--seeds '{text}' is no list of seeds: give 0-3, or 1,5,7")
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    if len(found) != len(set(found)) or not found:
+        raise UserError(f"--seeds '{text}' names a seed twice, or none")
+    return [_of_array(recipe, overrides | {"run.seed": str(seed)}, seed, "seed-") for seed in found]
+
+
+def lines(recipe: str, overrides: dict[str, str], each: Sequence[dict[str, str]]) -> list[Member]:
+    """An array with one run for each set of overrides, on top of those that all share."""
+    return [_of_array(recipe, overrides | own, task) for task, own in enumerate(each)]
+
+
+def search(spec: SearchSpec) -> list[Member]:
+    """A job of one search.
+
+    Raises:
+        UserError: it is not valid.
+    """
+    space.validate(spec)
+    folder = SearchFolder(spec.folder)
+    fixed = spec.model_copy(update={"dir": folder.path, "recipe": RECIPE})
+    recipe = yaml.safe_dump(config.recipe_tree(spec.recipe), sort_keys=False, allow_unicode=True)
+    common = space.base_config(spec).model_copy(update={"tracking": spec.tracking})
+    return [Member(None, spec.name, folder, common, {SEARCH: fixed.to_yaml(), RECIPE: recipe})]
+
+
+def _run(task: int | None, built: Config) -> Member:
+    folder = RunFolder(built.run.folder)
+    fixed = built.model_copy(update={"run": built.run.model_copy(update={"dir": folder.path})})
+    return Member(task, built.run.name, folder, built, {RECIPE: fixed.to_yaml()})
+
+
+def _of_array(recipe: str, overrides: dict[str, str], task: int, prefix: str = "") -> Member:
+    """The member's folder stands beside, or where `run.dir` is given inside, what the run's alone would be."""
+    plain = config.load(recipe, {k: v for k, v in overrides.items() if not k.startswith("run.dir")})
+    own = {"run.name": f"{plain.run.name}-{prefix}{task}"}
+    if "run.dir" in overrides:
+        own["run.dir"] = str(Path(overrides["run.dir"]) / f"{prefix}{task}")
+    if plain.tracking.group is None:
+        own["tracking.group"] = plain.run.name
+    return _run(task, config.load(recipe, overrides | own))

@@ -1,0 +1,135 @@
+"""One node of a search inside a Slurm job: its part of the Ray cluster, and on the first node the search itself.
+
+    srun --ntasks-per-node=1 gpc-dist tune SEARCH [--key VALUE ...]
+
+All nodes start in one step and end together: the workers when the head is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpc_dist.errors import EXIT_ENVIRONMENT
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.tracking.folder import SearchFolder
+
+NODES = "GPC_DIST_RAY_NODES"
+"""Environment variable: how many nodes the cluster of RAY_ADDRESS will have."""
+
+_START_S = 120.0
+_END_S = 20.0
+_PERIOD_S = 1.0
+
+
+def is_one() -> bool:
+    """Whether this process is a task of the step that `slurm/tune.sbatch` starts on every node."""
+    return {
+        "SLURM_PROCID",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    } <= os.environ.keys() and "RAY_ADDRESS" not in os.environ
+
+
+def run_node(spec: SearchSpec, arguments: Sequence[str]) -> int:
+    """Run this node's part; returns the search's exit code on the first node, 0 on the others.
+
+    Args:
+        spec: of the search; a job that was requeued goes on with what is in its folder.
+        arguments: the command line, from `tune` on.
+    """
+    address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
+    if int(os.environ["SLURM_PROCID"]) > 0:
+        return _worker(address)
+    restarted = (
+        int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and SearchFolder(spec.folder).config.exists()
+    )
+    resume = ["--resume"] if restarted and "--resume" not in arguments else []
+    return _head(address, [*arguments, *resume])
+
+
+def _head(address: str, arguments: Sequence[str]) -> int:
+    host, _, port = address.partition(":")
+    # Unix sockets allow a hundred characters, and Ray's names are long
+    with tempfile.TemporaryDirectory(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp") as folder:
+        own = [f"--node-ip-address={host}", f"--port={port}", f"--temp-dir={folder}"]
+        ray = _start(["--head", "--include-dashboard=false", *own])
+        try:
+            if not _wait_for(address, ray):
+                print(
+                    f"gpc-dist: error: Ray did not start at {address} within {_START_S:.0f} s",
+                    file=sys.stderr,
+                )
+                return EXIT_ENVIRONMENT
+            cluster = {"RAY_ADDRESS": address, NODES: os.environ["SLURM_JOB_NUM_NODES"]}
+            words = [sys.executable, "-m", "gpc_dist", *arguments]
+            search = subprocess.Popen(words, env=os.environ | cluster)
+            for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: search.send_signal(signal.SIGINT))
+            code = search.wait()
+            return 128 - code if code < 0 else code
+        finally:
+            _stop(ray)
+
+
+def _worker(address: str) -> int:
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the first node ends the search, and with it this one
+    if not _wait_for(address):
+        return EXIT_ENVIRONMENT
+    own = socket.gethostbyname(socket.gethostname())
+    ray = _start([f"--address={address}", f"--node-ip-address={own}"])
+    try:
+        while ray.poll() is None and _answers(address):
+            time.sleep(_PERIOD_S)
+    finally:
+        _stop(ray)
+    return 0
+
+
+def _start(options: Sequence[str]) -> subprocess.Popen[bytes]:
+    """This node's Ray processes, with what Slurm gave of the node; ports that are not named are free ones."""
+    cpus = f"--num-cpus={os.environ['SLURM_CPUS_ON_NODE']}"
+    ports = ["--min-worker-port=0", "--max-worker-port=0"]
+    gpus = [f"--num-gpus={os.environ['SLURM_GPUS_ON_NODE']}"] if "SLURM_GPUS_ON_NODE" in os.environ else []
+    ray = str(Path(sys.executable).with_name("ray"))
+    return subprocess.Popen(
+        [ray, "start", "--block", "--disable-usage-stats", cpus, *gpus, *ports, *options],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # signals of the step are not for Ray, which would end before the search has saved
+    )
+
+
+def _wait_for(address: str, ray: subprocess.Popen[bytes] | None = None) -> bool:
+    """Whether something answers there in time; no longer if that which should has ended."""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline and (ray is None or ray.poll() is None):
+        if _answers(address):
+            return True
+        time.sleep(_PERIOD_S)
+    return False
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.partition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _stop(ray: subprocess.Popen[bytes]) -> None:
+    """End the Ray processes of this node, and only those: `ray stop` would end those of other jobs too."""
+    ray.terminate()
+    try:
+        ray.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(ray.pid, signal.SIGKILL)
