@@ -18,14 +18,14 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, write_text
+
+# torch comes late: the processes of a search that only look for checkpoints do without it
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MARKER = "COMPLETE"
 _FILES = ("trained.safetensors", "rng.safetensors", "state.json")
@@ -45,6 +45,8 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `folder/step-<n>` so that it is there whole or not at all."""
+    from safetensors.torch import save_file
+
     path = folder / _name(checkpoint.step)
     with new_folder(path) as temporary:
         save_file(checkpoint.tensors, temporary / _FILES[0])
@@ -66,6 +68,8 @@ def load(path: Path) -> Checkpoint:
     Raises:
         UserError: incomplete or damaged; the message names the file and the remedy.
     """
+    from safetensors.torch import load_file
+
     try:
         digests = json.loads((path / _MARKER).read_text(encoding="utf-8"))
         damaged = [name for name in _FILES if _sha256(path / name) != digests.get(name)]
@@ -92,6 +96,8 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
 
 def rng_state() -> Tensor:
     """State of this rank's default generator, uint8."""
+    import torch
+
     return torch.get_rng_state()
 
 

@@ -44,12 +44,15 @@ class Place:
 
     pack: int
     lane: int
+    visit: int
+    """Number of this stay; a trial that comes back gets another."""
     host: str
 
 
 @dataclass
 class _Lane:
     number: int
+    visit: int
     events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     """Events, or the error that ended the pack."""
     may_go: bool = False
@@ -82,6 +85,7 @@ class Packs:
         self._shape = shape
         self._packs: list[_Pack] = []
         self._numbers = itertools.count()
+        self._visits = itertools.count()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -98,10 +102,12 @@ class Packs:
         Raises:
             UserError: the run's configuration cannot be trained.
         """
+        if stayed := self._lane_of(name):
+            await self.leave(name, stayed.visit, "goes on elsewhere")  # its last process has yet to say so
         async with self._changed:
             pack = await self._find(key)
             number = min(set(range(self._shape.lanes)) - {lane.number for lane in pack.lanes.values()})
-            pack.lanes[name] = lane = _Lane(number)
+            pack.lanes[name] = lane = _Lane(number, next(self._visits))
         try:
             if not pack.ranks:
                 await self._start(pack, tree)
@@ -110,10 +116,10 @@ class Packs:
             pack.lanes.pop(name, None)
             await self._notify(pack)
             raise
-        return Place(pack.number, lane.number, pack.host)
+        return Place(pack.number, lane.number, lane.visit, pack.host)
 
     async def next(self, name: str) -> Any:
-        """The next `training.pack.Event` of a run; it is trained while this waits.
+        """The next `training.event.Event` of a run; it is trained while this waits.
 
         Raises:
             RuntimeError: the pack has ended: a rank died.
@@ -137,10 +143,10 @@ class Packs:
         if pack := self._pack_of(name):
             await self._all(pack, "call", "save", name)
 
-    async def leave(self, name: str, reason: str) -> None:
-        """Stop a run with its state saved; one that has ended is left alone."""
-        if pack := self._pack_of(name):
-            lane = pack.lanes[name]
+    async def leave(self, name: str, visit: int, reason: str) -> None:
+        """Stop a run with its state saved; one that has ended, or has come back since that visit, is left alone."""
+        pack, lane = self._pack_of(name), self._lane_of(name)
+        if pack and lane and lane.visit == visit:
             lane.may_go = False
             await self._all(pack, "call", "leave", name, "stopped", reason)
             pack.lanes.pop(name, None)
@@ -276,6 +282,10 @@ class Packs:
 
     def _pack_of(self, name: str) -> _Pack | None:
         return next((pack for pack in self._packs if name in pack.lanes), None)
+
+    def _lane_of(self, name: str) -> _Lane | None:
+        pack = self._pack_of(name)
+        return pack.lanes[name] if pack else None
 
 
 def _cause(error: BaseException) -> BaseException:

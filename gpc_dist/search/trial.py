@@ -48,13 +48,22 @@ class Trial(tune.Trainable):
         self._folder = SearchFolder(search)
         loaded = spec.load(str(self._folder.config))
         self._spec = loaded.model_copy(update={"recipe": str(recipe_of(self._folder))})
+        self._packs = ray.get_actor(ACTOR, namespace=ray.get_runtime_context().namespace)
+        self._take_up(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Become another trial, or the same one with other values: a process takes seconds to start."""
+        self.cleanup()
+        self._take_up(new_config)
+        return True
+
+    def _take_up(self, config: dict[str, Any]) -> None:
         self._seed = config.get(SEED, self._spec.seeds[0])
         sample = config.get(SAMPLE, config)
         self._drawn = {key: value for key, value in sample.items() if key in self._spec.space}
         self._number = trial_number(self.trial_id)
-        self._packs = ray.get_actor(ACTOR, namespace=ray.get_runtime_context().namespace)
         self._start_from: str | None = None
-        self._joined = False
+        self._visit: int | None = None
 
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation.
@@ -62,11 +71,11 @@ class Trial(tune.Trainable):
         Raises:
             RuntimeError: the run failed, or its pack died.
         """
-        if not self._joined:
+        if self._visit is None:
             self._join()
         event: Any = ray.get(self._packs.next.remote(self._lane_name))
         if event.failure:
-            self._joined = False
+            self._visit = None
             raise RuntimeError(event.failure)
         metrics = {f"val/{name}": value for name, value in event.metrics.items()}
         return {**metrics, STEP: event.step, OVER: event.over, tune.result.DONE: event.over}
@@ -75,7 +84,7 @@ class Trial(tune.Trainable):
         """Copy the run's newest state, so that this or another trial can go on from it."""
         from gpc_dist.engine import checkpoint
 
-        if self._joined:
+        if self._visit is not None:
             ray.get(self._packs.save.remote(self._lane_name))
         newest = checkpoint.newest(self._run.checkpoints)
         if newest is not None:
@@ -97,8 +106,8 @@ class Trial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Leave the lane, with the state saved."""
-        if self._joined:
-            ray.get(self._packs.leave.remote(self._lane_name, "stopped by the search"))
+        if self._visit is not None:
+            ray.get(self._packs.leave.remote(self._lane_name, self._visit, "stopped by the search"))
 
     @property
     def _lane_name(self) -> str:
@@ -128,7 +137,7 @@ class Trial(tune.Trainable):
             files.write_text(self._run.config, built.to_yaml())
             self._run.write_status("failed", str(getattr(error, "cause", None) or error))
             raise
-        self._joined, self._start_from = True, None
+        self._visit, self._start_from = place.visit, None
         write_trial(self._folder, replace(record, lane=place.lane, host=place.host))
 
     def _config(self) -> config.Config:

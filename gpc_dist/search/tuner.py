@@ -115,6 +115,7 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         progress_reporter=_reporter(spec, metric),
         callbacks=[Recorder(folder, metric, scheduler)],
         keep_checkpoints_num=2,
+        reuse_actors=True,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
     ray.kill(packs)

@@ -21,24 +21,12 @@ from gpc_dist.errors import UserError
 from gpc_dist.tasks import limit, make_task
 from gpc_dist.tracking.folder import RunFolder, State
 from gpc_dist.tracking.metrics import MetricLog
+from gpc_dist.training.event import Event
 from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
 from gpc_dist.training.loop import evaluate
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.session import Split, check_input, fresh_adapter, load_base, open_session
 from gpc_dist.training.step import backward, finish, prepare
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a run of a pack has come to."""
-
-    name: str
-    step: int
-    metrics: dict[str, float]
-    """Of the evaluation; empty for a run that failed."""
-    over: bool = False
-    """It has left its lane: finished, or failed."""
-    failure: str = ""
 
 
 @dataclass

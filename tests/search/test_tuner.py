@@ -83,23 +83,29 @@ def test_a_packed_search(place: Path) -> None:
 
 
 def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
+    """The two that learn come first, so that ASHA stops the two that cannot."""
     path = write_search(
         place,
         resources={"ranks": 2, "pack": 2},
-        settings={"train.steps": 8, "engine.zero_stage": 3},
-        scheduler={"name": "asha", "grace_steps": 4, "reduction_factor": 2},
+        space={"train.lr": {"grid": [0.03, 0.02, 1e-9, 1e-10]}},
+        algorithm="grid",
+        trials=None,
+        settings={"train.steps": 60, "train.cell_lr": 0.03, "train.eval_every": 20, "engine.zero_stage": 3},
+        scheduler={"name": "asha", "grace_steps": 20, "reduction_factor": 2},
     )
     search = tune(place, path)
     results = [read(path / "result.json") for path in trials(search).values()]
     assert len(results) == 4
     assert {(result["world_size"], result["zero_stage"]) for result in results} == {(2, 3)}
-    stopped = [
-        path for path in trials(search).values() if read(path / "trial.json")["decision"] != "completed"
-    ]
-    assert read(search / "result.json")["stopped"] == len(stopped) > 0
-    for path in stopped:
-        assert read(path / "status.json")["state"] == "stopped"
-        assert max(losses(path)) < 8
+    ends = {number: read(path / "trial.json")["decision"] for number, path in trials(search).items()}
+    assert ends[0] == "completed"
+    stopped = [number for number, decision in ends.items() if decision == "stopped by scheduler"]
+    assert stopped[-2:] == [2, 3]
+    assert read(search / "result.json")["stopped"] == len(stopped)
+    for number in stopped:
+        folder = trials(search)[number]
+        assert read(folder / "status.json")["state"] == "stopped"
+        assert max(losses(folder)) < 60
 
 
 def test_a_search_that_was_killed_goes_on(place: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from gpc_dist import config
 from gpc_dist.engine.distributed import join
-from gpc_dist.training.pack import Event, Pack
+from gpc_dist.training.event import Event
+from gpc_dist.training.pack import Pack
 
 
 def run_pack(plan: dict[str, Any]) -> list[Event]:
