@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict = command(
         "predict",
         "Write a trained adapter's predictions for a file.",
-        "A packaged task is written in SuperGLUE's submission format, any other as JSON lines with\n"
+        "A packaged task is written in its benchmark's submission format, any other as JSON lines with\n"
         "probabilities. The input has the columns of the training data; labels are not needed.\n\n"
         "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
         arguments="ADAPTER --input FILE --output FILE",

@@ -23,7 +23,7 @@ def test_every_recipe_loads_and_says_what_it_is_for(name: str) -> None:
 
 
 def test_the_promised_recipes_are_there() -> None:
-    promised = "boolq cb copa multirc record rte wic wsc demo roberta-large t5-xl".split()
+    promised = "boolq cb cola copa multirc record rte sst2 wic wsc demo roberta-large t5-xl".split()
     assert set(promised) <= set(config.recipe_names())
 
 
