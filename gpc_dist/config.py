@@ -109,13 +109,35 @@ class AdapterConfig(Section):
     """Rank of the cell's units; full `[H, H]` matrices when not given."""
     cell_per_layer: bool = False
     """A cell of its own for every layer instead of the one global cell (ablation)."""
-    pooling: Literal["mean", "first"] = "mean"
-    """What the head reads: the mean of the text states, or the first text token's state."""
+    cell_units: Literal["both", "remember", "forget"] = "both"
+    """The cell's units: both, or one of them alone (ablation)."""
+    cell_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers, counted from 0, after which the cell acts; the last one cannot be among them. After every layer but
+    the last when not given."""
+    cell_norm: bool = False
+    """The units read states divided by their root mean square, so that the cell's learning rate does not depend on
+    the scale of the encoder's states."""
+    cell_scale: Literal["none", "prompt", "text"] = "none"
+    """Scale of what the cell writes: as it comes; or each position brought to the root mean square of the encoded
+    prompt state it replaces (`prompt`), or to the mean one of its row's text states (`text`)."""
+    pooling: Literal["mean", "first", "prompt"] = "mean"
+    """What the head reads: the mean of the text states, the first text token's state, or the mean of the prompt's
+    states in the last layer."""
 
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
         if self.prompt_init == "text" and not self.prompt_text:
             raise ValueError("adapter.prompt_init 'text' needs adapter.prompt_text")
+        if self.pooling == "prompt" and self.method == "linear-probe":
+            raise ValueError(
+                "adapter.pooling 'prompt' needs a prompt, which adapter.method 'linear-probe' lacks"
+            )
+        layers = self.cell_layers
+        if layers is not None and (not layers or len(set(layers)) < len(layers)):
+            raise ValueError(
+                f"adapter.cell_layers {layers} must name at least one layer, each once; without a cell it is "
+                "adapter.method prompt-tuning"
+            )
         return self
 
 

@@ -39,6 +39,8 @@ class _Pass:
 
     rows: list[slice]
     """Rows of each lane."""
+    attention_mask: Tensor
+    """Of the text, `[R, T]`."""
     prompts: dict[int, Tensor] = field(default_factory=dict)
     """`p_l [R, P, H]` of a layer, while it runs."""
 
@@ -129,14 +131,14 @@ class GraftedEncoder(nn.Module):
         rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         states = self._encode(input_ids, attention_mask, token_type_ids, rows)
         outputs = [
-            lane.head(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)
+            lane.read_out(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)
         ]
         return outputs[0] if lane_rows is None else outputs
 
     def _encode(
         self, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None, rows: list[slice]
     ) -> Tensor:
-        """States of the text positions in the last layer: `[R, T, H]`."""
+        """States of the last layer: `[R, P+T, H]`."""
         tokens, positions = self.prompt_tokens, self.parts.max_positions
         if positions is not None and tokens + input_ids.shape[1] > positions:
             raise ValueError(
@@ -153,38 +155,41 @@ class GraftedEncoder(nn.Module):
             starts = [lane.start(r.stop - r.start) for lane, r in zip(self.adapters, rows, strict=True)]
             embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
             mask = _pad_left(attention_mask, tokens, 1)
-        self._pass = _Pass(rows)
+        self._pass = _Pass(rows, attention_mask)
         try:
             output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
         finally:
             self._pass = None
-        return output.last_hidden_state[:, tokens:]
+        return output.last_hidden_state
 
     def _before(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of layer `index`: note the prompt state that enters it."""
-        if self._pass is None or not self._rewrites:
+        if self._pass is None or not self._rewrites_after(index):
             return None
         states, self._pass.prompts[index] = read_prompt(args[0], self.prompt_tokens)
         return states, *args[1:]
 
     def _after(self, index: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of layer `index`: put the next prompt state before the text states."""
-        if self._pass is None or not self._rewrites:
+        if self._pass is None or not self._rewrites_after(index):
             return None
-        rows = self._pass.rows
+        rows, mask = self._pass.rows, self._pass.attention_mask
+        encoded = output[0] if isinstance(output, tuple) else output
+        text = encoded.detach()[:, self.prompt_tokens :]
 
         def rule(e: Tensor, p: Tensor) -> Tensor:
-            parts = [lane.next_prompt(index, e[r], p[r]) for lane, r in zip(self.adapters, rows, strict=True)]
+            parts = [
+                lane.next_prompt(index, e[r], p[r], text[r], mask[r])
+                for lane, r in zip(self.adapters, rows, strict=True)
+            ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        encoded = output[0] if isinstance(output, tuple) else output
         trained = [p for lane in self.adapters for p in lane.rewriting_parameters(index)]
         written = write_prompt(rule, encoded, self._pass.prompts.pop(index), trained)
         return (written, *output[1:]) if isinstance(output, tuple) else written
 
-    @property
-    def _rewrites(self) -> bool:
-        return any(lane.rewrites_prompt for lane in self.adapters)
+    def _rewrites_after(self, index: int) -> bool:
+        return any(lane.rewrites_after(index) for lane in self.adapters)
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in the forward pass and compute the layer again in the backward
