@@ -86,10 +86,13 @@ class DataConfig(Section):
     given."""
     max_length: int = Field(256, ge=8)
     """Most text tokens of a row (T), special tokens included; the longest segment is shortened."""
+    holdout: float | None = Field(None, gt=0, lt=1)
+    """Hold out this share of the training split and select checkpoints on it, and searches their trials, instead
+    of on the validation split, which training then does not read. The same rows for every `run.seed`."""
     limit_train: int | None = Field(None, ge=1)
-    """Use only so many training examples, drawn by `run.seed`."""
+    """Use only so many training examples, of those not held out, drawn by `run.seed`."""
     limit_eval: int | None = Field(None, ge=1)
-    """Use only the first so many validation examples."""
+    """Use only the first so many examples of the validation split, or of what is held out."""
 
 
 class AdapterConfig(Section):

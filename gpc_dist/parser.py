@@ -57,10 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         "Measure a trained adapter on its task's validation split.",
         "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
-        arguments="ADAPTER",
+        arguments="ADAPTER [--split validation|holdout]",
         settings=True,
     )
     evaluate.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+    evaluate.add_argument(
+        "--split",
+        choices=["validation", "holdout"],
+        default="validation",
+        help="the official split, or what data.holdout kept out of training [validation]",
+    )
 
     predict = command(
         "predict",

@@ -70,6 +70,7 @@ def _multirc_answer(
         ((paragraph, f"{question} {answer}"),),
         class_index(labelled, _BOOLEAN),
         group=(idx["paragraph"], idx["question"]),
+        source=idx["paragraph"],
     )
 
 
@@ -99,6 +100,7 @@ def _record_query(idx: Any, passage: str, entities: list[str], query: str, answe
         idx,
         tuple((passage, query.replace("@placeholder", entity)) for entity in candidates),
         right or None,
+        source=idx["passage"] if isinstance(idx, dict) else None,
         meta={"candidates": candidates, "answers": tuple(dict.fromkeys(answers))},
     )
 

@@ -181,6 +181,7 @@ EXPECTED = {
             ((_GOATS, text),),
             target,
             group=(4, question),
+            source=4,
         )
         for question, answer, text, target in [
             (8, 20, "Who ate? The goats", 1),
@@ -193,6 +194,7 @@ EXPECTED = {
             {"passage": 5, "query": 11},
             ((_OSLO, "Fans of Oslo sang."), (_OSLO, "Fans of Bergen sang.")),
             (0,),
+            source=5,
             meta={"candidates": ("Oslo", "Bergen"), "answers": ("Oslo",)},
         )
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -84,6 +85,35 @@ def test_evaluate_gives_the_reported_metric_for_any_batch_size(
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert printed["examples"] == 23
         assert printed["metrics"] == pytest.approx(expected)
+
+
+def test_a_run_with_a_holdout_never_reads_the_validation_split(
+    tiny_recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(tiny_data / "train.jsonl", data)
+    held_out = ("--data.path", data, "--data.holdout", 0.2)
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path / "run", *held_out) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["selected_on"] == "holdout"
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())["dataset"]
+    assert (facts["train_examples"], facts["validation_examples"]) == (56, 14)
+    assert result["majority_baseline"]["accuracy"] == 0.5
+    evaluate = ("evaluate", tmp_path / "run" / "adapter", "--engine.device", "cpu")
+    capsys.readouterr()
+
+    def printed(*more: object) -> dict[str, Any]:
+        assert gpc(*evaluate, *more) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    held = printed("--split", "holdout")
+    assert (held["split"], held["examples"]) == ("holdout", 14)
+    assert held["metrics"] == pytest.approx(result["metrics"]["best"])
+    official = printed("--data.validation", tiny_data / "validation.jsonl")
+    assert (official["split"], official["examples"]) == ("validation", 23)
+    assert gpc(*evaluate) == EXIT_USAGE
+    assert "no validation file" in capsys.readouterr().err
 
 
 def test_predict_writes_a_line_for_every_row(run: Path, tiny_data: Path, tmp_path: Path) -> None:
