@@ -96,11 +96,12 @@ class DataConfig(Section):
 
 
 class AdapterConfig(Section):
-    method: Literal["gpc", "prompt-tuning", "deep-prompt", "linear-probe"] = "gpc"
-    """`gpc`: prompt and cell; `prompt-tuning`: prompt alone; `deep-prompt`: a fresh prompt at
-    every layer; `linear-probe`: no prompt."""
+    method: Literal["gpc", "prompt-tuning", "deep-prompt", "linear-probe", "fine-tuning"] = "gpc"
+    """`gpc`: prompt and cell; `prompt-tuning`: prompt alone; `deep-prompt`: a fresh prompt at every layer;
+    `linear-probe`: no prompt; `fine-tuning`: no prompt, and the whole encoder is trained (stages 0 to 2, without
+    dropout, as for the other methods): the ceiling to compare them with."""
     prompt_tokens: int = Field(20, ge=1)
-    """Prompt tokens (P) put before the text; not used by `linear-probe`."""
+    """Prompt tokens (P) put before the text; not used by `linear-probe` and `fine-tuning`."""
     prompt_init: Literal["vocab", "text", "labels", "uniform"] = "vocab"
     """Start of the prompt: embeddings of frequent tokens, of `prompt_text`, of the label words, or
     uniform noise."""
@@ -131,9 +132,9 @@ class AdapterConfig(Section):
     def _check(self) -> AdapterConfig:
         if self.prompt_init == "text" and not self.prompt_text:
             raise ValueError("adapter.prompt_init 'text' needs adapter.prompt_text")
-        if self.pooling == "prompt" and self.method == "linear-probe":
+        if self.pooling == "prompt" and not self.has_prompt:
             raise ValueError(
-                "adapter.pooling 'prompt' needs a prompt, which adapter.method 'linear-probe' lacks"
+                f"adapter.pooling 'prompt' needs a prompt, which adapter.method '{self.method}' lacks"
             )
         layers = self.cell_layers
         if layers is not None and (not layers or len(set(layers)) < len(layers)):
@@ -142,6 +143,14 @@ class AdapterConfig(Section):
                 "adapter.method prompt-tuning"
             )
         return self
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.method not in ("linear-probe", "fine-tuning")
+
+    @property
+    def trains_encoder(self) -> bool:
+        return self.method == "fine-tuning"
 
 
 class TrainConfig(Section):
@@ -161,6 +170,8 @@ class TrainConfig(Section):
     """Learning rate of the cell: lower, because its matrices act at every layer and prompt position."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the head; `lr` when not given."""
+    encoder_lr: float = Field(2e-5, gt=0)
+    """Learning rate of the encoder, with `adapter.method: fine-tuning`."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -278,6 +289,23 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if not self.adapter.trains_encoder:
+            return self
+        engine, needs = self.engine, "adapter.method 'fine-tuning' needs"
+        if engine.zero_stage == 3:
+            raise ValueError(
+                f"{needs} engine.zero_stage 0, 1 or 2: ZeRO-3 shards an encoder that stays frozen"
+            )
+        if engine.quantize != "none":
+            raise ValueError(f"{needs} engine.quantize none: int8 weights cannot be trained")
+        if engine.token_table != "device":
+            raise ValueError(f"{needs} engine.token_table device: the table is trained as well")
+        if engine.plan != "none":
+            raise ValueError(f"{needs} engine.plan none: the planner counts with a frozen encoder")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """The tree as plain JSON values, every default filled in; it builds this configuration again."""

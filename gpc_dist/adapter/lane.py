@@ -1,4 +1,5 @@
-"""The adapter: prompt, cell and head; what is trained, and all that is trained.
+"""The adapter: prompt, cell and head; what is trained, and all that is trained. With method `fine-tuning` the
+encoder becomes a part of it.
 
 An adapter's place in a running encoder is a *lane*; several lanes can share one batch.
 """
@@ -17,7 +18,7 @@ from gpc_dist.adapter.scale import rescaled, rms, text_rms
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 
-PARTS = ("prompt", "cell", "head")
+PARTS = ("prompt", "cell", "head", "encoder")
 """The parts of an adapter, which may have learning rates of their own. The first component of a
 parameter's name is its part."""
 
@@ -66,7 +67,7 @@ class Adapter(nn.Module):
             pooling = "mean" if config.pooling == "prompt" else config.pooling
             head = Head(shape.hidden_size, outputs, pooling)  # first: the same for every method
             self.prompt = None
-            if method != "linear-probe":
+            if config.has_prompt:
                 self.prompt = Prompt(config.prompt_tokens, shape, deep=method == "deep-prompt")
             self.cell = None
             if method == "gpc":
@@ -75,12 +76,17 @@ class Adapter(nn.Module):
                 make = CELLS[config.cell]
                 self.cell = nn.ModuleList([make(shape.hidden_size, config) for _ in range(count)])
             self.head = head
+            self.encoder: nn.ModuleDict | None = None
             if self.prompt is not None and self.prompt.deep is not None:
                 nn.init.normal_(self.prompt.deep, std=0.02)
 
+    def take_encoder(self, body: nn.Module, token_embeddings: nn.Module) -> None:
+        """Make an encoder a part of this adapter, with all that is trained, saved and loaded (`fine-tuning`)."""
+        self.encoder = nn.ModuleDict({"embeddings": token_embeddings, "body": body})
+
     @property
     def prompt_tokens(self) -> int:
-        """P; 0 for the linear probe."""
+        """P; 0 for a method without a prompt."""
         return 0 if self.prompt is None else self.config.prompt_tokens
 
     def cell_after(self, layer: int) -> nn.Module | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from gpc_dist import config as configuration
-from gpc_dist.adapter.store import AdapterCard, load_adapter, read_card
+from gpc_dist.adapter.store import AdapterCard, load_adapter, load_encoder, read_card
 from gpc_dist.config import Config
 from gpc_dist.engine.distributed import World, join
 from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
@@ -42,7 +42,10 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
     adapter, card = load_adapter(folder)
     base = load_base(config, world)
     card.check_encoder(base.identity)
-    return open_session(config, world, make_task(config.task, config.data), base, [adapter])
+    session = open_session(config, world, make_task(config.task, config.data), base, [adapter])
+    if config.adapter.trains_encoder:
+        load_encoder(folder, adapter)
+    return session
 
 
 def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrides: Mapping[str, str]) -> int:

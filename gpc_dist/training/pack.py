@@ -24,7 +24,14 @@ from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
 from gpc_dist.training.loop import evaluate
 from gpc_dist.training.record import open_folder, run_result
-from gpc_dist.training.session import Split, check_input, fresh_adapter, load_base, open_session
+from gpc_dist.training.session import (
+    Split,
+    check_input,
+    fresh_adapter,
+    hand_over_encoder,
+    load_base,
+    open_session,
+)
 from gpc_dist.training.step import backward, finish, prepare
 
 
@@ -89,6 +96,7 @@ class Pack:
         training = self._split("train", config)
         validation = self._split(selection_part(config.data), config)
         adapter = fresh_adapter(config, session.task, session.base).to(session.world.device)
+        hand_over_encoder(session, adapter)
         log, problem = None, ""
         if session.world.is_main:
             try:

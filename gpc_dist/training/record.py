@@ -69,7 +69,7 @@ def run_result(run: LaneRun) -> dict[str, Any]:
         "zero_stage": config.engine.zero_stage,
         "encoder": session.base.identity.dump(),
         "trainable_parameters": sum(p.numel() for p in run.adapter.parameters()),
-        "frozen_parameters": session.base.parameters,
+        "frozen_parameters": 0 if config.adapter.trains_encoder else session.base.parameters,
         **run.speed.figures(),
         "load_s": session.load_s,
     }

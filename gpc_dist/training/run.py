@@ -160,7 +160,7 @@ def _print_result(result: dict[str, Any]) -> None:
     print(
         f"{result['task']} with {result['method']}: best {name} {best:.4f} at step "
         f"{result['metrics']['best_step']} (majority baseline {baseline:.4f}), "
-        f"{result['trainable_parameters']:,} of {result['frozen_parameters']:,} parameters trained"
+        f"{result['trainable_parameters']:,} parameters trained, {result['frozen_parameters']:,} frozen"
     )
 
 

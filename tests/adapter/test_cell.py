@@ -228,4 +228,6 @@ def test_the_parts_of_an_adapter_are_the_first_names_of_its_parameters() -> None
     from gpc_dist.adapter.lane import PARTS
 
     made: list[nn.Module] = [adapter("gated"), Adapter(options("deep-prompt"), SHAPE, 2)]
-    assert {name.split(".")[0] for m in made for name, _ in m.named_parameters()} == set(PARTS)
+    assert {name.split(".")[0] for m in made for name, _ in m.named_parameters()} == set(PARTS) - {
+        "encoder"
+    }  # taken later, with one method
