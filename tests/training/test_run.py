@@ -12,7 +12,8 @@ import yaml
 
 from gpc_dist import cli, config
 from gpc_dist.engine import checkpoint
-from gpc_dist.errors import EXIT_USAGE
+from gpc_dist.errors import EXIT_USAGE, UserError
+from gpc_dist.training.lane_run import saved_state
 from tests.conftest import losses
 
 
@@ -213,6 +214,22 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(
     assert not list(folder.glob("*99*"))
 
 
+def test_a_state_from_before_a_key_existed_means_its_default(run: Path, tmp_path: Path) -> None:
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    saved = checkpoint.load(newest)
+    settings = config.load(str(run / "config.yaml"))
+    for section, key in (("adapter", "cell_scale"), ("data", "holdout")):
+        del saved.state["identity"][section][key]
+    checkpoint.save(tmp_path, saved)
+    found = saved_state(tmp_path, settings)
+    assert found is not None
+    assert found.step == saved.step
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"holdout": 0.1})})
+    with pytest.raises(UserError, match="belongs to a run with another data:"):
+        saved_state(tmp_path, other)
+
+
 def test_a_save_cut_off_before_its_marker_is_not_read(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(run / "checkpoints", folder)
@@ -241,6 +258,7 @@ BAD = {
     "hub out of reach": (["{recipe}", "--encoder.path", "no-such/encoder"], "encoder.path 'no-such/encoder'"),
     "wrong column": (["{recipe}", "--task.text", "[body]"], "there is no column 'body'"),
     "unseen label": (["{recipe}", "--task.labels", "[a, b]"], "is none of the labels"),
+    "no such layer": (["{recipe}", "--adapter.cell_layers", "[0, 3]"], "give some of 0 to 2"),
     "long prompt": (["{recipe}", "--adapter.prompt_tokens", "64"], "64 positions"),
     "wrong regime": (["{recipe}", "--engine.ds_config", "zero3"], "has ZeRO stage 3"),
     "no regime": (["{recipe}", "--engine.ds_config", "zero9"], "zero0"),
