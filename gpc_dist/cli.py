@@ -93,7 +93,7 @@ def _evaluate(options: Any, rest: list[str], arguments: list[str]) -> int:
         return code
     from gpc_dist.training.inference import run_evaluation
 
-    return run_evaluation(options.adapter, settings)
+    return run_evaluation(options.adapter, options.split, settings)
 
 
 def _predict(options: Any, rest: list[str], arguments: list[str]) -> int:

@@ -51,8 +51,8 @@ class EncoderConfig(Section):
 
 class TaskConfig(Section):
     name: str = "table"
-    """A packaged task (boolq, cb, copa, multirc, record, rte, wic, wsc), or any name for a table
-    described by the keys below."""
+    """A packaged task (boolq, cb, cola, copa, multirc, record, rte, sst2, wic, wsc), or any name for a
+    table described by the keys below."""
     kind: Literal["classification", "choice", "regression"] = "classification"
     """Table only: what is predicted: one of the labels, one of the choices, or a number."""
     text: list[str] = []
@@ -86,18 +86,22 @@ class DataConfig(Section):
     given."""
     max_length: int = Field(256, ge=8)
     """Most text tokens of a row (T), special tokens included; the longest segment is shortened."""
+    holdout: float | None = Field(None, gt=0, lt=1)
+    """Hold out this share of the training split and select checkpoints on it, and searches their trials, instead
+    of on the validation split, which training then does not read. The same rows for every `run.seed`."""
     limit_train: int | None = Field(None, ge=1)
-    """Use only so many training examples, drawn by `run.seed`."""
+    """Use only so many training examples, of those not held out, drawn by `run.seed`."""
     limit_eval: int | None = Field(None, ge=1)
-    """Use only the first so many validation examples."""
+    """Use only the first so many examples of the validation split, or of what is held out."""
 
 
 class AdapterConfig(Section):
-    method: Literal["gpc", "prompt-tuning", "deep-prompt", "linear-probe"] = "gpc"
-    """`gpc`: prompt and cell; `prompt-tuning`: prompt alone; `deep-prompt`: a fresh prompt at
-    every layer; `linear-probe`: no prompt."""
+    method: Literal["gpc", "prompt-tuning", "deep-prompt", "linear-probe", "fine-tuning"] = "gpc"
+    """`gpc`: prompt and cell; `prompt-tuning`: prompt alone; `deep-prompt`: a fresh prompt at every layer;
+    `linear-probe`: no prompt; `fine-tuning`: no prompt, and the whole encoder is trained (stages 0 to 2, without
+    dropout, as for the other methods): the ceiling to compare them with."""
     prompt_tokens: int = Field(20, ge=1)
-    """Prompt tokens (P) put before the text; not used by `linear-probe`."""
+    """Prompt tokens (P) put before the text; not used by `linear-probe` and `fine-tuning`."""
     prompt_init: Literal["vocab", "text", "labels", "uniform"] = "vocab"
     """Start of the prompt: embeddings of frequent tokens, of `prompt_text`, of the label words, or
     uniform noise."""
@@ -109,14 +113,44 @@ class AdapterConfig(Section):
     """Rank of the cell's units; full `[H, H]` matrices when not given."""
     cell_per_layer: bool = False
     """A cell of its own for every layer instead of the one global cell (ablation)."""
-    pooling: Literal["mean", "first"] = "mean"
-    """What the head reads: the mean of the text states, or the first text token's state."""
+    cell_units: Literal["both", "remember", "forget"] = "both"
+    """The cell's units: both, or one of them alone (ablation)."""
+    cell_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers, counted from 0, after which the cell acts; the last one cannot be among them. After every layer but
+    the last when not given."""
+    cell_norm: bool = False
+    """The units read states divided by their root mean square, so that the cell's learning rate does not depend on
+    the scale of the encoder's states."""
+    cell_scale: Literal["none", "prompt", "text"] = "none"
+    """Scale of what the cell writes: as it comes; or each position brought to the root mean square of the encoded
+    prompt state it replaces (`prompt`), or to the mean one of its row's text states (`text`)."""
+    pooling: Literal["mean", "first", "prompt"] = "mean"
+    """What the head reads: the mean of the text states, the first text token's state, or the mean of the prompt's
+    states in the last layer."""
 
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
         if self.prompt_init == "text" and not self.prompt_text:
             raise ValueError("adapter.prompt_init 'text' needs adapter.prompt_text")
+        if self.pooling == "prompt" and not self.has_prompt:
+            raise ValueError(
+                f"adapter.pooling 'prompt' needs a prompt, which adapter.method '{self.method}' lacks"
+            )
+        layers = self.cell_layers
+        if layers is not None and (not layers or len(set(layers)) < len(layers)):
+            raise ValueError(
+                f"adapter.cell_layers {layers} must name at least one layer, each once; without a cell it is "
+                "adapter.method prompt-tuning"
+            )
         return self
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.method not in ("linear-probe", "fine-tuning")
+
+    @property
+    def trains_encoder(self) -> bool:
+        return self.method == "fine-tuning"
 
 
 class TrainConfig(Section):
@@ -136,6 +170,8 @@ class TrainConfig(Section):
     """Learning rate of the cell: lower, because its matrices act at every layer and prompt position."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the head; `lr` when not given."""
+    encoder_lr: float = Field(2e-5, gt=0)
+    """Learning rate of the encoder, with `adapter.method: fine-tuning`."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -253,6 +289,23 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if not self.adapter.trains_encoder:
+            return self
+        engine, needs = self.engine, "adapter.method 'fine-tuning' needs"
+        if engine.zero_stage == 3:
+            raise ValueError(
+                f"{needs} engine.zero_stage 0, 1 or 2: ZeRO-3 shards an encoder that stays frozen"
+            )
+        if engine.quantize != "none":
+            raise ValueError(f"{needs} engine.quantize none: int8 weights cannot be trained")
+        if engine.token_table != "device":
+            raise ValueError(f"{needs} engine.token_table device: the table is trained as well")
+        if engine.plan != "none":
+            raise ValueError(f"{needs} engine.plan none: the planner counts with a frozen encoder")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """The tree as plain JSON values, every default filled in; it builds this configuration again."""

@@ -57,15 +57,21 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         "Measure a trained adapter on its task's validation split.",
         "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
-        arguments="ADAPTER",
+        arguments="ADAPTER [--split validation|holdout]",
         settings=True,
     )
     evaluate.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+    evaluate.add_argument(
+        "--split",
+        choices=["validation", "holdout"],
+        default="validation",
+        help="the official split, or what data.holdout kept out of training [validation]",
+    )
 
     predict = command(
         "predict",
         "Write a trained adapter's predictions for a file.",
-        "A packaged task is written in SuperGLUE's submission format, any other as JSON lines with\n"
+        "A packaged task is written in its benchmark's submission format, any other as JSON lines with\n"
         "probabilities. The input has the columns of the training data; labels are not needed.\n\n"
         "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
         arguments="ADAPTER --input FILE --output FILE",

@@ -43,6 +43,15 @@ def superglue() -> Path:
 
 
 @pytest.fixture(scope="session")
+def glue() -> Path:
+    """The folder with GLUE's SST-2 and CoLA as JSON Lines, where a machine has them."""
+    folder = SHARED_DATA / "glue"
+    if not folder.is_dir():
+        pytest.skip(f"needs the GLUE files in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of 4 layers and width 32 with random weights, and its tokenizer."""
     import torch

@@ -23,7 +23,7 @@ def test_every_recipe_loads_and_says_what_it_is_for(name: str) -> None:
 
 
 def test_the_promised_recipes_are_there() -> None:
-    promised = "boolq cb copa multirc record rte wic wsc demo roberta-large t5-xl".split()
+    promised = "boolq cb cola copa multirc record rte sst2 wic wsc demo roberta-large t5-xl".split()
     assert set(promised) <= set(config.recipe_names())
 
 
@@ -60,6 +60,10 @@ def recipe(tmp_path: Path, text: str) -> str:
         ("train: {lr: [}", "not valid YAML"),
         ("train: {steps: 10, lr: -1}", "greater than 0 (given: -1)"),
         ("adapter: {prompt_init: text}", "needs adapter.prompt_text"),
+        ("adapter: {method: linear-probe, pooling: prompt}", "needs a prompt, which adapter.method"),
+        ("adapter: {cell_layers: []}", "must name at least one layer"),
+        ("adapter: {cell_layers: [1, 0, 1]}", "[1, 0, 1] must name at least one layer, each once"),
+        ("adapter: {cell_layers: [-1]}", "greater than or equal to 0 (given: -1)"),
     ],
 )
 def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:

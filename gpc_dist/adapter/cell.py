@@ -4,12 +4,18 @@ Notation: `e` is the prompt as layer *l* encoded it, `p` the prompt state that e
 are `[B, P, H]`. The public text of arXiv 2304.05642 gives the mechanism (RNN-inspired, a
 remembering unit on `e`, a forgetting unit on `p`, one module for all layers) and not its
 equations; each class says which reading of it it is.
+
+The options `adapter.cell_units` (a unit that is left out adds nothing) and `adapter.cell_norm` (units read
+normalised states) are this project's, for ablations; the rules below are written without them.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpc_dist.config import AdapterConfig
 
 
 class Unit(nn.Sequential):
@@ -17,9 +23,10 @@ class Unit(nn.Sequential):
 
     Args:
         zero: start at the zero map (the product's second factor only, so that gradients flow).
+        norm: read the state divided by its root mean square.
     """
 
-    def __init__(self, hidden_size: int, rank: int | None, zero: bool = False):
+    def __init__(self, hidden_size: int, rank: int | None, zero: bool = False, norm: bool = False):
         last = nn.Linear(rank or hidden_size, hidden_size, bias=False)
         if zero:
             nn.init.zeros_(last.weight)
@@ -27,58 +34,81 @@ class Unit(nn.Sequential):
             super().__init__(last)
         else:
             super().__init__(nn.Linear(hidden_size, rank, bias=False), last)
+        self.norm = norm
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(F.rms_norm(states, states.shape[-1:], eps=1e-12) if self.norm else states)
 
 
-class RecurrentCell(nn.Module):
-    """`tanh(W_r e + W_f p + b)`: the Elman reading.
+class Cell(nn.Module):
+    """A remembering and a forgetting unit; what they make of `e` and `p` is each subclass's own.
+
+    Args:
+        zero: start both units at the zero map.
+    """
+
+    def __init__(self, hidden_size: int, config: AdapterConfig, zero: bool):
+        super().__init__()
+
+        def unit() -> Unit:
+            return Unit(hidden_size, config.cell_rank, zero, config.cell_norm)
+
+        self.remember = None if config.cell_units == "forget" else unit()
+        self.forget = None if config.cell_units == "remember" else unit()
+
+    def remembered(self, encoded: Tensor) -> Tensor | float:
+        """`R(e)`; 0 without a remembering unit."""
+        return 0.0 if self.remember is None else self.remember(encoded)
+
+    def forgotten(self, previous: Tensor) -> Tensor | float:
+        """`F(p)`; 0 without a forgetting unit."""
+        return 0.0 if self.forget is None else self.forget(previous)
+
+
+class RecurrentCell(Cell):
+    """`tanh(R(e) + F(p) + b)`: the Elman reading.
 
     The state is bounded by 1, whatever the scale of the encoder's hidden states.
     """
 
-    def __init__(self, hidden_size: int, rank: int | None):
-        super().__init__()
-        self.remember = Unit(hidden_size, rank)
-        self.forget = Unit(hidden_size, rank)
+    def __init__(self, hidden_size: int, config: AdapterConfig):
+        super().__init__(hidden_size, config, zero=False)
         self.bias = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        return torch.tanh(self.remember(encoded) + self.forget(previous) + self.bias)
+        return torch.tanh(self.remembered(encoded) + self.forgotten(previous) + self.bias)
 
 
-class GatedCell(nn.Module):
+class GatedCell(Cell):
     """`f * p + (1 - f) * e` with `f = sigmoid(R(e) + F(p) + b)`: the forget-gate reading.
 
     Per feature, the gate decides how much of the encoded prompt is kept and how much of the
     previous one. It starts nearly closed (`b = -4`, f of about 0.02): close to vanilla prompt tuning.
     """
 
-    def __init__(self, hidden_size: int, rank: int | None):
-        super().__init__()
-        self.remember = Unit(hidden_size, rank, zero=True)
-        self.forget = Unit(hidden_size, rank, zero=True)
+    def __init__(self, hidden_size: int, config: AdapterConfig):
+        super().__init__(hidden_size, config, zero=True)
         self.bias = nn.Parameter(torch.full((hidden_size,), -4.0))
 
     def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.remember(encoded) + self.forget(previous) + self.bias)
+        gate = torch.sigmoid(self.remembered(encoded) + self.forgotten(previous) + self.bias)
         return torch.lerp(encoded, previous, gate)
 
 
-class ResidualCell(nn.Module):
+class ResidualCell(Cell):
     """`e + R(e) - F(p)`: remembering adds to the encoded prompt, forgetting takes from it.
 
     Both units start at zero, so that training starts from exactly vanilla prompt tuning.
     """
 
-    def __init__(self, hidden_size: int, rank: int | None):
-        super().__init__()
-        self.remember = Unit(hidden_size, rank, zero=True)
-        self.forget = Unit(hidden_size, rank, zero=True)
+    def __init__(self, hidden_size: int, config: AdapterConfig):
+        super().__init__(hidden_size, config, zero=True)
 
     def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        return encoded + self.remember(encoded) - self.forget(previous)
+        return encoded + self.remembered(encoded) - self.forgotten(previous)
 
 
-CELLS: dict[str, type[nn.Module]] = {
+CELLS = {
     "recurrent": RecurrentCell,
     "gated": GatedCell,
     "residual": ResidualCell,

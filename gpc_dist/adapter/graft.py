@@ -13,6 +13,7 @@ again in any order, as activation checkpointing does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,12 +40,15 @@ class _Pass:
 
     rows: list[slice]
     """Rows of each lane."""
+    attention_mask: Tensor
+    """Of the text, `[R, T]`."""
     prompts: dict[int, Tensor] = field(default_factory=dict)
     """`p_l [R, P, H]` of a layer, while it runs."""
 
 
 class GraftedEncoder(nn.Module):
-    """A frozen encoder with one or more adapters (lanes).
+    """A frozen encoder with one or more adapters (lanes). With method `fine-tuning` the one adapter takes the
+    encoder (`Adapter.take_encoder`), which then is what it trains.
 
     Use `attach` to make one from a `transformers` model. `lanes` may be changed between passes; all
     lanes of one pass have the same number of prompt tokens. The hooks act within a pass of this object
@@ -57,6 +61,8 @@ class GraftedEncoder(nn.Module):
         self.token_embeddings = parts.token_embeddings
         self.parts = parts
         self.lanes = nn.ModuleList(lanes)
+        self.autocast: torch.dtype | None = None
+        """Type of the encoder's matrix products where it is not that of its weights."""
         self._pass: _Pass | None = None
         self.encoder.requires_grad_(False)
         self.encoder.eval()
@@ -129,23 +135,22 @@ class GraftedEncoder(nn.Module):
         rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         states = self._encode(input_ids, attention_mask, token_type_ids, rows)
         outputs = [
-            lane.head(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)
+            lane.read_out(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)
         ]
         return outputs[0] if lane_rows is None else outputs
 
     def _encode(
         self, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None, rows: list[slice]
     ) -> Tensor:
-        """States of the text positions in the last layer: `[R, T, H]`."""
+        """States of the last layer: `[R, P+T, H]`."""
         tokens, positions = self.prompt_tokens, self.parts.max_positions
         if positions is not None and tokens + input_ids.shape[1] > positions:
             raise ValueError(
                 f"{input_ids.shape[1]} text tokens do not fit beside {tokens} prompt tokens: the encoder has "
                 f"{positions} positions, so truncate the text to {positions - tokens}"
             )
-        with torch.no_grad():
-            table: Any = self.token_embeddings.weight
-            embeds = self.token_embeddings(input_ids.to(table.device)).to(input_ids.device)
+        table: Any = self.token_embeddings.weight
+        embeds = self.token_embeddings(input_ids.to(table.device)).to(input_ids.device)
         mask, extra = attention_mask, {}
         if token_types is not None and self.parts.takes_token_types:
             extra["token_type_ids"] = _pad_left(token_types, tokens, 0)
@@ -153,38 +158,45 @@ class GraftedEncoder(nn.Module):
             starts = [lane.start(r.stop - r.start) for lane, r in zip(self.adapters, rows, strict=True)]
             embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
             mask = _pad_left(attention_mask, tokens, 1)
-        self._pass = _Pass(rows)
+        self._pass = _Pass(rows, attention_mask)
         try:
-            output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
+            with self._cast(embeds.device):
+                output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
         finally:
             self._pass = None
-        return output.last_hidden_state[:, tokens:]
+        return output.last_hidden_state
+
+    def _cast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _before(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of layer `index`: note the prompt state that enters it."""
-        if self._pass is None or not self._rewrites:
+        if self._pass is None or not self._rewrites_after(index):
             return None
         states, self._pass.prompts[index] = read_prompt(args[0], self.prompt_tokens)
         return states, *args[1:]
 
     def _after(self, index: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of layer `index`: put the next prompt state before the text states."""
-        if self._pass is None or not self._rewrites:
+        if self._pass is None or not self._rewrites_after(index):
             return None
-        rows = self._pass.rows
+        rows, mask = self._pass.rows, self._pass.attention_mask
+        encoded = output[0] if isinstance(output, tuple) else output
+        text = encoded.detach()[:, self.prompt_tokens :]
 
         def rule(e: Tensor, p: Tensor) -> Tensor:
-            parts = [lane.next_prompt(index, e[r], p[r]) for lane, r in zip(self.adapters, rows, strict=True)]
+            parts = [
+                lane.next_prompt(index, e[r], p[r], text[r], mask[r])
+                for lane, r in zip(self.adapters, rows, strict=True)
+            ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        encoded = output[0] if isinstance(output, tuple) else output
         trained = [p for lane in self.adapters for p in lane.rewriting_parameters(index)]
         written = write_prompt(rule, encoded, self._pass.prompts.pop(index), trained)
         return (written, *output[1:]) if isinstance(output, tuple) else written
 
-    @property
-    def _rewrites(self) -> bool:
-        return any(lane.rewrites_prompt for lane in self.adapters)
+    def _rewrites_after(self, index: int) -> bool:
+        return any(lane.rewrites_after(index) for lane in self.adapters)
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in the forward pass and compute the layer again in the backward
@@ -215,12 +227,13 @@ class GraftedEncoder(nn.Module):
         """Attach a saved adapter to the encoder it was trained on.
 
         Raises:
-            UserError: `folder` holds no adapter, or one that belongs to another encoder.
+            UserError: `folder` holds no adapter, one that belongs to another encoder, or a fine-tuned one.
         """
         from gpc_dist.adapter.fingerprint import identify
         from gpc_dist.adapter.store import load_adapter
 
         adapter, card = load_adapter(folder)
+        _refuse_training_the_encoder(card.adapter)
         parts = locate(encoder)
         card.check_encoder(identify(parts.encoder))
         return cls(parts, [adapter.to(next(parts.token_embeddings.parameters()).device)])
@@ -246,14 +259,14 @@ def attach(
         seed: of all starting values.
 
     Raises:
-        UserError: the encoder's family cannot hold a prompt.
+        UserError: the encoder's family cannot hold a prompt, or the method trains the encoder.
     """
+    config = config or AdapterConfig()
+    _refuse_training_the_encoder(config)
     parts = locate(encoder)
     if encoder.config.model_type not in TESTED:
         probe(parts)
-    adapter = new_adapter(
-        parts, config or AdapterConfig(), outputs, tokenizer=tokenizer, label_words=label_words, seed=seed
-    )
+    adapter = new_adapter(parts, config, outputs, tokenizer=tokenizer, label_words=label_words, seed=seed)
     return GraftedEncoder(parts, [adapter])
 
 
@@ -292,6 +305,14 @@ def new_adapter(
         )
         adapter.prompt.start.copy_(start)
     return adapter
+
+
+def _refuse_training_the_encoder(config: AdapterConfig) -> None:
+    if config.trains_encoder:
+        raise UserError(
+            "adapter.method 'fine-tuning' has nothing to attach to a frozen encoder: use gpc-dist train, evaluate and "
+            "predict, or gpc_dist.training.inference.Predictor"
+        )
 
 
 def _pad_left(x: Tensor, count: int, value: int) -> Tensor:

@@ -1,10 +1,12 @@
-"""The adapter: prompt, cell and head; what is trained, and all that is trained.
+"""The adapter: prompt, cell and head; what is trained, and all that is trained. With method `fine-tuning` the
+encoder becomes a part of it.
 
 An adapter's place in a running encoder is a *lane*; several lanes can share one batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 from gpc_dist.adapter.cell import CELLS
 from gpc_dist.adapter.head import Head
+from gpc_dist.adapter.scale import rescaled, rms, text_rms
 from gpc_dist.config import AdapterConfig
+from gpc_dist.errors import UserError
 
-PARTS = ("prompt", "cell", "head")
+PARTS = ("prompt", "cell", "head", "encoder")
 """The parts of an adapter, which may have learning rates of their own. The first component of a
 parameter's name is its part."""
 
@@ -47,6 +51,9 @@ class Adapter(nn.Module):
         outputs: outputs of the head.
         seed: of the head's, the cell's and the deep prompts' starting values. The prompt's own start needs
             the encoder's embeddings: see `prompt.starting_prompt`.
+
+    Raises:
+        UserError: a cell after a layer that the encoder does not have, or after its last one.
     """
 
     def __init__(self, config: AdapterConfig, shape: EncoderShape, outputs: int, seed: int = 0):
@@ -57,33 +64,45 @@ class Adapter(nn.Module):
         method = config.method
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            head = Head(shape.hidden_size, outputs, config.pooling)  # first: the same for every method
+            pooling = "mean" if config.pooling == "prompt" else config.pooling
+            head = Head(shape.hidden_size, outputs, pooling)  # first: the same for every method
             self.prompt = None
-            if method != "linear-probe":
+            if config.has_prompt:
                 self.prompt = Prompt(config.prompt_tokens, shape, deep=method == "deep-prompt")
             self.cell = None
             if method == "gpc":
+                self._acting = _cell_layers(config, shape)
+                count = len(self._acting) if config.cell_per_layer else 1
                 make = CELLS[config.cell]
-                count = shape.layers - 1 if config.cell_per_layer else 1
-                self.cell = nn.ModuleList([make(shape.hidden_size, config.cell_rank) for _ in range(count)])
+                self.cell = nn.ModuleList([make(shape.hidden_size, config) for _ in range(count)])
             self.head = head
+            self.encoder: nn.ModuleDict | None = None
             if self.prompt is not None and self.prompt.deep is not None:
                 nn.init.normal_(self.prompt.deep, std=0.02)
 
-    @property
-    def prompt_tokens(self) -> int:
-        """P; 0 for the linear probe."""
-        return 0 if self.prompt is None else self.config.prompt_tokens
+    def take_encoder(self, body: nn.Module, token_embeddings: nn.Module) -> None:
+        """Make an encoder a part of this adapter, with all that is trained, saved and loaded (`fine-tuning`)."""
+        self.encoder = nn.ModuleDict({"embeddings": token_embeddings, "body": body})
 
     @property
-    def rewrites_prompt(self) -> bool:
-        """Whether the prompt state is replaced between layers."""
-        return self.config.method in ("gpc", "deep-prompt")
+    def prompt_tokens(self) -> int:
+        """P; 0 for a method without a prompt."""
+        return 0 if self.prompt is None else self.config.prompt_tokens
+
+    def cell_after(self, layer: int) -> nn.Module | None:
+        """The cell that acts after layer `layer`, 0 to L-2, if one does."""
+        if self.cell is None or layer not in self._acting:
+            return None
+        return self.cell[self._acting.index(layer) if self.config.cell_per_layer else 0]
+
+    def rewrites_after(self, layer: int) -> bool:
+        """Whether the prompt state is replaced after this layer."""
+        return self.config.method == "deep-prompt" or self.cell_after(layer) is not None
 
     def rewriting_parameters(self, layer: int) -> list[nn.Parameter]:
         """The parameters that `next_prompt` uses after this layer."""
-        if self.cell is not None:
-            return list(self.cell[layer if self.config.cell_per_layer else 0].parameters())
+        if (cell := self.cell_after(layer)) is not None:
+            return list(cell.parameters())
         if self.prompt is not None and self.prompt.deep is not None:
             return [self.prompt.deep]
         return []
@@ -93,21 +112,55 @@ class Adapter(nn.Module):
         assert self.prompt is not None
         return self.prompt.start.expand(rows, -1, -1)
 
-    def next_prompt(self, layer: int, encoded: Tensor, previous: Tensor) -> Tensor:
+    def read_out(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Outputs of the head, float32 `[R, outputs]`.
+
+        Args:
+            states: of the last layer, `[R, P+T, H]`.
+            attention_mask: of the text, `[R, T]`.
+        """
+        if self.config.pooling == "prompt":
+            prompt = states[:, : self.prompt_tokens]
+            return self.head(prompt, attention_mask.new_ones(prompt.shape[:2]))
+        return self.head(states[:, self.prompt_tokens :], attention_mask)
+
+    def next_prompt(
+        self, layer: int, encoded: Tensor, previous: Tensor, text: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """Prompt state that enters layer `layer + 1`.
 
         Args:
             layer: index of the layer that has just run, 0 to L-2.
             encoded: `e_l [B, P, H]`, the prompt positions of the layer's output.
             previous: `p_l [B, P, H]`, the prompt positions of the layer's input.
+            text: the text positions of the layer's output, `[B, T, H]`; read for its scale alone, if at all.
+            attention_mask: of the text, `[B, T]`.
 
         Returns:
             `p_{l+1} [B, P, H]` in the dtype of `encoded`; computed in the adapter's own dtype.
         """
-        if self.cell is not None:
-            cell = self.cell[layer if self.config.cell_per_layer else 0]
+        if (cell := self.cell_after(layer)) is not None:
             dtype = next(cell.parameters()).dtype
-            return cell(encoded.to(dtype), previous.to(dtype)).to(encoded.dtype)
+            states = encoded.to(dtype)
+            written = cell(states, previous.to(dtype))
+            if self.config.cell_scale == "prompt":
+                written = rescaled(written, rms(states))
+            elif self.config.cell_scale == "text":
+                written = rescaled(written, text_rms(text, attention_mask).to(dtype))
+            return written.to(encoded.dtype)
         if self.prompt is not None and self.prompt.deep is not None:
             return self.prompt.deep[layer].to(encoded.dtype).expand(len(encoded), -1, -1)
         return encoded
+
+
+def _cell_layers(config: AdapterConfig, shape: EncoderShape) -> Sequence[int]:
+    """The layers after which the cell acts."""
+    last = shape.layers - 2
+    if config.cell_layers is None:
+        return range(last + 1)
+    if wrong := [layer for layer in config.cell_layers if layer > last]:
+        raise UserError(
+            f"adapter.cell_layers: there is no layer after {wrong[0]} whose prompt a cell could write: the encoder "
+            f"has {shape.layers} layers, give some of 0 to {last}"
+        )
+    return config.cell_layers

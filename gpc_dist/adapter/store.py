@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,8 @@ from gpc_dist.files import new_folder
 WEIGHTS = "adapter.safetensors"
 CARD = "adapter_config.json"
 _FORMAT = 1
+_ENCODER = "encoder."
+"""Begins the names of a fine-tuned encoder's tensors."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def read_card(folder: str | Path) -> AdapterCard:
 
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
-    """The adapter of a folder (float32, on the CPU) and its card.
+    """The adapter of a folder (float32, on the CPU) and its card. A fine-tuned encoder's weights are left out:
+    see `load_encoder`.
 
     Raises:
         UserError: no adapter there, a corrupt file, or tensors that do not fit the card.
@@ -95,7 +99,30 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
     path = Path(folder) / WEIGHTS
     try:
         adapter = Adapter(card.adapter, card.shape, card.outputs)
-        adapter.load_state_dict(load_file(path))
+        tensors = load_file(path)
+        if card.adapter.trains_encoder:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(_ENCODER)}
+        adapter.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} cannot be loaded into its adapter: {error}") from None
     return adapter, card
+
+
+def load_encoder(folder: str | Path, adapter: Adapter) -> None:
+    """Give the encoder that an adapter has taken (see `Adapter.take_encoder`) its fine-tuned weights.
+
+    Raises:
+        UserError: a corrupt file, or tensors that are not this encoder's.
+    """
+    path = Path(folder) / WEIGHTS
+    # by name, because a state dictionary would ask for weights that layers share once for each layer
+    named = {n: p for n, p in adapter.named_parameters() if n.startswith(_ENCODER)}
+    try:
+        tensors = {n: t for n, t in load_file(path).items() if n.startswith(_ENCODER)}
+        if differing := sorted(named.keys() ^ tensors.keys()):
+            raise RuntimeError(f"{', '.join(differing[:3])} stands on one side only")
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(tensors[name])
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be loaded into its encoder: {error}") from None

@@ -3,7 +3,7 @@
 `transformers` hands the bias `[1, heads, S, S]` from layer to layer, and every layer merges it with the padding mask
 into a new `[R, heads, S, S]` (S = P+T), or without SDPA keeps the scores of that size for the backward pass.
 The encoder is frozen, so the merged bias is a constant: the first layer makes it, and the others get it in the
-place of the bias.
+place of the bias. An encoder that is fine-tuned makes it operator by operator, with gradients for the table of biases.
 """
 
 from __future__ import annotations
@@ -42,10 +42,23 @@ def _attend(
         project(hidden_states).view(heads).transpose(1, 2) for project in (self.q, self.k, self.v)
     )
     if position_bias is None:
-        position_bias = _merged_bias(self, hidden_states, mask)
+        trained = self.relative_attention_bias.weight.requires_grad
+        merged = _trained_bias if trained else _merged_bias
+        position_bias = merged(self, hidden_states, mask)
     # T5 folds the usual scale into its query weights
     states = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, scale=1.0)
     return self.o(states.transpose(1, 2).flatten(2)), position_bias, None
+
+
+def _trained_bias(attention: Any, states: Tensor, mask: Tensor | None) -> Tensor:
+    """As `_merged_bias`, with gradients for the table of biases."""
+    length = states.shape[1]
+    bias = attention.compute_bias(length, length, device=states.device).to(states.dtype)
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(states.dtype).min)
+    return bias + mask
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""The frozen encoder: found, and loaded to where it runs, each rank reading no more than its own part."""
+"""The frozen encoder: found, and loaded to where it runs, each rank reading no more than its own part; and thawed,
+where a method trains it."""
 
 from __future__ import annotations
 
@@ -145,6 +146,21 @@ def place(encoder: Encoder, world: World, engine: EngineConfig, ds_config: dict[
             quantize_layer(layer, engine.quantize)
     _read_module(model, places, world.device)
     model.to(world.device)
+
+
+def thaw(parts: EncoderParts) -> None:
+    """Let every weight of a placed encoder be trained, in place: with a storage of its own, because what lies in
+    memory may be a view of the checkpoint file.
+
+    Raises:
+        UserError: it has been done before, so that the weights are no longer the checkpoint's.
+    """
+    modules = nn.ModuleList([parts.encoder, parts.token_embeddings])
+    for parameter in modules.parameters():
+        if parameter.requires_grad:
+            raise UserError("this encoder is being fine-tuned by another run: load one for each run")
+        give_values(parameter, parameter.detach().clone())
+        parameter.requires_grad_(True)
 
 
 class _NoTable(nn.Module):

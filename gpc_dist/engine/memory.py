@@ -99,13 +99,14 @@ def measure_passes(
         UserError: a family that cannot hold a prompt.
     """
     layers = model_config.num_hidden_layers
-    shallow, deeper = _depths(model_config)
+    # with a cell after some layers only, memory does not grow by the same amount with each
+    shallow, deeper = _depths(model_config) if adapter.cell_layers is None else (layers, layers)
     part = (layers - shallow) / (deeper - shallow) if deeper > shallow else 0.0
-    runs = [
-        _dry_runs(_with_depth(model_config, depth), dtype, adapter, outputs, tokens)
-        for depth in (shallow, deeper)
-    ]
-    few_and_many = [a.toward(b, part) for a, b in zip(*runs, strict=True)]
+    runs = {
+        depth: _dry_runs(_with_depth(model_config, depth), dtype, adapter, outputs, tokens)
+        for depth in {shallow, deeper}
+    }
+    few_and_many = [a.toward(b, part) for a, b in zip(runs[shallow], runs[deeper], strict=True)]
     kept, kept_sharded, recomputed, recomputed_sharded = (
         Activations(*few_and_many[n : n + 2]) for n in range(0, 8, 2)
     )

@@ -39,7 +39,12 @@ class LaneOptimizer:
         self.partitioned = zero_stage > 0 and world.size > 1
         self.named = dict(adapter.named_parameters())
         self.owner = _owners(self.named, world.size) if self.partitioned else {}
-        rates = {"prompt": config.lr, "cell": config.cell_lr, "head": config.head_lr or config.lr}
+        rates = {
+            "prompt": config.lr,
+            "cell": config.cell_lr,
+            "head": config.head_lr or config.lr,
+            "encoder": config.encoder_lr,
+        }
         groups: list[dict[str, Any]] = []
         for part in PARTS:
             owned = [p for n, p in self.named.items() if n.split(".")[0] == part and self._owns(n)]

@@ -76,7 +76,7 @@ def goal(spec: SearchSpec) -> tuple[str, Literal["max", "min"]]:
 def pack_key(trial: Config) -> tuple[str, ...]:
     """What must be equal for two trials to share one running encoder and its batches."""
     data = trial.data.model_dump_json(exclude={"limit_train", "limit_eval"})
-    prompt_tokens = 0 if trial.adapter.method == "linear-probe" else trial.adapter.prompt_tokens
+    prompt_tokens = trial.adapter.prompt_tokens if trial.adapter.has_prompt else 0
     sections = (trial.encoder, trial.task, trial.engine)
     return (*(section.model_dump_json() for section in sections), data, f"prompt tokens: {prompt_tokens}")
 
@@ -170,6 +170,11 @@ def _check_values(spec: SearchSpec) -> None:
                 built = _build(spec, tree, _probe(live, key, value))
             except UserError as error:
                 raise UserError(f"space.{key}: the value {value!r} is not accepted: {error}") from None
+            if spec.resources.pack > 1 and built.adapter.trains_encoder:
+                raise UserError(
+                    "adapter.method fine-tuning changes the encoder, which the trials in one pack share: give "
+                    "--resources.pack 1"
+                )
             if spec.resources.pack > 1 and pack_key(built) != first:
                 raise UserError(
                     f"space.{key}: trials in one pack share the encoder and its batches, and cannot differ in this: "

@@ -104,7 +104,8 @@ class SearchSpec(Section):
     seeds: list[int] = Field([0], min_length=1)
     """Seeds (run.seed) with each of which every configuration is run."""
     metric: str | None = None
-    """Metric of the validation split that is searched for, such as `accuracy`; the task's own when not given."""
+    """Metric that is searched for, such as `accuracy`, on the validation split or on what `data.holdout` holds out;
+    the task's own when not given."""
     mode: Literal["max", "min"] | None = None
     """Whether more or less of the metric is better; known from the metric when not given."""
     algorithm: Literal["random", "grid", "optuna"] = "random"

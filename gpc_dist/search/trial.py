@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,11 @@ class Trial(tune.Trainable):
         )
         write_trial(self._folder, record)
         key, tree = space.pack_key(built), built.dump()
+        if built.adapter.trains_encoder:
+            key = (
+                *key,
+                uuid.uuid4().hex,
+            )  # no other run, nor this one begun again, may find the encoder changed
         try:
             place: Any = ray.get(
                 self._packs.join.remote(self._lane_name, key, tree, self._command(), self._start_from)

@@ -1,6 +1,6 @@
 """What is learnt: tasks, their text, their metrics, and which examples make up a step.
 
-`make_task` gives the task of a configuration; `Task.read` its examples, `encode` their tokens,
+`make_task` gives the task of a configuration; `read_part` its examples, `encode` their tokens,
 `EpochPlan` the steps, `share` a rank's part of a step and `collate` the tensors of that part.
 """
 
@@ -11,9 +11,10 @@ from gpc_dist.errors import UserError
 from gpc_dist.tasks.batching import EpochPlan, Sizes, evaluation_batches, share
 from gpc_dist.tasks.collate import Batch, LaneBatch, collate, join
 from gpc_dist.tasks.encode import Encoded, encode
-from gpc_dist.tasks.example import Example, limit
+from gpc_dist.tasks.example import Example
+from gpc_dist.tasks.holdout import read_part, selection_part
+from gpc_dist.tasks.packaged import NAMES, make_packaged_task
 from gpc_dist.tasks.submission import write_predictions
-from gpc_dist.tasks.superglue import NAMES, make_superglue_task
 from gpc_dist.tasks.table import make_table_task
 from gpc_dist.tasks.task import Prediction, Task
 
@@ -30,8 +31,9 @@ __all__ = [
     "encode",
     "evaluation_batches",
     "join",
-    "limit",
     "make_task",
+    "read_part",
+    "selection_part",
     "share",
     "write_predictions",
 ]
@@ -51,7 +53,7 @@ def make_task(task: TaskConfig, data: DataConfig) -> Task:
                 f"'{task.name}' is a packaged task, but task.text, task.choices or task.labels "
                 "describe a table: give the table another task.name"
             )
-        return make_superglue_task(task.name, data, task.metric)
+        return make_packaged_task(task.name, data, task.metric)
     if not described:
         raise UserError(
             f"unknown task '{task.name}': use a packaged one ({', '.join(NAMES)}), or describe a "

@@ -25,6 +25,8 @@ class Example:
     """Class index; number (always a float); indices of all right candidates; None: unlabelled."""
     group: Hashable = None
     """Examples that are scored together share it (the answers to one MultiRC question)."""
+    source: Hashable = None
+    """Examples made of one text share it (the questions on one passage), where the data says so."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """What scoring and submission need beside the target: candidate strings, gold answers."""
 

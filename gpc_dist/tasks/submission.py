@@ -1,15 +1,17 @@
-"""Prediction files: SuperGLUE's own submission format, and JSON Lines for everything else."""
+"""Prediction files: the benchmarks' own submission formats, and JSON Lines for everything else."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpc_dist.files import write_text
+from gpc_dist.tasks import glue
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.task import Prediction, Task
 
@@ -21,9 +23,10 @@ def write_predictions(
 ) -> Path:
     """Writes what the outputs predict for the examples and returns the file written.
 
-    A packaged task is written in the submission format of super.gluebenchmark.com; any other as one
-    object per example: `id`, `prediction` (label, number of the choice, or number) and, unless it
-    is a regression, `probabilities`. The file appears whole or not at all.
+    A packaged task is written in the submission format of super.gluebenchmark.com (SST-2 and CoLA: of
+    gluebenchmark.com, a TSV file); any other as one object per example: `id`, `prediction` (label,
+    number of the choice, or number) and, unless it is a regression, `probabilities`. The file appears
+    whole or not at all.
 
     Args:
         outputs: an array per example, as in `Task`.
@@ -33,11 +36,18 @@ def write_predictions(
     name, form = _FORMATS.get(task.name, ("predictions.jsonl", _table))
     file = path if path.suffix and not path.is_dir() else path / name
     predicted = list(zip(examples, task.predictions(examples, outputs), strict=True))
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in form(predicted))
-    write_text(file, "".join(lines))
+    write_text(file, "".join(f"{line}\n" for line in form(predicted)))
     return file
 
 
+def _json_lines(
+    rows: Callable[[Predicted], Iterable[dict[str, Any]]],
+) -> Callable[[Predicted], Iterable[str]]:
+    """Makes lines of what a format below gives as objects."""
+    return lambda predicted: (json.dumps(row, ensure_ascii=False) for row in rows(predicted))
+
+
+@_json_lines
 def _table(predicted: Predicted) -> Iterable[dict[str, Any]]:
     for _, prediction in predicted:
         row = {"id": prediction.id, "prediction": prediction.value}
@@ -46,16 +56,19 @@ def _table(predicted: Predicted) -> Iterable[dict[str, Any]]:
         yield row
 
 
+@_json_lines
 def _plain(predicted: Predicted) -> Iterable[dict[str, Any]]:
     for _, prediction in predicted:
         yield {"idx": prediction.id, "label": prediction.value}
 
 
+@_json_lines
 def _capitalized(predicted: Predicted) -> Iterable[dict[str, Any]]:
     for _, prediction in predicted:
         yield {"idx": prediction.id, "label": str(prediction.value).capitalize()}
 
 
+@_json_lines
 def _multirc(predicted: Predicted) -> Iterable[dict[str, Any]]:
     passages: dict[int, dict[int, list[dict[str, int]]]] = {}
     for _, prediction in predicted:
@@ -67,19 +80,29 @@ def _multirc(predicted: Predicted) -> Iterable[dict[str, Any]]:
         yield {"idx": passage, "passage": {"questions": nested}}
 
 
+@_json_lines
 def _record(predicted: Predicted) -> Iterable[dict[str, Any]]:
     for example, prediction in predicted:
         entity = example.meta["candidates"][prediction.value]
         yield {"idx": prediction.id["query"], "label": entity}
 
 
-_FORMATS: dict[str, tuple[str, Callable[[Predicted], Iterable[dict[str, Any]]]]] = {
+def _glue(labels: Sequence[str], predicted: Predicted) -> Iterable[str]:
+    """GLUE numbers the examples by their place in the file, and takes class indices."""
+    yield "index\tprediction"
+    for place, (_, prediction) in enumerate(predicted):
+        yield f"{place}\t{labels.index(str(prediction.value))}"
+
+
+_FORMATS: dict[str, tuple[str, Callable[[Predicted], Iterable[str]]]] = {
     "boolq": ("BoolQ.jsonl", _plain),
     "cb": ("CB.jsonl", _plain),
+    "cola": ("CoLA.tsv", partial(_glue, glue.SPECS["cola"].labels)),
     "copa": ("COPA.jsonl", _plain),
     "multirc": ("MultiRC.jsonl", _multirc),
     "record": ("ReCoRD.jsonl", _record),
     "rte": ("RTE.jsonl", _plain),
+    "sst2": ("SST-2.tsv", partial(_glue, glue.SPECS["sst2"].labels)),
     "wic": ("WiC.jsonl", _plain),
     "wsc": ("WSC.jsonl", _capitalized),
 }

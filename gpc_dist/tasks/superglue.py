@@ -8,44 +8,30 @@ ReCoRD (nested in the files, flat on the Hub), WSC (`target` or flat) and labels
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from gpc_dist.config import DataConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import metrics
-from gpc_dist.tasks.example import Example, Kind, Split
+from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.metrics import Metric
-from gpc_dist.tasks.read import Row, read_rows
-from gpc_dist.tasks.task import Task
+from gpc_dist.tasks.read import Row
+from gpc_dist.tasks.spec import Spec, class_index
 
 _BOOLEAN = ("false", "true")
 _CB = ("entailment", "contradiction", "neutral")
 _RTE = ("entailment", "not_entailment")
 
 
-def _class_index(row: Row, labels: tuple[str, ...]) -> int | None:
-    """The label as an index: given as a name, a boolean or the Hub's index; None when withheld."""
-    label = row.get("label")
-    if label is None or label == -1:
-        return None
-    if isinstance(label, str) and label.lower() in labels:
-        return labels.index(label.lower())
-    if isinstance(label, int) and 0 <= label < len(labels):
-        return int(label)
-    raise UserError(f"label {label!r} is none of {', '.join(labels)}")
-
-
 def _boolq(row: Row) -> Iterator[Example]:
     texts = (row["question"], row["passage"])
-    yield Example(row["idx"], (texts,), _class_index(row, _BOOLEAN))
+    yield Example(row["idx"], (texts,), class_index(row, _BOOLEAN))
 
 
 def _entailment(labels: tuple[str, ...], row: Row) -> Iterator[Example]:
     texts = (row["premise"], row["hypothesis"])
-    yield Example(row["idx"], (texts,), _class_index(row, labels))
+    yield Example(row["idx"], (texts,), class_index(row, labels))
 
 
 def _copa(row: Row) -> Iterator[Example]:
@@ -53,7 +39,7 @@ def _copa(row: Row) -> Iterator[Example]:
     joiner = {"cause": "because", "effect": "so"}[row["question"]]
     # without its full stop the premise and the joiner read on into the choice
     premise = f"{row['premise'].rstrip('. ')} {joiner}"
-    right = _class_index(row, ("choice1", "choice2"))
+    right = class_index(row, ("choice1", "choice2"))
     yield Example(
         row["idx"],
         tuple((premise, choice) for choice in choices),
@@ -82,8 +68,9 @@ def _multirc_answer(
     return Example(
         idx,
         ((paragraph, f"{question} {answer}"),),
-        _class_index(labelled, _BOOLEAN),
+        class_index(labelled, _BOOLEAN),
         group=(idx["paragraph"], idx["question"]),
+        source=idx["paragraph"],
     )
 
 
@@ -113,6 +100,7 @@ def _record_query(idx: Any, passage: str, entities: list[str], query: str, answe
         idx,
         tuple((passage, query.replace("@placeholder", entity)) for entity in candidates),
         right or None,
+        source=idx["passage"] if isinstance(idx, dict) else None,
         meta={"candidates": candidates, "answers": tuple(dict.fromkeys(answers))},
     )
 
@@ -120,7 +108,7 @@ def _record_query(idx: Any, passage: str, entities: list[str], query: str, answe
 def _wic(row: Row) -> Iterator[Example]:
     first, second = (mark(row[f"sentence{k}"], {"*": (row[f"start{k}"], row[f"end{k}"])}) for k in (1, 2))
     texts = (f"{row['word']}: {first}", second)
-    yield Example(row["idx"], (texts,), _class_index(row, _BOOLEAN))
+    yield Example(row["idx"], (texts,), class_index(row, _BOOLEAN))
 
 
 def _wsc(row: Row) -> Iterator[Example]:
@@ -132,7 +120,7 @@ def _wsc(row: Row) -> Iterator[Example]:
             for k, sign in ((1, "*"), (2, "#"))
         },
     )
-    yield Example(row["idx"], ((text, None),), _class_index(row, _BOOLEAN))
+    yield Example(row["idx"], ((text, None),), class_index(row, _BOOLEAN))
 
 
 def mark(text: str, spans: Mapping[str, tuple[int, int]]) -> str:
@@ -170,24 +158,13 @@ def _words_before(text: str, match: re.Match[str]) -> int:
     return len(re.findall(r"\S\s", text[: match.start()]))
 
 
-@dataclass(frozen=True)
-class _Spec:
-    adapt: Callable[[Row], Iterator[Example]]
-    columns: tuple[str, ...]
-    """What a flat row needs for a prediction; the files' nested rows hold the same."""
-    kind: Kind
-    labels: tuple[str, ...]
-    label_words: tuple[str, ...]
-    metrics: Mapping[str, Metric]
-
-
 _ACCURACY: dict[str, Metric] = {"accuracy": metrics.accuracy}
 _YES_NO = ("no", "yes")
 
 # Labels stand in the order of the Hub's indices.
-_SPECS = {
-    "boolq": _Spec(_boolq, ("question", "passage"), "classification", _BOOLEAN, _YES_NO, _ACCURACY),
-    "cb": _Spec(
+SPECS = {
+    "boolq": Spec(_boolq, ("question", "passage"), "classification", _BOOLEAN, _YES_NO, _ACCURACY),
+    "cb": Spec(
         partial(_entailment, _CB),
         ("premise", "hypothesis"),
         "classification",
@@ -195,7 +172,7 @@ _SPECS = {
         _CB,
         {"accuracy": metrics.accuracy, "f1_macro": metrics.f1_macro},
     ),
-    "copa": _Spec(
+    "copa": Spec(
         _copa,
         ("premise", "question", "choice1", "choice2"),
         "choice",
@@ -203,7 +180,7 @@ _SPECS = {
         ("cause", "effect"),
         _ACCURACY,
     ),
-    "multirc": _Spec(
+    "multirc": Spec(
         _multirc,
         ("paragraph", "question", "answer"),
         "classification",
@@ -211,7 +188,7 @@ _SPECS = {
         _YES_NO,
         {"f1_a": metrics.multirc_f1, "exact_match": metrics.multirc_exact_match},
     ),
-    "record": _Spec(
+    "record": Spec(
         _record,
         ("passage", "query", "entities"),
         "choice",
@@ -219,7 +196,7 @@ _SPECS = {
         ("entity", "answer"),
         {"f1": metrics.record_f1, "exact_match": metrics.record_exact_match},
     ),
-    "rte": _Spec(
+    "rte": Spec(
         partial(_entailment, _RTE),
         ("premise", "hypothesis"),
         "classification",
@@ -227,7 +204,7 @@ _SPECS = {
         ("entailment", "not entailment"),
         _ACCURACY,
     ),
-    "wic": _Spec(
+    "wic": Spec(
         _wic,
         ("word", "sentence1", "start1", "end1", "sentence2", "start2", "end2"),
         "classification",
@@ -235,7 +212,7 @@ _SPECS = {
         ("different", "same"),
         _ACCURACY,
     ),
-    "wsc": _Spec(
+    "wsc": Spec(
         _wsc,
         ("text", "span1_text", "span1_index", "span2_text", "span2_index"),
         "classification",
@@ -244,54 +221,3 @@ _SPECS = {
         _ACCURACY,
     ),
 }
-
-NAMES = tuple(_SPECS)
-
-
-def make_superglue_task(name: str, data: DataConfig, metric: str | None = None) -> Task:
-    """The packaged task `name`; `metric` overrides the one that selects the best checkpoint."""
-    spec = _SPECS[name]
-    averaged = len(spec.metrics) > 1
-    return Task(
-        name=name,
-        kind=spec.kind,
-        labels=spec.labels,
-        label_words=spec.label_words,
-        metrics=spec.metrics,
-        main_metric=metric or ("average" if averaged else next(iter(spec.metrics))),
-        columns=spec.columns,
-        reader=partial(_read, name, data),
-        parser=partial(_parse, name),
-        averaged=averaged,
-    )
-
-
-def _read(name: str, data: DataConfig, split: Split) -> list[Example]:
-    source, rows = read_rows(data, split, hub_config=name)
-    return adapt_rows(name, rows, source)
-
-
-def _parse(name: str, rows: list[Row]) -> list[Example]:
-    hidden = [{**row, "label": None} for row in rows]
-    return adapt_rows(name, hidden, "the input")
-
-
-def adapt_rows(name: str, rows: list[Row], source: str) -> list[Example]:
-    """The examples of a packaged task's source rows.
-
-    Raises:
-        UserError: a row that is not of the task's schema; names its number in `source`.
-    """
-    adapt = _SPECS[name].adapt
-    examples: list[Example] = []
-    for number, row in enumerate(rows):
-        try:
-            examples += adapt({"idx": number} | row)
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"row {number + 1} of {source} is not a row of task {name} ({error!r}); "
-                f"it has: {', '.join(row)}"
-            ) from None
-        except UserError as error:
-            raise UserError(f"row {number + 1} of {source}: {error}") from None
-    return examples

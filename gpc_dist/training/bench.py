@@ -137,7 +137,15 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
 
 
 def _for_bench(config: Config, shape: str | None) -> Config:
-    """The recipe, with a prompt that needs neither a tokenizer nor label words to start from."""
+    """The recipe, with a prompt that needs neither a tokenizer nor label words to start from.
+
+    Raises:
+        UserError: the encoder is not frozen.
+    """
+    if config.adapter.trains_encoder:
+        raise UserError(
+            "bench counts the work of a frozen encoder: give another adapter.method than fine-tuning"
+        )
     update: dict[str, Any] = {"adapter": config.adapter.model_copy(update={"prompt_init": "vocab"})}
     if shape is not None:
         update["encoder"] = config.encoder.model_copy(update={"path": shape})

@@ -8,7 +8,8 @@ from gpc_dist.config import Config
 from gpc_dist.engine.distributed import World
 from gpc_dist.engine.frozen import count_parameters, load_encoder, load_tokenizer
 from gpc_dist.errors import EXIT_DONE
-from gpc_dist.tasks import make_task
+from gpc_dist.tasks import make_task, read_part, selection_part
+from gpc_dist.tasks.holdout import Part
 
 
 def run_fetch(config: Config) -> int:
@@ -18,7 +19,8 @@ def run_fetch(config: Config) -> int:
         UserError: something cannot be had, or is not what it should be.
     """
     task = make_task(config.task, config.data)
-    counts = [f"{len(task.read(split)):,} {split}" for split in ("train", "validation")]
+    parts: tuple[Part, ...] = ("train", selection_part(config.data))
+    counts = [f"{len(read_part(task, config.data, part)):,} {part}" for part in parts]
     print(f"data: {task.name}, {' and '.join(counts)} examples")
     load_tokenizer(config.encoder)
     # matches every weight with the files' headers; the weights themselves are not read

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from gpc_dist import config as configuration
-from gpc_dist.adapter.store import AdapterCard, load_adapter, read_card
+from gpc_dist.adapter.store import AdapterCard, load_adapter, load_encoder, read_card
 from gpc_dist.config import Config
 from gpc_dist.engine.distributed import World, join
-from gpc_dist.tasks import Prediction, limit, make_task, write_predictions
+from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
 from gpc_dist.training.evaluate import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session
 
@@ -42,21 +42,29 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
     adapter, card = load_adapter(folder)
     base = load_base(config, world)
     card.check_encoder(base.identity)
-    return open_session(config, world, make_task(config.task, config.data), base, [adapter])
+    session = open_session(config, world, make_task(config.task, config.data), base, [adapter])
+    if config.adapter.trains_encoder:
+        load_encoder(folder, adapter)
+    return session
 
 
-def run_evaluation(folder: Path, overrides: Mapping[str, str]) -> int:
-    """`gpc-dist evaluate`: print the metrics of an adapter on its validation split, as JSON."""
+def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrides: Mapping[str, str]) -> int:
+    """`gpc-dist evaluate`: print the metrics of an adapter on a part of its data, as JSON.
+
+    Raises:
+        UserError: as `open_adapter`; or nothing was held out when it was trained.
+    """
     config = adapter_config(read_card(folder), overrides)
     world = join(config.engine)
     try:
         session = open_adapter(folder, config, world)
-        examples = limit(session.task.read("validation"), config.data.limit_eval)
+        examples = read_part(session.task, config.data, part)
         split = session.split(examples)
         outputs = _outputs(session, split)
         if outputs is not None:
             metrics = session.task.score(examples, outputs)
-            print(json.dumps({"task": session.task.name, "examples": len(examples), "metrics": metrics}))
+            found = {"task": session.task.name, "split": part, "examples": len(examples), "metrics": metrics}
+            print(json.dumps(found))
     finally:
         world.leave()
     return 0

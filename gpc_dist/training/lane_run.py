@@ -256,6 +256,12 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
+def _completed(theirs: dict[str, Any]) -> dict[str, Any]:
+    """An identity that was saved before a key of the configuration existed, with that key's default."""
+    sections = {key: field.default.model_dump(mode="json") for key, field in Config.model_fields.items()}
+    return {key: sections[key] | value if key in sections else value for key, value in theirs.items()}
+
+
 def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
     """The newest complete checkpoint, verified; None when there is none or it is not to be used.
 
@@ -266,7 +272,7 @@ def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
     if path is None:
         return None
     saved = checkpoint.load(path)
-    mine, theirs = identity(config), saved.state["identity"]
+    mine, theirs = identity(config), _completed(saved.state["identity"])
     if differing := [key for key in mine if mine[key] != theirs.get(key)]:
         raise UserError(
             f"{path} belongs to a run with another {', '.join(differing)}: give this run its own --run.name, "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
@@ -18,14 +17,22 @@ from gpc_dist.engine.checkpoint import Checkpoint
 from gpc_dist.engine.distributed import World
 from gpc_dist.engine.measure import peak_memory_mib
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import limit, make_task
+from gpc_dist.tasks import make_task, read_part, selection_part
+from gpc_dist.tasks.holdout import Part
 from gpc_dist.tracking.folder import RunFolder, State
 from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.training.event import Event
 from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
 from gpc_dist.training.loop import evaluate
 from gpc_dist.training.record import open_folder, run_result
-from gpc_dist.training.session import Split, check_input, fresh_adapter, load_base, open_session
+from gpc_dist.training.session import (
+    Split,
+    check_input,
+    fresh_adapter,
+    hand_over_encoder,
+    load_base,
+    open_session,
+)
 from gpc_dist.training.step import backward, finish, prepare
 
 
@@ -53,7 +60,7 @@ class Pack:
         task = make_task(config.task, config.data)
         self._session = open_session(config, world, task, load_base(config, world), [])
         self._members: dict[str, _Member] = {}
-        self._splits: dict[tuple[str, int | None, int | None], Split] = {}
+        self._splits: dict[tuple[Part, int | None, int | None], Split] = {}
 
     @property
     def names(self) -> list[str]:
@@ -74,9 +81,10 @@ class Pack:
         """
         session, folder = self._session, RunFolder(config.run.folder)
         saved = start_from or saved_state(folder.checkpoints, config)
-        training = self._split("train", config.data.limit_train, config.run.seed)
-        validation = self._split("validation", config.data.limit_eval, None)
+        training = self._split("train", config)
+        validation = self._split(selection_part(config.data), config)
         adapter = fresh_adapter(config, session.task, session.base).to(session.world.device)
+        hand_over_encoder(session, adapter)
         log, problem = None, ""
         if session.world.is_main:
             try:
@@ -182,10 +190,11 @@ class Pack:
             )
         member.folder.write_status(state, reason)
 
-    def _split(self, name: Literal["train", "validation"], count: int | None, seed: int | None) -> Split:
-        """A split, read and encoded once for all runs that learn from the same examples of it."""
-        key = (name, count, None if count is None else seed)
+    def _split(self, part: Part, config: Config) -> Split:
+        """A part of the data, read and encoded once for all runs that use the same examples of it."""
+        data, seed = config.data, config.run.seed
+        limit = data.limit_train if part == "train" else data.limit_eval
+        key = (part, limit, seed if part == "train" and limit is not None else None)
         if key not in self._splits:
-            examples = limit(self._session.task.read(name), count, seed)
-            self._splits[key] = self._session.split(examples)
+            self._splits[key] = self._session.split(read_part(self._session.task, data, part, seed))
         return self._splits[key]

@@ -85,7 +85,15 @@ def choose(planner: Planner, cluster: Cluster, engine: EngineConfig) -> Estimate
 
 
 def make_planner(config: Config, device: Device, outputs: int) -> Planner:
-    """A planner for a run's encoder, adapter and batch."""
+    """A planner for a run's encoder, adapter and batch.
+
+    Raises:
+        UserError: the encoder is not frozen, or its configuration cannot be had.
+    """
+    if config.adapter.trains_encoder:
+        raise UserError(
+            "the planner counts with a frozen encoder: give another adapter.method than fine-tuning"
+        )
     dtype = encoder_dtype(config.engine, torch.device("cpu" if device.is_cpu else "cuda"))
     if config.engine.dtype == "auto" and not device.is_cpu:
         dtype = torch.bfloat16  # this machine may have no GPU; the planned one has

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpc_dist import files
 from gpc_dist.config import Config
-from gpc_dist.tasks import Example, Task
+from gpc_dist.tasks import Example, Task, selection_part
 from gpc_dist.tracking import facts
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.training.lane_run import LaneRun
@@ -60,6 +60,7 @@ def run_result(run: LaneRun) -> dict[str, Any]:
         "task": session.task.name,
         "method": config.adapter.method,
         "main_metric": session.task.main_metric,
+        "selected_on": selection_part(config.data),
         "metrics": {"best": position.best, "last": position.last, "best_step": position.best_step},
         "majority_baseline": session.task.majority_baseline(run.training.examples, run.validation.examples),
         "steps": position.step,
@@ -68,7 +69,7 @@ def run_result(run: LaneRun) -> dict[str, Any]:
         "zero_stage": config.engine.zero_stage,
         "encoder": session.base.identity.dump(),
         "trainable_parameters": sum(p.numel() for p in run.adapter.parameters()),
-        "frozen_parameters": session.base.parameters,
+        "frozen_parameters": 0 if config.adapter.trains_encoder else session.base.parameters,
         **run.speed.figures(),
         "load_s": session.load_s,
     }

@@ -16,7 +16,7 @@ from gpc_dist.engine.distributed import World, join, lost_rank
 from gpc_dist.engine.measure import peak_memory_mib
 from gpc_dist.engine.telemetry import GpuTelemetry, Write
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
-from gpc_dist.tasks import Example, Task, limit, make_task
+from gpc_dist.tasks import Example, Task, make_task, read_part, selection_part
 from gpc_dist.tracking import follower
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.metrics import MetricLog
@@ -58,8 +58,8 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
 
 def _run(config: Config, world: World, started_s: float, argv: Sequence[str], stop: StopRequest) -> int:
     task = make_task(config.task, config.data)
-    train = limit(task.read("train"), config.data.limit_train, config.run.seed)
-    validation = limit(task.read("validation"), config.data.limit_eval)
+    train = read_part(task, config.data, "train", config.run.seed)
+    validation = read_part(task, config.data, selection_part(config.data))
     config = planned(config, world, task.outputs)
     folder = RunFolder(config.run.folder)
     saved = saved_state(folder.checkpoints, config)
@@ -160,7 +160,7 @@ def _print_result(result: dict[str, Any]) -> None:
     print(
         f"{result['task']} with {result['method']}: best {name} {best:.4f} at step "
         f"{result['metrics']['best_step']} (majority baseline {baseline:.4f}), "
-        f"{result['trainable_parameters']:,} of {result['frozen_parameters']:,} parameters trained"
+        f"{result['trainable_parameters']:,} parameters trained, {result['frozen_parameters']:,} frozen"
     )
 
 

@@ -82,7 +82,7 @@ def text_tokens(config: Config, parts: EncoderParts) -> int:
     """
     if parts.max_positions is None:
         return config.data.max_length
-    prompt = 0 if config.adapter.method == "linear-probe" else config.adapter.prompt_tokens
+    prompt = config.adapter.prompt_tokens if config.adapter.has_prompt else 0
     room = parts.max_positions - prompt
     if room < 8:
         raise UserError(
@@ -109,10 +109,11 @@ def check_input(config: Config, world: World) -> None:
 
 
 def load_base(config: Config, world: World) -> Base:
-    """Read the frozen encoder and its tokenizer."""
+    """Read the encoder and its tokenizer. One that is fine-tuned keeps float32 weights."""
     start = time.monotonic()
     tokenizer = frozen.load_tokenizer(config.encoder)
-    encoder = frozen.load_encoder(config.encoder, encoder_dtype(config.engine, world.device), world)
+    dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
+    encoder = frozen.load_encoder(config.encoder, dtype, world)
     # under the name the user gave, not the folder it was found in on this machine
     identity = replace(identify(encoder.parts.encoder), path=config.encoder.path)
     parameters = frozen.count_parameters(encoder.parts)
@@ -147,4 +148,22 @@ def open_session(
     start = time.monotonic()
     frozen.place(base.encoder, world, config.engine, ds_config)
     load_s = base.load_s + time.monotonic() - start
-    return Session(config, world, task, base, model, ds_config, load_s)
+    session = Session(config, world, task, base, model, ds_config, load_s)
+    for adapter in adapters:
+        hand_over_encoder(session, adapter)
+    return session
+
+
+def hand_over_encoder(session: Session, adapter: Adapter) -> None:
+    """Make the session's encoder a part of an adapter whose method trains it; others get nothing.
+
+    Raises:
+        UserError: it is another adapter's already.
+    """
+    if not adapter.config.trains_encoder:
+        return
+    parts = session.base.parts
+    frozen.thaw(parts)
+    adapter.take_encoder(parts.encoder, parts.token_embeddings)
+    dtype = encoder_dtype(session.config.engine, session.world.device)
+    session.model.autocast = None if dtype == torch.float32 else dtype

@@ -17,6 +17,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "residual": {"cell": "residual"},
     "low-rank": {"cell": "residual", "cell_rank": 3},
     "per-layer": {"cell": "gated", "cell_per_layer": True},
+    "remember": {"cell": "recurrent", "cell_units": "remember", "cell_norm": True},
+    "forget": {"cell": "residual", "cell_units": "forget", "cell_layers": [1], "cell_per_layer": True},
+    "prompt-scale": {"cell": "residual", "cell_scale": "prompt", "cell_norm": True, "cell_rank": 3},
+    "text-scale": {"cell": "gated", "cell_scale": "text", "cell_layers": [0]},
     "deep-prompt": {"method": "deep-prompt"},
     "prompt-tuning": {"method": "prompt-tuning"},
 }

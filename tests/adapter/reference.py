@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NextPrompt = Callable[[int, Tensor, Tensor], Tensor]
-"""`(layer, e_l, p_l) -> p_{l+1}`"""
+NextPrompt = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(layer, e_l, p_l, text states after the layer) -> p_{l+1}`"""
 Weights = dict[str, Tensor]
 
 
-def keep(layer: int, encoded: Tensor, previous: Tensor) -> Tensor:
+def keep(layer: int, encoded: Tensor, previous: Tensor, text: Tensor) -> Tensor:
     """Prompt tuning: the encoded prompt goes on as it is."""
     return encoded
 
@@ -28,8 +28,20 @@ def padded_left(x: Tensor, count: int, value: int) -> Tensor:
     return torch.cat([x.new_full((len(x), count), value), x], dim=1)
 
 
+def with_prompt(encoder: Any, start: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch as `inputs_embeds` that hold the prompt."""
+    embeds = encoder.get_input_embeddings()(batch["input_ids"])
+    made = {
+        "inputs_embeds": torch.cat([start.expand(len(embeds), -1, -1), embeds], dim=1),
+        "attention_mask": padded_left(batch["attention_mask"], len(start), 1),
+    }
+    if "token_type_ids" in batch:
+        made["token_type_ids"] = padded_left(batch["token_type_ids"], len(start), 0)
+    return made
+
+
 def write(states: Tensor, previous: Tensor, layer: int, tokens: int, next_prompt: NextPrompt) -> Tensor:
-    prompt = next_prompt(layer, states[:, :tokens], previous[:, :tokens])
+    prompt = next_prompt(layer, states[:, :tokens], previous[:, :tokens], states[:, tokens:])
     return torch.cat([prompt, states[:, tokens:]], dim=1)
 
 
@@ -179,21 +191,45 @@ def t5(
 # -- cells by their formula ----------------------------------------------------------------------------
 
 
-def cell_rule(adapter: Any, weights: Weights | None = None) -> NextPrompt:
-    """What an adapter's configuration says, computed from its tensors with plain operations."""
+def cell_rule(adapter: Any, mask: Tensor, weights: Weights | None = None) -> NextPrompt:
+    """What an adapter's configuration says, computed from its tensors with plain operations.
+
+    `mask` is that of the text, `[B, T]`.
+    """
     w = weights if weights is not None else dict(adapter.named_parameters())
     config = adapter.config
 
+    def size(x: Tensor) -> Tensor:
+        return x.square().mean(-1, keepdim=True).sqrt()
+
     def unit(x: Tensor, name: str) -> Tensor:
+        if f"{name}.0.weight" not in w:
+            assert config.cell_units not in ("both", name.rpartition(".")[2])
+            return torch.zeros_like(x)
+        if config.cell_norm:
+            x = x / size(x)
         x = x @ w[f"{name}.0.weight"].T
         return x if config.cell_rank is None else x @ w[f"{name}.1.weight"].T
 
-    def rule(layer: int, e: Tensor, p: Tensor) -> Tensor:
+    def rule(layer: int, e: Tensor, p: Tensor, text: Tensor) -> Tensor:
+        if config.method == "gpc" and layer not in (config.cell_layers or range(99)):
+            return e
+        written = unscaled(layer, e, p)
+        if config.method != "gpc" or config.cell_scale == "none":
+            return written
+        if config.cell_scale == "prompt":
+            return written / size(written) * size(e)
+        sizes = size(text.detach()).squeeze(-1)
+        mean = torch.stack([row[there == 1].mean() for row, there in zip(sizes, mask, strict=True)])
+        return written / size(written) * mean[:, None, None]
+
+    def unscaled(layer: int, e: Tensor, p: Tensor) -> Tensor:
         if config.method == "prompt-tuning":
             return e
         if config.method == "deep-prompt":
             return w["prompt.deep"][layer].expand(len(e), -1, -1)
-        cell = f"cell.{layer if config.cell_per_layer else 0}"
+        place = config.cell_layers.index(layer) if config.cell_layers else layer
+        cell = f"cell.{place if config.cell_per_layer else 0}"
         remembered, forgotten = unit(e, f"{cell}.remember"), unit(p, f"{cell}.forget")
         if config.cell == "recurrent":
             return torch.tanh(remembered + forgotten + w[f"{cell}.bias"])

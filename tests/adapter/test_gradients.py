@@ -25,7 +25,7 @@ def loss_in_float64(family: str, encoder: nn.Module, adapter: Adapter, batch: di
     ids, mask = batch["input_ids"], batch["attention_mask"]
 
     def loss(w: Weights) -> Tensor:
-        rule = cell_rule(adapter, w)
+        rule = cell_rule(adapter, mask, w)
         if family == "bert":
             states = bert(frozen, w["prompt.start"], ids, mask, batch["token_type_ids"], rule)
         else:
@@ -58,7 +58,7 @@ def test_gradients_equal_those_of_a_float64_recomputation(family: str, method: s
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=2e-6 * scale, msg=name)
 
 
-@pytest.mark.parametrize("method", ["recurrent", "gated", "low-rank", "deep-prompt"])
+@pytest.mark.parametrize("method", ["recurrent", "gated", "low-rank", "prompt-scale", "deep-prompt"])
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_gradients_equal_finite_differences(family: str, method: str) -> None:
     encoder, batch = tiny(family), batch_for(family)

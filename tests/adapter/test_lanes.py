@@ -19,6 +19,7 @@ OUTPUTS = [2, 4, 1]
 MIXES = {
     "cells": ["gated", "residual", "recurrent"],
     "methods": ["low-rank", "prompt-tuning", "deep-prompt"],
+    "ablations": ["forget", "text-scale", "prompt-scale"],
     "without-cell": ["prompt-tuning", "prompt-tuning", "prompt-tuning"],
 }
 PACKED_FAMILIES = ["albert", "bert", "deberta-v2", "modernbert", "roberta", "t5", "umt5"]

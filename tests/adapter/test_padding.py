@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from gpc_dist.adapter.head import Head
 
-from .encoders import FAMILIES, P, batch_for
+from .encoders import FAMILIES, P, batch_for, tiny
 from .grafts import grafted, options
+from .reference import cell_rule, run_layers, with_prompt
 
-METHODS = ["gated", "deep-prompt"]
+METHODS = ["gated", "text-scale", "deep-prompt"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,6 +68,17 @@ def test_the_head_reads_no_prompt_position_and_no_padding(family: str, pooling: 
 
     graft.parts.layers[-1].register_forward_hook(spoil)
     assert torch.equal(graft(**batch), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_head_that_pools_the_prompt_reads_the_mean_of_its_last_states(family: str) -> None:
+    graft, batch = grafted(family, options("residual", pooling="prompt")), batch_for(family)
+    outputs = graft(**batch)
+    inputs = with_prompt(tiny(family), graft.adapter.prompt.start, batch)
+    states = run_layers(tiny(family), inputs, P, cell_rule(graft.adapter, batch["attention_mask"]))
+    expected = graft.adapter.head.linear(states[:, :P].mean(1))
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 def states_and_mask() -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,21 +10,9 @@ from gpc_dist.adapter import AdapterConfig
 
 from .encoders import FAMILIES, L, P, batch_for, tiny
 from .grafts import METHODS, grafted, options, text_states
-from .reference import bert, cell_rule, keep, padded_left, run_layers, t5
+from .reference import bert, cell_rule, keep, run_layers, t5, with_prompt
 
 CELLS = [name for name in METHODS if name != "prompt-tuning"]
-
-
-def with_prompt(encoder: Any, start: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch as `inputs_embeds` that hold the prompt."""
-    embeds = encoder.get_input_embeddings()(batch["input_ids"])
-    made = {
-        "inputs_embeds": torch.cat([start.expand(len(embeds), -1, -1), embeds], dim=1),
-        "attention_mask": padded_left(batch["attention_mask"], len(start), 1),
-    }
-    if "token_type_ids" in batch:
-        made["token_type_ids"] = padded_left(batch["token_type_ids"], len(start), 0)
-    return made
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -36,11 +22,11 @@ def test_graft_equals_the_layers_run_one_by_one(family: str, method: str) -> Non
     encoder, batch = tiny(family), batch_for(family)
     graft = grafted(family, options(method))
     inputs = with_prompt(encoder, graft.adapter.prompt.start, batch)
-    expected = run_layers(encoder, inputs, P, cell_rule(graft.adapter))[:, P:]
+    expected = run_layers(encoder, inputs, P, cell_rule(graft.adapter, batch["attention_mask"]))[:, P:]
     torch.testing.assert_close(text_states(graft, batch), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["gated", "deep-prompt", "prompt-tuning"])
+@pytest.mark.parametrize("method", ["gated", "text-scale", "deep-prompt", "prompt-tuning"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_bf16_graft_equals_the_layers_run_one_by_one_in_bf16(family: str, method: str) -> None:
@@ -49,8 +35,9 @@ def test_bf16_graft_equals_the_layers_run_one_by_one_in_bf16(family: str, method
     graft = grafted(tiny(family).bfloat16(), options(method))
     inputs = with_prompt(encoder, graft.adapter.prompt.start.bfloat16(), batch)
 
-    def in_float32(layer: int, encoded: Tensor, previous: Tensor) -> Tensor:
-        return graft.adapter.next_prompt(layer, encoded.float(), previous.float()).bfloat16()
+    def in_float32(layer: int, encoded: Tensor, previous: Tensor, text: Tensor) -> Tensor:
+        mask = batch["attention_mask"]
+        return graft.adapter.next_prompt(layer, encoded.float(), previous.float(), text, mask).bfloat16()
 
     expected = run_layers(encoder, inputs, P, in_float32)[:, P:]
     assert expected.dtype == torch.bfloat16
@@ -77,7 +64,7 @@ def test_bert_graft_equals_plain_pytorch(method: str) -> None:
         batch["input_ids"],
         batch["attention_mask"],
         batch["token_type_ids"],
-        cell_rule(graft.adapter),
+        cell_rule(graft.adapter, batch["attention_mask"]),
     )
     torch.testing.assert_close(text_states(graft, batch), expected, rtol=1e-5, atol=1e-5)
 
@@ -92,7 +79,7 @@ def test_t5_graft_equals_plain_pytorch(method: str) -> None:
         graft.adapter.prompt.start,
         batch["input_ids"],
         batch["attention_mask"],
-        cell_rule(graft.adapter),
+        cell_rule(graft.adapter, batch["attention_mask"]),
     )
     torch.testing.assert_close(text_states(graft, batch), expected, rtol=1e-5, atol=1e-5)
 
@@ -172,7 +159,7 @@ def test_albert_layer_groups_are_unrolled_in_the_order_they_run(layers: int, gro
     encoder, batch = tiny("albert", **sizes), batch_for("albert")
     graft = grafted(tiny("albert", **sizes), options("deep-prompt"))
     inputs = with_prompt(encoder, graft.adapter.prompt.start, batch)
-    expected = run_layers(encoder, inputs, P, cell_rule(graft.adapter))[:, P:]
+    expected = run_layers(encoder, inputs, P, cell_rule(graft.adapter, batch["attention_mask"]))[:, P:]
     torch.testing.assert_close(text_states(graft, batch), expected, rtol=1e-5, atol=1e-5)
     assert len(graft.parts.layers) == layers
     count = sum(p.numel() for p in encoder.parameters())

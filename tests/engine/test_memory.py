@@ -31,18 +31,18 @@ ADAPTER = AdapterConfig(prompt_tokens=3)
 LAYERS = 5
 
 
-def grafted(parts: Any, recompute: bool = False) -> GraftedEncoder:
-    model = GraftedEncoder(parts, [Adapter(ADAPTER, parts.shape, 2)]).train()
+def grafted(parts: Any, recompute: bool = False, adapter: AdapterConfig = ADAPTER) -> GraftedEncoder:
+    model = GraftedEncoder(parts, [Adapter(adapter, parts.shape, 2)]).train()
     if recompute:
         model.checkpoint_activations()
     return model
 
 
-def on_paper(family: str, rows: int, recompute: bool) -> Footprint:
+def on_paper(family: str, rows: int, recompute: bool, adapter: AdapterConfig = ADAPTER) -> Footprint:
     parts = build_skeleton(tiny_config(family, num_hidden_layers=LAYERS), torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_fake_values(parts)
-        return dry_run(grafted(parts, recompute), rows, 24)
+        return dry_run(grafted(parts, recompute, adapter), rows, 24)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -88,6 +88,18 @@ def test_rows_and_layers_add_up(family: str) -> None:
             assert found.at(rows).saved == pytest.approx(exact.saved, rel=0.001)
             assert found.at(rows).peak == pytest.approx(exact.peak, rel=0.02)
             assert found.at(rows).operators == exact.operators
+
+
+@pytest.mark.parametrize("layers", [[0], [2, 3]])
+def test_a_cell_after_some_layers_is_counted_there(layers: list[int]) -> None:
+    """Also after one that the shallow dry runs of other adapters do not have."""
+    adapter = ADAPTER.model_copy(update={"cell_layers": layers, "cell_per_layer": True})
+    config = tiny_config("bert", num_hidden_layers=LAYERS)
+    passes = measure_passes(config, torch.float32, adapter, outputs=2, tokens=24)
+    exact = on_paper("bert", 8, False, adapter)
+    assert passes.kept.at(8).saved == pytest.approx(exact.saved, rel=0.001)
+    assert passes.kept.at(8).operators == exact.operators
+    assert exact.operators < on_paper("bert", 8, False).operators
 
 
 def test_recomputation_and_bf16_save_memory() -> None:

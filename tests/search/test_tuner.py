@@ -246,3 +246,21 @@ def wait(ready: Callable[[], bool], timeout_s: float = 120) -> None:
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_trials_that_train_their_encoder_begin_from_a_fresh_one(place: Path) -> None:
+    """One after the other, in the room of one pack."""
+    fixed = {"adapter.method": "fine-tuning", "train.steps": 4, "train.encoder_lr": 1e-2}
+    path = write_search(
+        place,
+        settings=fixed,
+        space={"train.lr": {"choice": [1e-2]}},
+        trials=2,
+        resources={"pack": 1, "concurrent": 1},
+    )
+    found = trials(tune(place, path))
+    assert losses(found[0]) == losses(found[1])
+    words = [word for key, value in fixed.items() for word in (f"--{key}", value)]
+    done = command("train", place / "recipe.yaml", *words, "--run.dir", place / "alone")
+    assert done.returncode == 0, done.stderr
+    assert list(losses(found[1]).values()) == pytest.approx(list(losses(place / "alone").values()), rel=1e-3)

@@ -10,7 +10,7 @@ import pytest
 
 from gpc_dist.config import DataConfig
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import Example, limit
+from gpc_dist.tasks.example import Example, limit
 from gpc_dist.tasks.read import name_classes, read_file, read_rows
 
 ROWS = [{"text": "sun, and rain", "label": "b"}, {"text": '"Fog" and an open " quote', "label": "a"}]

@@ -13,9 +13,11 @@ import pytest
 from gpc_dist.config import DataConfig, TaskConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import Example, make_task
-from gpc_dist.tasks.superglue import NAMES, adapt_rows, locate_span, mark
+from gpc_dist.tasks.packaged import adapt_rows
+from gpc_dist.tasks.superglue import SPECS, locate_span, mark
 
 PROJECT = Path(__file__).parents[2]
+NAMES = tuple(SPECS)
 
 # Official row counts, where a MultiRC example is one answer and a ReCoRD example one query.
 COUNTS = {
@@ -179,6 +181,7 @@ EXPECTED = {
             ((_GOATS, text),),
             target,
             group=(4, question),
+            source=4,
         )
         for question, answer, text, target in [
             (8, 20, "Who ate? The goats", 1),
@@ -191,6 +194,7 @@ EXPECTED = {
             {"passage": 5, "query": 11},
             ((_OSLO, "Fans of Oslo sang."), (_OSLO, "Fans of Bergen sang.")),
             (0,),
+            source=5,
             meta={"candidates": ("Oslo", "Bergen"), "answers": ("Oslo",)},
         )
     ],

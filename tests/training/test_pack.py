@@ -140,6 +140,31 @@ def test_a_lane_that_fails_fails_alone(tiny_recipe: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(list(mine.values()), list(theirs.values()), rtol=1e-4, atol=1e-6)
 
 
+def test_a_pack_learns_from_and_selects_on_the_parts_a_run_alone_does(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    held_out = {"data.holdout": "0.2", "train.steps": "4"}
+    runs = {
+        name: [str(tiny_recipe), held_out | {"run.dir": str(tmp_path / name), "run.seed": seed}]
+        for name, seed in (("one", "0"), ("two", "1"))
+    }
+    run_pack({"runs": runs, "first": ["one", "two"], "then": []})
+    words = [word for key, value in held_out.items() for word in (f"--{key}", value)]
+    assert command("train", tiny_recipe, *words, "--run.dir", tmp_path / "alone").returncode == 0
+    facts = [
+        json.loads((tmp_path / name / "facts.json").read_text())["dataset"]
+        for name in ("one", "two", "alone")
+    ]
+    assert facts[0] == facts[1] == facts[2]
+    assert facts[0]["validation_examples"] == 14
+    torch.testing.assert_close(
+        list(losses(tmp_path / "one").values()),
+        list(losses(tmp_path / "alone").values()),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
 def test_a_run_that_left_goes_on_alone_and_back_in_a_pack(tiny_recipe: Path, tmp_path: Path) -> None:
     def run(name: str, **more: str) -> list[Any]:
         return [str(tiny_recipe), {"run.dir": str(tmp_path / name), "train.steps": "24", **more}]

@@ -43,6 +43,14 @@ def trained(folder: Path) -> dict[str, object]:
     return load_file(folder / "adapter" / "adapter.safetensors")
 
 
+def test_a_cell_scaled_to_the_text_learns_the_same_when_sharded(tiny_recipe: Path, tmp_path: Path) -> None:
+    """With what the graft reads beyond a lane's own prompt: the text's scale, and the prompt in the last layer."""
+    more = ("--adapter.cell_scale", "text", "--adapter.cell_layers", "[0, 2]", "--adapter.pooling", "prompt")
+    alone = train(tiny_recipe, tmp_path / "alone", 1, 0, *more, "--adapter.cell", "gated")
+    sharded = train(tiny_recipe, tmp_path / "sharded", 2, 3, *more, "--adapter.cell", "gated")
+    assert losses(sharded) == pytest.approx(losses(alone), rel=2e-4)
+
+
 def last_state(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("step-*"))
 

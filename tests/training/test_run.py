@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from gpc_dist import cli, config
 from gpc_dist.engine import checkpoint
-from gpc_dist.errors import EXIT_USAGE
+from gpc_dist.errors import EXIT_USAGE, UserError
+from gpc_dist.training.lane_run import saved_state
 from tests.conftest import losses
 
 
@@ -84,6 +86,35 @@ def test_evaluate_gives_the_reported_metric_for_any_batch_size(
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert printed["examples"] == 23
         assert printed["metrics"] == pytest.approx(expected)
+
+
+def test_a_run_with_a_holdout_never_reads_the_validation_split(
+    tiny_recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(tiny_data / "train.jsonl", data)
+    held_out = ("--data.path", data, "--data.holdout", 0.2)
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path / "run", *held_out) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["selected_on"] == "holdout"
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())["dataset"]
+    assert (facts["train_examples"], facts["validation_examples"]) == (56, 14)
+    assert result["majority_baseline"]["accuracy"] == 0.5
+    evaluate = ("evaluate", tmp_path / "run" / "adapter", "--engine.device", "cpu")
+    capsys.readouterr()
+
+    def printed(*more: object) -> dict[str, Any]:
+        assert gpc(*evaluate, *more) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    held = printed("--split", "holdout")
+    assert (held["split"], held["examples"]) == ("holdout", 14)
+    assert held["metrics"] == pytest.approx(result["metrics"]["best"])
+    official = printed("--data.validation", tiny_data / "validation.jsonl")
+    assert (official["split"], official["examples"]) == ("validation", 23)
+    assert gpc(*evaluate) == EXIT_USAGE
+    assert "no validation file" in capsys.readouterr().err
 
 
 def test_predict_writes_a_line_for_every_row(run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -183,6 +214,22 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(
     assert not list(folder.glob("*99*"))
 
 
+def test_a_state_from_before_a_key_existed_means_its_default(run: Path, tmp_path: Path) -> None:
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    saved = checkpoint.load(newest)
+    settings = config.load(str(run / "config.yaml"))
+    for section, key in (("adapter", "cell_scale"), ("data", "holdout")):
+        del saved.state["identity"][section][key]
+    checkpoint.save(tmp_path, saved)
+    found = saved_state(tmp_path, settings)
+    assert found is not None
+    assert found.step == saved.step
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"holdout": 0.1})})
+    with pytest.raises(UserError, match="belongs to a run with another data:"):
+        saved_state(tmp_path, other)
+
+
 def test_a_save_cut_off_before_its_marker_is_not_read(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(run / "checkpoints", folder)
@@ -211,6 +258,7 @@ BAD = {
     "hub out of reach": (["{recipe}", "--encoder.path", "no-such/encoder"], "encoder.path 'no-such/encoder'"),
     "wrong column": (["{recipe}", "--task.text", "[body]"], "there is no column 'body'"),
     "unseen label": (["{recipe}", "--task.labels", "[a, b]"], "is none of the labels"),
+    "no such layer": (["{recipe}", "--adapter.cell_layers", "[0, 3]"], "give some of 0 to 2"),
     "long prompt": (["{recipe}", "--adapter.prompt_tokens", "64"], "64 positions"),
     "wrong regime": (["{recipe}", "--engine.ds_config", "zero3"], "has ZeRO stage 3"),
     "no regime": (["{recipe}", "--engine.ds_config", "zero9"], "zero0"),

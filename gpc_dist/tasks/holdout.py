@@ -1,0 +1,90 @@
+"""A share of the training split held out, and the parts of a task's data that a run learns and selects from.
+
+Choosing checkpoints and settings on the split that is then reported flatters what is reported. With `data.holdout`
+the choice is made on rows of the training split that are not trained on, and the official validation split stays
+untouched for `gpc-dist evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from gpc_dist.config import DataConfig
+from gpc_dist.errors import UserError
+from gpc_dist.tasks.example import Example, limit
+from gpc_dist.tasks.task import Task
+
+Part = Literal["train", "validation", "holdout"]
+"""What is trained on; the official validation split; what is held out of the training split."""
+
+_SEED = 0
+"""Never a run's own: all seeds of a setting, and all settings, must be selected on the same rows."""
+
+
+def selection_part(data: DataConfig) -> Literal["validation", "holdout"]:
+    """Where checkpoints are selected, and searches compare their trials."""
+    return "validation" if data.holdout is None else "holdout"
+
+
+def read_part(task: Task, data: DataConfig, part: Part, seed: int | None = None) -> list[Example]:
+    """The examples of a part, limited by `data.limit_train` or `data.limit_eval`.
+
+    Args:
+        seed: draws the examples that `data.limit_train` leaves; only for `train`.
+
+    Raises:
+        UserError: a split cannot be read (see `Task.read`), or there is nothing held out.
+    """
+    if part == "validation":
+        return limit(task.read("validation"), data.limit_eval)
+    examples = task.read("train")
+    if data.holdout is None:
+        if part == "holdout":
+            raise UserError(
+                "nothing is held out of the training split here: give --data.holdout as the run had it, or "
+                "--split validation"
+            )
+        return limit(examples, data.limit_train, seed)
+    rest, held = hold_out(examples, data.holdout)
+    return limit(held, data.limit_eval) if part == "holdout" else limit(rest, data.limit_train, seed)
+
+
+def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """What is left of the examples, and what is held out of them; both in source order.
+
+    The share is taken of each class of a classification, and of whole sources: the questions on one passage
+    stay together. It depends on the examples and on nothing else.
+
+    Raises:
+        UserError: the share leaves one of the two without examples.
+    """
+    units: dict[Hashable, list[int]] = {}
+    for number, example in enumerate(examples):
+        key = ("alone", number) if example.source is None else ("source", example.source)
+        units.setdefault(key, []).append(number)
+    strata: dict[int, list[list[int]]] = {}
+    for unit in units.values():
+        strata.setdefault(_stratum([examples[n] for n in unit]), []).append(unit)
+    random = np.random.Generator(np.random.PCG64(_SEED))
+    held: set[int] = set()
+    for stratum in sorted(strata):
+        members = strata[stratum]
+        chosen = random.permutation(len(members))[: round(share * len(members))]
+        held.update(n for index in chosen for n in members[index])
+    if not 0 < len(held) < len(examples):
+        raise UserError(
+            f"data.holdout {share} of {len(examples)} training examples ({len(units)} that can be parted) leaves none "
+            f"to {'train on' if held else 'select on'}: give another share"
+        )
+    parts = [[e for n, e in enumerate(examples) if (n in held) is wanted] for wanted in (False, True)]
+    return parts[0], parts[1]
+
+
+def _stratum(unit: Sequence[Example]) -> int:
+    """The class that all examples of a unit have; -1 where there is no such one."""
+    targets = {example.target for example in unit}
+    target = targets.pop() if len(targets) == 1 else None
+    return target if isinstance(target, int) else -1

@@ -1,0 +1,65 @@
+"""Packaged tasks: those of SuperGLUE and of GLUE, by name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from gpc_dist.config import DataConfig
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import glue, superglue
+from gpc_dist.tasks.example import Example, Split
+from gpc_dist.tasks.read import Row, read_rows
+from gpc_dist.tasks.task import Task
+
+_SPECS = superglue.SPECS | glue.SPECS
+
+NAMES = tuple(_SPECS)
+
+
+def make_packaged_task(name: str, data: DataConfig, metric: str | None = None) -> Task:
+    """The packaged task `name`; `metric` overrides the one that selects the best checkpoint."""
+    spec = _SPECS[name]
+    averaged = len(spec.metrics) > 1
+    return Task(
+        name=name,
+        kind=spec.kind,
+        labels=spec.labels,
+        label_words=spec.label_words,
+        metrics=spec.metrics,
+        main_metric=metric or ("average" if averaged else next(iter(spec.metrics))),
+        columns=spec.columns,
+        reader=partial(_read, name, data),
+        parser=partial(_parse, name),
+        averaged=averaged,
+    )
+
+
+def _read(name: str, data: DataConfig, split: Split) -> list[Example]:
+    source, rows = read_rows(data, split, hub_config=name)
+    return adapt_rows(name, rows, source)
+
+
+def _parse(name: str, rows: list[Row]) -> list[Example]:
+    hidden = [{**row, "label": None} for row in rows]
+    return adapt_rows(name, hidden, "the input")
+
+
+def adapt_rows(name: str, rows: list[Row], source: str) -> list[Example]:
+    """The examples of a packaged task's source rows.
+
+    Raises:
+        UserError: a row that is not of the task's schema; names its number in `source`.
+    """
+    adapt = _SPECS[name].adapt
+    examples: list[Example] = []
+    for number, row in enumerate(rows):
+        try:
+            examples += adapt({"idx": number} | row)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"row {number + 1} of {source} is not a row of task {name} ({error!r}); "
+                f"it has: {', '.join(row)}"
+            ) from None
+        except UserError as error:
+            raise UserError(f"row {number + 1} of {source}: {error}") from None
+    return examples
