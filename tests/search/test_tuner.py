@@ -111,15 +111,15 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
 def test_a_search_that_was_killed_goes_on(place: Path) -> None:
     path = write_search(
         place,
-        settings={"train.steps": 4000, "train.eval_every": 200, "train.log_every": 200},
+        settings={"train.steps": 1600, "train.eval_every": 100, "train.log_every": 100},
         resources={"pack": 2},
-        scheduler={"name": "asha", "grace_steps": 400, "reduction_factor": 2},
+        scheduler={"name": "asha", "grace_steps": 200, "reduction_factor": 2},
     )
     driver = start(place, path)
     search = place / "searches" / "mine"
     wait(
         lambda: (
-            sum(reached(p) >= 600 for p in trials(search).values()) >= 1
+            sum(reached(p) >= 300 for p in trials(search).values()) >= 1
             if (search / "trials").exists()
             else False
         )
@@ -150,7 +150,7 @@ def test_a_search_that_was_killed_goes_on(place: Path) -> None:
             for line in map(json.loads, (path / "metrics.jsonl").open())
             if "val/accuracy" in line
         ]
-        assert steps == list(range(200, max(steps) + 1, 200))
+        assert steps == list(range(100, max(steps) + 1, 100))
     result = read(search / "result.json")
     assert result["finished"] + result["stopped"] == 4
     assert result["failed"] == 0
@@ -158,37 +158,37 @@ def test_a_search_that_was_killed_goes_on(place: Path) -> None:
 
 def test_a_stopped_search_goes_on(place: Path) -> None:
     path = write_search(
-        place, settings={"train.steps": 3000, "train.eval_every": 300, "train.log_every": 300}
+        place, settings={"train.steps": 1200, "train.eval_every": 100, "train.log_every": 100}
     )
     driver = start(place, path)
     search = place / "searches" / "mine"
-    wait(lambda: (search / "trials").exists() and any(reached(p) >= 600 for p in trials(search).values()))
+    wait(lambda: (search / "trials").exists() and any(reached(p) >= 300 for p in trials(search).values()))
     driver.send_signal(signal.SIGUSR2)
     out, said = driver.communicate(timeout=120)
     assert driver.returncode == 75, out + said
     assert "stopped by SIGUSR2; go on with" in said
     assert read(search / "status.json")["state"] == "stopped"
     tune(place, search / "search.yaml", "--resume")
-    assert {max(losses(path)) for path in trials(search).values()} == {3000}
+    assert {max(losses(path)) for path in trials(search).values()} == {1200}
 
 
 def test_a_trial_whose_ranks_die_is_tried_again(place: Path) -> None:
     path = write_search(
         place,
-        settings={"train.steps": 3000, "train.eval_every": 300, "train.log_every": 300},
+        settings={"train.steps": 1200, "train.eval_every": 100, "train.log_every": 100},
         trials=1,
         resources={},
         retries=1,
     )
     driver = start(place, path)
     search = place / "searches" / "mine"
-    wait(lambda: (search / "trials" / "000").exists() and reached(search / "trials" / "000") >= 600)
+    wait(lambda: (search / "trials" / "000").exists() and reached(search / "trials" / "000") >= 300)
     for process in psutil.Process(driver.pid).children(recursive=True):
         if "ray::Rank" in " ".join(process.cmdline()):
             process.kill()
     out, said = driver.communicate(timeout=200)
     assert driver.returncode == 0, out + said
-    assert max(losses(search / "trials" / "000")) == 3000
+    assert max(losses(search / "trials" / "000")) == 1200
     assert read(search / "trials" / "000" / "trial.json")["decision"] == "completed"
 
 

@@ -1,0 +1,168 @@
+"""Eight trials in the lanes of one encoder against the same eight one after the other, and two at a time.
+
+The search draws eight configurations of a task (learning rates, cells, clipping, seed) and runs them packed, as
+`gpc-dist tune` does; then each trial's own configuration is run by `gpc-dist train`. All sides use the same ranks,
+ZeRO stage, steps and data, are timed from the command to its end, start-up included, and write no MLflow.
+
+    python benchmarks/packed_search.py --data SuperGLUE/CB
+
+Memory is the peak of what all processes of a side hold together (proportional set size: shared pages count
+once), sampled every second. `packed_search.json` beside this script keeps the figures with the machine's
+description.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from common import machine
+from tabulate import tabulate
+
+TRIALS = 8
+
+
+@dataclass
+class Cost:
+    """Of one side."""
+
+    wall_s: float
+    peak_mib: float
+    """Of all processes together."""
+
+
+def measure(commands: Sequence[Sequence[object]], at_once: int, log: Path) -> Cost:
+    """Run commands, so many at a time, and see what they take."""
+    pending, running, peak = list(commands), [], 0.0
+    start_s = time.monotonic()
+    with log.open("ab") as out:
+        while pending or running:
+            while pending and len(running) < at_once:
+                words = [sys.executable, "-m", "gpc_dist", *map(str, pending.pop(0))]
+                running.append(
+                    psutil.Popen(words, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                )
+            time.sleep(1.0)
+            peak = max(peak, sum(map(held_mib, running)))
+            for process in [process for process in running if process.poll() is not None]:
+                if process.returncode:
+                    raise SystemExit(f"{' '.join(process.args)} failed: see {log}")
+                running.remove(process)
+    return Cost(time.monotonic() - start_s, peak)
+
+
+def held_mib(process: psutil.Process) -> float:
+    """Proportional set size of a process and all that it has started, MiB."""
+    total = 0
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    for member in family:
+        try:
+            total += member.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total / 2**20
+
+
+def search(options: argparse.Namespace) -> dict[str, Any]:
+    """The search whose trials all sides run."""
+    return {
+        "recipe": options.recipe,
+        "settings": {
+            "data.path": str(options.data.resolve()),
+            "train.steps": options.steps,
+            "train.batch_size": options.batch_size,
+            "train.eval_every": options.steps,
+            "engine.zero_stage": options.stage,
+            "engine.device": options.device,
+        },
+        "space": {
+            "train.lr": {"loguniform": [1e-3, 3e-2]},
+            "train.cell_lr": {"loguniform": [1e-4, 1e-3]},
+            "train.clip_norm": [0.5, 1.0],
+            "adapter.cell": ["residual", "gated", "recurrent"],
+        },
+        "trials": TRIALS,
+        "resources": {"ranks": options.ranks, "pack": TRIALS},
+        "tracking": {"enabled": False},
+    }
+
+
+def final(folder: Path) -> dict[str, float]:
+    """Metrics of a run's last evaluation."""
+    return json.loads((folder / "result.json").read_text())["metrics"]["last"]
+
+
+def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    specification, log = scratch / "packed.yaml", scratch / "log"
+    specification.write_text(yaml.safe_dump(search(options)))
+    costs = {"packed": measure([["tune", specification, "--dir", scratch / "packed"]], 1, log)}
+    trials = sorted((scratch / "packed" / "trials").iterdir())
+
+    def alone(side: str) -> list[list[object]]:
+        return [["train", trial / "config.yaml", "--run.dir", scratch / side / trial.name] for trial in trials]
+
+    costs["one trial"] = measure(alone("one trial")[:1], 1, log)
+    costs["one after the other"] = measure(alone("one after the other"), 1, log)
+    costs["two at a time"] = measure(alone("two at a time"), 2, log)
+    metrics = {
+        side: [final(folder / trial.name) for trial in trials]
+        for side, folder in [("packed", scratch / "packed" / "trials"), ("alone", scratch / "one after the other")]
+    }
+    return {
+        "options": {key: str(value) for key, value in vars(options).items()},
+        "machine": machine(),
+        "sides": {side: asdict(cost) for side, cost in costs.items()},
+        "times_faster_than_one_after_the_other": costs["one after the other"].wall_s / costs["packed"].wall_s,
+        "times_faster_than_two_at_a_time": costs["two at a time"].wall_s / costs["packed"].wall_s,
+        "memory_of_one_trial": costs["packed"].peak_mib / costs["one trial"].peak_mib,
+        "metrics": metrics,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = [[side, cost["wall_s"], cost["peak_mib"]] for side, cost in result["sides"].items()]
+    print(tabulate(rows, headers=["side", "seconds", "MiB of all processes"], floatfmt=".0f"))
+    for key in ("times_faster_than_one_after_the_other", "times_faster_than_two_at_a_time", "memory_of_one_trial"):
+        print(f"{key.replace('_', ' ')}: {result[key]:.2f}")
+    names = list(result["metrics"]["packed"][0])
+    rows = [
+        [number, *(value for name in names for value in (packed[name], alone[name]))]
+        for number, (packed, alone) in enumerate(zip(*result["metrics"].values(), strict=True))
+    ]
+    headers = ["trial", *(f"{name}, {side}" for name in names for side in ("packed", "alone"))]
+    print(tabulate(rows, headers=headers, floatfmt=".4f"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the task's splits")
+    parser.add_argument("--recipe", default="cb")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = run(options, Path(scratch))
+    show(result)
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
