@@ -55,8 +55,9 @@ def search(spec: SearchSpec) -> list[Member]:
     folder = SearchFolder(spec.folder)
     fixed = spec.model_copy(update={"dir": folder.path, "recipe": RECIPE})
     recipe = yaml.safe_dump(config.recipe_tree(spec.recipe), sort_keys=False, allow_unicode=True)
-    common = space.base_config(spec).model_copy(update={"tracking": spec.tracking})
-    return [Member(None, spec.name, folder, common, {SEARCH: fixed.to_yaml(), RECIPE: recipe})]
+    return [
+        Member(None, spec.name, folder, space.base_config(spec), {SEARCH: fixed.to_yaml(), RECIPE: recipe})
+    ]
 
 
 def _run(task: int | None, built: Config) -> Member:

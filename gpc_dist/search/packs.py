@@ -89,6 +89,12 @@ class Packs:
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    async def warm(self, key: Any, tree: dict[str, Any]) -> None:
+        """Start a pack for runs with this key, while the trials' processes start."""
+        async with self._changed:
+            pack = await self._find(key)
+        await self._start(pack, tree)
+
     async def join(
         self, name: str, key: Any, tree: dict[str, Any], command: Sequence[str], state: str | None
     ) -> Place:

@@ -56,7 +56,8 @@ def settings_of(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(spec: SearchSpec, tree: dict[str, Any], settings: Mapping[str, Any]) -> Config:
-    own = {"task.metric": spec.metric} if spec.metric else {}
+    own = {"engine.ranks": spec.resources.ranks} | ({"task.metric": spec.metric} if spec.metric else {})
+    own |= {f"tracking.{key}": value for key, value in spec.tracking.model_dump().items()}
     return config.apply(copy.deepcopy(tree), {**spec.settings, **own, **settings})
 
 

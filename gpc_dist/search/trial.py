@@ -148,13 +148,7 @@ class Trial(tune.Trainable):
 
     def _config(self) -> config.Config:
         run = self._run
-        own = {
-            "run.name": f"{self._spec.name}-{run.path.name}",
-            "run.dir": str(run.path),
-            SEED: self._seed,
-            "engine.ranks": self._spec.resources.ranks,
-            **{f"tracking.{key}": value for key, value in self._spec.tracking.model_dump().items()},
-        }
+        own = {"run.name": f"{self._spec.name}-{run.path.name}", "run.dir": str(run.path), SEED: self._seed}
         drawn = self._drawn
         if self._spec.scheduler.name == "pbt":
             drawn = space.within(self._spec, drawn)

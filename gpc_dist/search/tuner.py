@@ -93,6 +93,8 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
     metric = f"val/{metric}"
     shape = pack_shape(spec)
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
+    base = space.base_config(spec)
+    packs.warm.remote(space.pack_key(base), base.dump())
     scheduler = make_scheduler(spec)
     analysis = tune.run(
         tune.with_parameters(Trial, search=str(folder.path), place=str(Path.cwd())),
@@ -165,6 +167,7 @@ def _connect() -> None:
     """A Ray cluster: the one that RAY_ADDRESS names, or one of this machine's own."""
     # Tune reports by tables, not by its newer output, which cannot sort them
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # runs keep their own records
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe's relative paths start where the user is
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see `_interrupt_on_signals`

@@ -66,7 +66,7 @@ def from_optuna(spec: SearchSpec, trials: int) -> list[dict[str, Any]]:
     samples = []
     for number in range(trials):
         samples.append(searcher.suggest(str(number)))
-        searcher.on_trial_complete(str(number), {"m": random.random()})
+        searcher.on_trial_complete(str(number), {"m": random.Random(number).random()})
     return samples
 
 
