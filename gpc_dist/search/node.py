@@ -42,7 +42,7 @@ def run_node(spec: SearchSpec, arguments: Sequence[str]) -> int:
     """Run this node's part; returns the search's exit code on the first node, 0 on the others.
 
     Args:
-        spec: of the search; a job that was requeued goes on with what is in its folder.
+        spec: of the search; what is in its folder already is gone on with, as a job does for a run.
         arguments: the command line, from `tune` on.
     """
     address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"

@@ -305,7 +305,12 @@ def _reporter(spec: SearchSpec, metric: str) -> tune.CLIReporter:
 
 
 def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: float) -> int:
-    decisions = Counter(files.read_json(trial.trial).get("decision") for trial in folder.begun_trials())
+    decisions: Counter[str | None] = Counter()
+    for trial in folder.begun_trials():
+        decision = files.read_json(trial.trial).get("decision")
+        decisions[decision] += 1
+        if decision == "failed":
+            print(f"trial {trial.path.name} failed: {trial.read_status().reason}")
     best = best_trial(folder, metric, mode)
     result = {
         "metric": metric,

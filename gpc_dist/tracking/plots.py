@@ -321,7 +321,8 @@ def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
         axes.text(place, 1.06, f"{shorten(name, 18)}\n{kind}", ha="center", va="bottom")
     axes.set(xlim=(-0.6, len(names) - 0.85), ylim=(-0.05, 1.05), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    figure.colorbar(colours, ax=axes, label=comparison.metric, pad=0.02, fraction=0.04)
+    if max(means) > min(means):
+        figure.colorbar(colours, ax=axes, label=comparison.metric, pad=0.02, fraction=0.04)
     return figure
 
 

@@ -54,6 +54,8 @@ class Record:
     started_s: float = 0.0
     wall_s: float | None = None
     """Seconds of the run's latest start."""
+    share_s: float | None = None
+    """Of a trial that shared its encoder with others: its part of the seconds that they took together."""
     ranks: int | None = None
     on_gpu: bool = False
     energy_j: float | None = None
@@ -65,7 +67,8 @@ class Record:
     @property
     def cost_s(self) -> float | None:
         """Seconds of all its ranks together: GPU-seconds, or those of CPU processes."""
-        return None if self.wall_s is None or self.ranks is None else self.wall_s * self.ranks
+        seconds = self.wall_s if self.share_s is None else self.share_s
+        return None if seconds is None or self.ranks is None else seconds * self.ranks
 
 
 def read_folder(place: Path) -> list[Record]:
@@ -245,6 +248,7 @@ def _record(
         reason=reason,
         started_s=started_s,
         wall_s=result.get("wall_s") or (last_s - started_s if 0 < started_s < last_s else None),
+        share_s=result.get("share_s"),
         ranks=result.get("world_size") or _configured_ranks(keys, facts),
         on_gpu="gpu" in facts and keys.get("engine.device") != "cpu",
         energy_j=result.get("energy_j"),

@@ -195,7 +195,11 @@ def test_a_trial_whose_ranks_die_is_tried_again(place: Path) -> None:
 def test_a_trial_that_fails_does_not_end_the_search(place: Path) -> None:
     space = {"train.lr": {"grid": [0.01, 1e30]}}
     settings = {"train.steps": 24, "train.clip_norm": None, "train.warmup": 0}
-    search = tune(place, write_search(place, space=space, algorithm="grid", trials=None, settings=settings))
+    path = write_search(place, space=space, algorithm="grid", trials=None, settings=settings)
+    done = command("tune", path, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "trial 001 failed: the loss was not finite" in done.stdout
+    search = place / "searches" / "mine"
     decisions = {
         yaml.safe_load((path / "config.yaml").read_text())["train"]["lr"]: read(path / "trial.json")[
             "decision"

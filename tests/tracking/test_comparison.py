@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -169,8 +170,12 @@ def test_cost_and_energy(tmp_path: Path) -> None:
             energy_j=1500 + 1000 * seed,
         )
     write_run(tmp_path / "c", 0.7, facts=gpu, engine__device="cpu", world_size=2, wall_s=50.0)
+    packed = write_run(tmp_path / "p", 0.6, facts=gpu, engine__device="cpu", world_size=2, train__lr=0.5)
+    result = json.loads((packed / "result.json").read_text())
+    (packed / "result.json").write_text(json.dumps(result | {"share_s": 10.0}))
     table = comparison_table(only(tmp_path))
-    header, _, first, second = table.splitlines()[2:]
+    header, _, first, second, third = table.splitlines()[2:]
+    assert third.split()[-4:-1] == ["100", "20", "CPU-s"]
     assert header.split()[-2:] == ["energy,", "kJ"]
     assert first.split()[-4:] == ["200", "1,600", "GPU-s", "2.0"]
     assert second.split()[-4:] == ["50", "100", "CPU-s", "-"]
