@@ -10,7 +10,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal
@@ -35,6 +35,8 @@ _MOST_COMBINATIONS = 2000
 
 def base_config(spec: SearchSpec) -> Config:
     """One configuration of the search, for what all of them have in common."""
+    if spec.configurations is not None:
+        return trial_config(spec, spec.configurations[0])
     return trial_config(spec, {key: held.probes()[0] for key, held in spec.space.items() if not held.when})
 
 
@@ -90,6 +92,9 @@ def validate(spec: SearchSpec) -> None:
             that never hold or form a circle; distributions that the algorithm or the scheduler cannot draw;
             keys that trials in one pack cannot differ in.
     """
+    if spec.configurations is not None:
+        _check_configurations(spec, spec.configurations)
+        return
     for key, distribution in _ordered(spec).items():
         _check_kind(spec, key, distribution)
         for other, accepted in distribution.when.items():
@@ -99,6 +104,25 @@ def validate(spec: SearchSpec) -> None:
         raise UserError(
             "scheduler.name 'pbt' changes keys of train. while trials run, and the space has none that can be "
             f"(without conditions, and none of {', '.join(sorted(_FIXED_ONCE_STARTED))}): give train.lr"
+        )
+
+
+def _check_configurations(spec: SearchSpec, configurations: Sequence[Mapping[str, Any]]) -> None:
+    """Those given one by one may differ in anything: what cannot share a pack gets another one."""
+    tree = config.recipe_tree(spec.recipe)
+    for number, each in enumerate(configurations, start=1):
+        try:
+            built = _build(spec, tree, each)
+        except UserError as error:
+            raise UserError(f"configurations: number {number} is not accepted: {error}") from None
+        _check_frozen(spec, built)
+
+
+def _check_frozen(spec: SearchSpec, built: Config) -> None:
+    if spec.resources.pack > 1 and built.adapter.trains_encoder:
+        raise UserError(
+            "adapter.method fine-tuning changes the encoder, which the trials in one pack share: give "
+            "--resources.pack 1"
         )
 
 
@@ -171,11 +195,7 @@ def _check_values(spec: SearchSpec) -> None:
                 built = _build(spec, tree, _probe(live, key, value))
             except UserError as error:
                 raise UserError(f"space.{key}: the value {value!r} is not accepted: {error}") from None
-            if spec.resources.pack > 1 and built.adapter.trains_encoder:
-                raise UserError(
-                    "adapter.method fine-tuning changes the encoder, which the trials in one pack share: give "
-                    "--resources.pack 1"
-                )
+            _check_frozen(spec, built)
             if spec.resources.pack > 1 and pack_key(built) != first:
                 raise UserError(
                     f"space.{key}: trials in one pack share the encoder and its batches, and cannot differ in this: "
@@ -220,6 +240,8 @@ def _extend(samples: Iterator[dict[str, Any]], key: str, held: Distribution) -> 
 
 def count(spec: SearchSpec) -> int:
     """Configurations that the search tries, each of them with every seed."""
+    if spec.configurations is not None:
+        return len(spec.configurations)
     if spec.algorithm == "grid":
         return sum(1 for _ in _combinations(_live(spec)))
     grids = [len(held.values) for held in spec.space.values() if held.kind == "grid"]

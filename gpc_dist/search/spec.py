@@ -5,6 +5,8 @@ Every key is a field below with its documentation under it, as in `gpc_dist.conf
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,10 +99,13 @@ class SearchSpec(Section):
     """What is searched: a packaged recipe, or the path of one, from the search's file or from here."""
     settings: dict[str, Any] = Field({})
     """Dotted keys of the recipe and the values they have in every trial: `train.steps: 100`."""
-    space: dict[str, Distribution]
+    space: dict[str, Distribution] = Field({})
     """Dotted keys of the recipe and the values that are tried: `train.lr: {loguniform: [1e-3, 1e-1]}`."""
+    configurations: list[dict[str, Any]] | None = Field(None, min_length=1)
+    """Instead of a space: the configurations to try, in this order, each a mapping of dotted keys to values. Those
+    that can share an encoder and its batches share packs; keep them together."""
     trials: int | None = Field(None, ge=1)
-    """Configurations to try; not for algorithm `grid`, which tries all."""
+    """Configurations to try; not for algorithm `grid` and for `configurations`, of which all are tried."""
     seeds: list[int] = Field([0], min_length=1)
     """Seeds (run.seed) with each of which every configuration is run."""
     metric: str | None = None
@@ -131,15 +136,25 @@ class SearchSpec(Section):
         tree = self.model_dump(mode="json")
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
+    @property
+    def tried_keys(self) -> list[str]:
+        """The keys in which trials can differ."""
+        return list(dict.fromkeys(key for each in [self.space, *(self.configurations or [])] for key in each))
+
     @field_validator("settings", "space")
     @classmethod
     def _check_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
-        for key, value in given.items():
-            _check_key(key)
-            for other in value.when if isinstance(value, Distribution) else ():
-                _check_key(other, f"{key}: when: ")
-            if key in RESERVED:
-                raise ValueError(_reserved(key))
+        check_keys(given)
+        return given
+
+    @field_validator("configurations")
+    @classmethod
+    def _check_configurations(cls, given: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for each in given or []:
+            check_keys(each)
+        texts = [json.dumps(each, sort_keys=True, default=str) for each in given or []]
+        if twice := [number for number, text in enumerate(texts, start=1) if text in texts[: number - 1]]:
+            raise ValueError(f"number {twice[0]} stands there before: give each configuration once")
         return given
 
     @field_validator("seeds")
@@ -151,10 +166,13 @@ class SearchSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SearchSpec:
+        tried = "space" if self.configurations is None else "configurations"
+        if both := [key for key in self.tried_keys if key in self.settings]:
+            raise ValueError(f"{', '.join(both)}: both in settings and in {tried}: give it in one of them")
+        if self.configurations is not None:
+            return self._check_explicit()
         if not self.space:
-            raise ValueError("space is empty: give at least one key and its values")
-        if both := [key for key in self.space if key in self.settings]:
-            raise ValueError(f"{', '.join(both)}: both in settings and in space: give it in one of them")
+            raise ValueError("space is empty: give at least one key and its values, or give configurations")
         if self.algorithm == "grid" and self.trials is not None:
             raise ValueError(
                 "algorithm 'grid' tries every combination: leave out trials, or give --trials null"
@@ -166,6 +184,28 @@ class SearchSpec(Section):
                 "scheduler.name 'pbt' changes values by itself: it needs algorithm random or grid"
             )
         return self
+
+    def _check_explicit(self) -> SearchSpec:
+        if self.space or self.trials is not None or self.algorithm != "random":
+            raise ValueError(
+                "configurations are tried as they stand: leave out space, trials and algorithm, or leave out "
+                "configurations"
+            )
+        if self.scheduler.name == "pbt":
+            raise ValueError(
+                "scheduler.name 'pbt' changes values within a space: give space, not configurations"
+            )
+        return self
+
+
+def check_keys(given: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that is none of the configuration's, or that a search sets itself."""
+    for key, value in given.items():
+        _check_key(key)
+        for other in value.when if isinstance(value, Distribution) else ():
+            _check_key(other, f"{key}: when: ")
+        if key in RESERVED:
+            raise ValueError(_reserved(key))
 
 
 def _check_key(key: str, where: str = "") -> None:

@@ -61,7 +61,7 @@ class Trial(tune.Trainable):
     def _take_up(self, config: dict[str, Any]) -> None:
         self._seed = config.get(SEED, self._spec.seeds[0])
         sample = config.get(SAMPLE, config)
-        self._drawn = {key: value for key, value in sample.items() if key in self._spec.space}
+        self._drawn = {key: sample[key] for key in self._spec.tried_keys if key in sample}
         self._number = trial_number(self.trial_id)
         self._start_from: str | None = None
         self._visit: int | None = None

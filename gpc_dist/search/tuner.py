@@ -215,7 +215,9 @@ def _param_space(spec: SearchSpec) -> dict[str, Any]:
 
 def draw(spec: SearchSpec) -> list[dict[str, Any]]:
     """The configurations of a random or grid search, drawn by Ray Tune: each is tried with every seed, which its own
-    repetition cannot do for conditional keys."""
+    repetition cannot do for conditional keys. Those that the search gives one by one as they stand."""
+    if spec.configurations is not None:
+        return spec.configurations
     generator = BasicVariantGenerator(random_state=spec.seed)
     drawn = Experiment("draw", run=lambda _: None, config=space.to_ray(spec), num_samples=spec.trials or 1)
     generator.add_configurations([drawn])
@@ -295,7 +297,7 @@ class _Threshold(stopper.Stopper):
 
 def _reporter(spec: SearchSpec, metric: str) -> tune.CLIReporter:
     inside = "" if spec.algorithm == "optuna" else f"{SAMPLE}/"
-    short = {inside + key: key.rpartition(".")[2] for key in spec.space}
+    short = {inside + key: key.rpartition(".")[2] for key in spec.tried_keys}
     return tune.CLIReporter(
         parameter_columns={**short, SEED: "seed"},
         metric_columns={metric: metric.removeprefix("val/"), STEP: STEP},

@@ -69,6 +69,43 @@ def test_a_fixed_key_can_be_searched_and_a_searched_one_left_out() -> None:
     assert "train.cell_lr" not in loaded.space
 
 
+def test_configurations_are_tried_as_they_stand(tmp_path: Path) -> None:
+    from gpc_dist.search.tuner import draw
+
+    text = """
+recipe: demo
+configurations: [{adapter.method: linear-probe}, {train.lr: 0.1, adapter.cell_layers: [0, 2]}, {}]
+resources: {pack: 2}
+"""
+    loaded = spec.load(write(tmp_path, text))
+    assert spec.load(write(tmp_path, loaded.to_yaml())) == loaded
+    space.validate(loaded)
+    assert draw(loaded) == loaded.configurations
+    assert space.count(loaded) == 3
+    assert space.base_config(loaded).adapter.method == "linear-probe"
+    # which a space may not do in one pack
+    assert len({space.pack_key(space.trial_config(loaded, each)) for each in draw(loaded)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("configurations", "message"),
+    [
+        (
+            "[{}, {train.lr: -1}]",
+            "configurations: number 2 is not accepted: train.lr: Input should be greater",
+        ),
+        ("[{adapter.method: fine-tuning}]", "give --resources.pack 1"),
+    ],
+)
+def test_a_configuration_that_would_fail_is_refused(
+    tmp_path: Path, configurations: str, message: str
+) -> None:
+    text = f"recipe: demo\nsettings: {{engine.zero_stage: 0}}\nconfigurations: {configurations}\nresources: {{pack: 2}}"
+    with pytest.raises(UserError) as error:
+        space.validate(spec.load(write(tmp_path, text)))
+    assert message in str(error.value)
+
+
 def test_the_name_is_the_files_when_not_given(tmp_path: Path) -> None:
     assert spec.load(write(tmp_path, LEAST + "trials: 1")).folder == Path("searches/mine")
     assert spec.load(write(tmp_path, LEAST + "trials: 1\ndir: here")).folder == Path("here")
@@ -109,7 +146,30 @@ def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
         (LEAST, "algorithm 'random' needs trials"),
         (LEAST + "trials: 4\nalgorithm: grid", "leave out trials, or give --trials null"),
         ("space: {train.lr: [1]}\ntrials: 1", "recipe: Field required"),
-        ("recipe: rte\ntrials: 1", "space: Field required"),
+        (
+            "recipe: rte\ntrials: 1",
+            "space is empty: give at least one key and its values, or give configurations",
+        ),
+        ("recipe: rte\nconfigurations: []", "configurations: List should have at least 1 item"),
+        (
+            "recipe: rte\nconfigurations: [{train.lrr: 1}]",
+            "configurations: unknown key 'train.lrr'; did you mean",
+        ),
+        (
+            "recipe: rte\nconfigurations: [{run.seed: 1}]",
+            "'run.seed' is set by the search itself: give `seeds`",
+        ),
+        ("recipe: rte\nconfigurations: [{train.lr: 1}, {}, {train.lr: 1}]", "number 3 stands there before"),
+        (
+            "recipe: rte\nsettings: {train.lr: 1}\nconfigurations: [{train.lr: 2}]",
+            "train.lr: both in settings and in configurations",
+        ),
+        (LEAST + "configurations: [{train.lr: 2}]", "leave out space, trials and algorithm"),
+        ("recipe: rte\ntrials: 1\nconfigurations: [{train.lr: 2}]", "leave out space, trials and algorithm"),
+        (
+            "recipe: rte\nscheduler: {name: pbt, perturb_every: 5}\nconfigurations: [{train.lr: 2}]",
+            "give space, not configurations",
+        ),
         ("recipe: rte\ntrials: 1\nspace: {}", "space is empty"),
         (LEAST + "trials: 1\nsettings: {train.lr: 0.1}", "train.lr: both in settings and in space"),
         (LEAST + "trials: 1\nsettings: {train.lrr: 0.1}", "settings: unknown key 'train.lrr'; did you mean"),
