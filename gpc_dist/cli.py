@@ -96,6 +96,13 @@ def _evaluate(options: Any, rest: list[str], arguments: list[str]) -> int:
     return run_evaluation(options.adapter, options.split, settings)
 
 
+def _inspect(options: Any, rest: list[str], _: list[str]) -> int:
+    settings = overrides(rest)
+    from gpc_dist.training.inspect import run_inspection
+
+    return run_inspection(options.adapter, options.examples, options.json, options.png, settings)
+
+
 def _predict(options: Any, rest: list[str], arguments: list[str]) -> int:
     settings = overrides(rest)
     if not options.input.is_file():
@@ -182,6 +189,27 @@ def _tune(options: Any, rest: list[str], arguments: list[str]) -> int:
     from gpc_dist.search.tuner import run_search
 
     return run_search(search, ["gpc-dist", *arguments], options.resume)
+
+
+def _study(options: Any, rest: list[str], arguments: list[str]) -> int:
+    from gpc_dist.study import spec
+
+    study = spec.load(options.study, overrides(rest))
+    if options.dry_run:
+        from gpc_dist.study.dry_run import describe
+
+        print(describe(study, options.gpu))
+        return EXIT_DONE
+    if not options.report_only:
+        from gpc_dist.study.run import run_study
+
+        if code := run_study(study, ["gpc-dist", *arguments]):
+            return code
+    from gpc_dist.study.report import write_report
+
+    for file in write_report(study):
+        print(f"wrote {file}")
+    return EXIT_DONE
 
 
 def _fetch(options: Any, rest: list[str], _: list[str]) -> int:
@@ -304,6 +332,7 @@ def _refuse(rest: list[str]) -> None:
 COMMANDS: dict[str, Callable[[Any, list[str], list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "inspect": _inspect,
     "predict": _predict,
     "bench": _bench,
     "plan": _plan,
@@ -311,6 +340,7 @@ COMMANDS: dict[str, Callable[[Any, list[str], list[str]], int]] = {
     "compare": _compare,
     "sync": _sync,
     "tune": _tune,
+    "study": _study,
     "fetch": _fetch,
     "doctor": _doctor,
     "submit": _submit,

@@ -81,6 +81,26 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--input", required=True, type=Path, help="JSONL, CSV, TSV or Parquet file")
     predict.add_argument("--output", required=True, type=Path, help="file to write, or a folder")
 
+    inspect = command(
+        "inspect",
+        "Show what becomes of a trained prompt from layer to layer.",
+        "On some validation examples: how like its start the prompt still is, how much the cell changes it, how large\n"
+        "it is beside the text, and how much of the loss's gradient reaches it.\n\n"
+        "example: gpc-dist inspect runs/rte/adapter --data.path SuperGLUE/RTE --png rte.png",
+        arguments="ADAPTER [--examples N] [--json FILE] [--png FILE]",
+        settings=True,
+    )
+    inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+    inspect.add_argument(
+        "--examples",
+        metavar="N",
+        type=_count,
+        default=64,
+        help="the first so many of the validation split [64]",
+    )
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    inspect.add_argument("--png", type=Path, metavar="FILE", help="draw them")
+
     bench = command(
         "bench",
         "Measure what a training step of a recipe costs on this machine.",
@@ -161,6 +181,22 @@ def build_parser() -> argparse.ArgumentParser:
         "search", metavar="SEARCH", help=f"a YAML file, or one of: {', '.join(_search_names())}"
     )
     tune.add_argument("--resume", action="store_true", help="go on with a search that was cut off")
+
+    study = command(
+        "study",
+        "Compare methods on several tasks, each with the same budget of search.",
+        "For each task: all methods' configurations are run and chosen from on a part of the training split, the\n"
+        "chosen ones run again with other seeds, and their adapters measured once on the official validation split. The same\n"
+        "command goes on after a kill. The report is in report/ of the study's folder.\n\n"
+        "example: gpc-dist study minilm --data_root DATA",
+        arguments="STUDY [--dry-run [--gpu NAME]] [--report-only] [--key VALUE ...]",
+    )
+    study.add_argument("study", metavar="STUDY", help=f"a YAML file, or one of: {', '.join(_study_names())}")
+    study.add_argument("--dry-run", action="store_true", help="show what would be run")
+    study.add_argument("--gpu", help="for --dry-run: a device of `gpc-dist plan`, to expect its hours")
+    study.add_argument(
+        "--report-only", action="store_true", help="run nothing: report what has been found so far"
+    )
 
     fetch = command(
         "fetch",
@@ -265,6 +301,10 @@ def _add_submit(submit: argparse.ArgumentParser) -> None:
 
 def _search_names() -> list[str]:
     return sorted(path.stem for path in shipped_folder("tune").glob("*.yaml"))
+
+
+def _study_names() -> list[str]:
+    return sorted(path.stem for path in (shipped_folder("tune") / "studies").glob("*.yaml"))
 
 
 def _nodes(text: str) -> int | str:

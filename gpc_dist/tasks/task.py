@@ -93,14 +93,18 @@ class Task:
     def score(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> dict[str, float]:
         """Every metric of the outputs; raises `UserError` if an example has no target."""
         _require_targets(examples, f"task {self.name}: what is to be scored")
-        decisions = self._decide(outputs)
+        decisions = self.decide(outputs)
         scores = {name: metric(examples, decisions) for name, metric in self.metrics.items()}
         if self.averaged:
             scores["average"] = sum(scores.values()) / len(scores)
         return scores
 
+    def metrics_of(self, name: str) -> tuple[Metric, ...]:
+        """The metrics whose mean is the one of this name."""
+        return tuple(self.metrics.values()) if name == "average" else (self.metrics[name],)
+
     def predictions(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> list[Prediction]:
-        decisions = self._decide(outputs)
+        decisions = self.decide(outputs)
         if self.kind == "regression":
             return [
                 Prediction(example.id, float(number), None)
@@ -126,7 +130,7 @@ class Task:
         sizes = (self.outputs if self.kind == "classification" else len(e.rows) for e in validation)
         return self.score(validation, [np.arange(size) == min(winner, size - 1) for size in sizes])
 
-    def _decide(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+    def decide(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """Class or candidate indices, int64 `[N]`; numbers, float64 `[N]`, for regression."""
         if self.kind == "regression":
             return np.array([float(output[0]) for output in outputs])

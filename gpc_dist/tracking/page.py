@@ -52,7 +52,7 @@ def write_comparison(
             sections.append(_section(comparison, drawn, found if isinstance(found, str) else ""))
     if html:
         try:
-            files.write_text(html, _page(place, sections))
+            files.write_text(html, page(f"Comparison of {place}", sections))
         except OSError as error:
             raise UserError(
                 f"{html} cannot be written: {error.strerror}: give another file with --html"
@@ -61,8 +61,9 @@ def write_comparison(
     return written
 
 
-def _page(place: str, sections: Sequence[str]) -> str:
-    title = f"Comparison of {escape(place)}"
+def page(title: str, sections: Sequence[str]) -> str:
+    """A whole page of these sections of HTML."""
+    title = escape(title)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -79,14 +80,15 @@ def _section(comparison: Comparison, drawn: Sequence[Plot], no_importance: str) 
         "chose its checkpoint; ± is the standard deviation over seeds.</p>",
         _best(comparison),
         _table(comparison),
-        *(_figure(plot) for plot in drawn),
+        *(figure(plot) for plot in drawn),
     ]
     if no_importance:
         parts.append(f"<h3>Importance of the settings</h3>\n<p>{escape(no_importance)}</p>")
     return "<section>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _figure(plot: Plot) -> str:
+def figure(plot: Plot) -> str:
+    """A plot with its title and its caption."""
     return (
         f'<figure id="{plot.name}">\n<h3>{escape(plot.title)}</h3>\n<div class="plot">{to_svg(plot)}</div>\n'
         f"<figcaption>{escape(plot.caption)}</figcaption>\n</figure>"
@@ -126,31 +128,32 @@ def _exact(value: Any) -> str:
 def _table(comparison: Comparison) -> str:
     shown = [*columns(comparison), Column("runs", _run_names, lambda c: c.runs[0].name)]
     numeric = [column.is_numeric(comparison.configurations) for column in shown]
-    head = _head("#", True) + "".join(
-        _head(column.name, aligned) for column, aligned in zip(shown, numeric, strict=True)
+    heads = head("#", True) + "".join(
+        head(column.name, aligned) for column, aligned in zip(shown, numeric, strict=True)
     )
     lines = []
     for number, configuration in enumerate(comparison.configurations, start=1):
-        cells = [_cell(str(number), number, True)]
+        cells = [cell(str(number), number, True)]
         for column, aligned in zip(shown, numeric, strict=True):
             detail = (
                 _run_details(configuration, comparison.metric) if column.name in ("runs", "state") else ""
             )
-            cells.append(_cell(column.text(configuration), column.order(configuration), aligned, detail))
+            cells.append(cell(column.text(configuration), column.order(configuration), aligned, detail))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        f'<div class="table"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
 
 
-def _head(name: str, numeric: bool) -> str:
+def head(name: str, numeric: bool) -> str:
+    """The head of a column, which sorts the table by it."""
     kind = ' class="n"' if numeric else ""
     return f'<th aria-sort="none"{kind}><button type="button">{escape(name)}</button></th>'
 
 
-def _cell(text: str, order: Any, numeric: bool, detail: str = "") -> str:
+def cell(text: str, order: Any, numeric: bool, detail: str = "") -> str:
     """A cell that says what to sort by: `data-n`, a number, or `data-s`, a text, or neither."""
     short = shorten(text)
     kind = ' class="n"' if numeric else ""

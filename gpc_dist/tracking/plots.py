@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers too, and seen on white as on black
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _WORST_TO_BEST = ("#4477dd", "#9a6fb0", "#e8730c")
-_OTHERS = "#8c8c8c"
+OTHERS = "#8c8c8c"
 # stand for the colours of text and of what is behind it, which a page replaces by its own; no data have them
-_INK = "#1b1c1d"
+INK = "#1b1c1d"
 _PAPER = "#fdfefd"
 
-_WIDTH = 10.5
+WIDTH = 10.5
 """Inches of a figure."""
 _MOST_POINTS = 60
 _MOST_AXES = 10
@@ -58,7 +58,7 @@ def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
         found: as `importance.importance` gives it.
     """
     metric, ranked = comparison.metric, comparison.ranked
-    named = ranked[: len(_COLOURS)]
+    named = ranked[: len(COLOURS)]
     others = " Grey: the other configurations." if len(comparison.configurations) > len(named) else ""
     prefix = "-".join(re.sub(r"\W", "_", text) for text in (comparison.task, metric))
     made = []
@@ -123,7 +123,7 @@ def to_svg(plot: Plot) -> str:
     with _style(plot.name):
         plot.draw().savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_PAPER, "var(--paper)")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(_PAPER, "var(--paper)")
     # names of groups, the same in every figure of a page; what is referred to has no underscore
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     return re.sub(r"<svg[^>]*>", _svg_start, svg, count=1)
@@ -161,16 +161,16 @@ def _style(salt: str) -> Iterator[None]:
         "font.size": 10,
         "font.family": "sans-serif",
         "text.parse_math": False,  # a $ in a setting is a $
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "grid.color": _INK,
+        "grid.color": INK,
         "grid.alpha": 0.15,
         "grid.linewidth": 0.6,
         "legend.frameon": False,
@@ -182,7 +182,8 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -213,7 +214,7 @@ def _log_axis(axes: Axes, which: str) -> None:
 
 
 def _curves(comparison: Comparison, named: Sequence[Configuration]) -> Figure:
-    figure = _figure(_WIDTH, 4.4 + 0.2 * len(named))
+    figure = new_figure(WIDTH, 4.4 + 0.2 * len(named))
     scores, losses = figure.subplots(1, 2)
     drawn: list[float] = []
     named_lines: dict[int, Any] = {}
@@ -224,14 +225,14 @@ def _curves(comparison: Comparison, named: Sequence[Configuration]) -> Figure:
     ):
         for place, configuration in enumerate(comparison.configurations):
             curves = [thin(run.curves[key]) for run in configuration.runs if key in run.curves]
-            steps, mean, std = _over_seeds(curves)
+            steps, mean, std = over_seeds(curves)
             drawn += mean.tolist() if axes is losses else []
             if not steps:
                 continue
             if place >= len(named):
-                axes.plot(steps, mean, color=_OTHERS, linewidth=0.7, alpha=faint, zorder=1)
+                axes.plot(steps, mean, color=OTHERS, linewidth=0.7, alpha=faint, zorder=1)
                 continue
-            colour, marker = _COLOURS[place], "o" if len(steps) == 1 else None
+            colour, marker = COLOURS[place], "o" if len(steps) == 1 else None
             (line,) = axes.plot(steps, mean, color=colour, marker=marker, linewidth=1.7)
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
             named_lines[place] = line
@@ -243,7 +244,7 @@ def _curves(comparison: Comparison, named: Sequence[Configuration]) -> Figure:
         _log_axis(losses, "y")
     entries = {_label(comparison, named[place]): named_lines[place] for place in sorted(named_lines)}
     if (baseline := comparison.baseline) is not None:
-        entries["majority baseline"] = scores.axhline(baseline, color=_INK, linewidth=1, dashes=(2, 3))
+        entries["majority baseline"] = scores.axhline(baseline, color=INK, linewidth=1, dashes=(2, 3))
     if entries:
         figure.legend(list(entries.values()), list(entries), loc="outside lower center", fontsize="small")
     return figure
@@ -265,7 +266,7 @@ def _thinned(curve: Curve) -> Curve:
     return [(block[-1][0], sum(value for _, value in block) / len(block)) for block in blocks]
 
 
-def _over_seeds(curves: Sequence[Curve]) -> tuple[list[int], np.ndarray, np.ndarray]:
+def over_seeds(curves: Sequence[Curve]) -> tuple[list[int], np.ndarray, np.ndarray]:
     """The steps, and mean and standard deviation at each of the curves that reached it."""
     import numpy as np
 
@@ -292,7 +293,7 @@ def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
     scales = [scale_of([c.settings.get(key) for c in ranked]) for key in keys]
     scales.append(scale_of(means))
     names = [comparison.varied[key] for key in keys] + [comparison.metric]
-    figure = _figure(max(_WIDTH, 1.4 * len(names) + 1), 4.6)
+    figure = new_figure(max(WIDTH, 1.4 * len(names) + 1), 4.6)
     axes = figure.subplots()
     axes.grid(False)
     map_ = LinearSegmentedColormap.from_list("score", _WORST_TO_BEST)
@@ -312,9 +313,9 @@ def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
             alpha=_faint(len(ranked)) if number else 1,
         )
     for place, (scale, name) in enumerate(zip(scales, names, strict=True)):
-        axes.axvline(place, color=_INK, linewidth=0.8)
+        axes.axvline(place, color=INK, linewidth=0.8)
         for height, text in scale.ticks:
-            axes.plot([place - 0.02, place], [height, height], color=_INK, linewidth=0.8)
+            axes.plot([place - 0.02, place], [height, height], color=INK, linewidth=0.8)
             label = axes.text(place - 0.04, height, text, ha="right", va="center", fontsize="small", zorder=4)
             label.set_bbox({"facecolor": _PAPER, "alpha": 0.7, "linewidth": 0, "pad": 0.5})
         kind = "log scale" if scale.kind == "log" else " "
@@ -331,17 +332,17 @@ def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
 
 def _importance(comparison: Comparison, found: Importance) -> Figure:
     shown = found.settings[:_MOST_BARS][::-1]
-    figure = _figure(_WIDTH, 1.2 + 0.32 * len(shown))
+    figure = new_figure(WIDTH, 1.2 + 0.32 * len(shown))
     axes = figure.subplots()
     axes.barh(
         [shorten(comparison.varied[key]) for key, *_ in shown],
         [value for _, value, _ in shown],
         height=0.6,
         xerr=[std for *_, std in shown],
-        color=_COLOURS[0],
-        error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 3},
+        color=COLOURS[0],
+        error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3},
     )
-    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xlabel(f"error added when the setting is shuffled, in {comparison.metric}")
     axes.grid(axis="y", visible=False)
     return figure
@@ -349,10 +350,10 @@ def _importance(comparison: Comparison, found: Importance) -> Figure:
 
 def _cost(comparison: Comparison) -> Figure:
     shown = [c for c in comparison.ranked if c.cost_s]
-    figure = _figure(_WIDTH, 4.6)
+    figure = new_figure(WIDTH, 4.6)
     axes = figure.subplots()
     devices = sorted({c.device for c in shown})
-    for device, colour, marker in zip(devices, _COLOURS, "os", strict=False):
+    for device, colour, marker in zip(devices, COLOURS, "os", strict=False):
         mine = [c for c in shown if c.device == device]
         axes.errorbar(
             [c.cost_s or 0.0 for c in mine],

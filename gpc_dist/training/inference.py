@@ -60,7 +60,7 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
         session = open_adapter(folder, config, world)
         examples = read_part(session.task, config.data, part)
         split = session.split(examples)
-        outputs = _outputs(session, split)
+        outputs = adapter_outputs(session, split)
         if outputs is not None:
             metrics = session.task.score(examples, outputs)
             found = {"task": session.task.name, "split": part, "examples": len(examples), "metrics": metrics}
@@ -79,7 +79,7 @@ def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[s
     try:
         session = open_adapter(folder, config, world)
         examples = session.task.read("test")
-        outputs = _outputs(session, session.split(examples))
+        outputs = adapter_outputs(session, session.split(examples))
         if outputs is not None:
             file = write_predictions(session.task, examples, outputs, output)
             print(f"{len(examples)} predictions written to {file}")
@@ -88,7 +88,8 @@ def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[s
     return 0
 
 
-def _outputs(session: Session, split: Split) -> Any:
+def adapter_outputs(session: Session, split: Split) -> Any:
+    """Outputs of the session's adapter for every example of a split, on rank 0; None elsewhere."""
     session.model.eval()
     tokens = session.config.train.eval_batch_tokens
     outputs = all_outputs(session.model, split.encoded, session.pad_id, session.world, tokens)
@@ -121,4 +122,4 @@ class Predictor:
         """
         task = self.session.task
         examples = task.parse([dict(row) for row in rows])
-        return task.predictions(examples, _outputs(self.session, self.session.split(examples)))
+        return task.predictions(examples, adapter_outputs(self.session, self.session.split(examples)))

@@ -1,0 +1,72 @@
+"""What a report is made of: headings, paragraphs, tables and plots, written as Markdown and as HTML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from tabulate import tabulate
+
+from gpc_dist.tracking.page import cell, figure, head, page
+from gpc_dist.tracking.plots import Plot
+
+_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, what to know when reading it, and the cells; the first column names the line."""
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+Block = str | Table | Plot
+"""A string is a paragraph."""
+
+
+def to_markdown(title: str, blocks: Sequence[Block]) -> str:
+    """A document; plots are files beside it."""
+    parts = [f"# {title}"]
+    for block in blocks:
+        if isinstance(block, str):
+            parts.append(block)
+        elif isinstance(block, Plot):
+            parts.append(f"## {block.title}\n\n![{block.title}]({block.name}.png)\n\n{block.caption}")
+        else:
+            align = ["left"] + ["right"] * (len(block.columns) - 1)
+            lines = [[text.replace("|", "\\|") for text in line] for line in block.lines]
+            table = tabulate(lines, block.columns, tablefmt="pipe", disable_numparse=True, colalign=align)
+            parts.append(f"## {block.title}\n\n{table}\n\n{block.note}")
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """A page that needs no other file."""
+    return page(title, [f"<section>\n{_html(block)}\n</section>" for block in blocks])
+
+
+def _html(block: Block) -> str:
+    if isinstance(block, str):
+        return f"<p>{escape(block)}</p>"
+    if isinstance(block, Plot):
+        return figure(block)
+    heads = "".join(head(name, place > 0) for place, name in enumerate(block.columns))
+    lines = "\n".join(
+        "<tr>" + "".join(cell(text, _order(text), place > 0) for place, text in enumerate(line)) + "</tr>"
+        for line in block.lines
+    )
+    return (
+        f'<h3>{escape(block.title)}</h3>\n<div class="table"><table>\n<thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>\n{lines}\n</tbody></table></div>\n<p>{escape(block.note)}</p>"
+    )
+
+
+def _order(text: str) -> float | str:
+    """What a cell is sorted by: the number it begins with, or else the text."""
+    found = _NUMBER.match(text)
+    return float(found[0].replace(",", "")) if found else text

@@ -1,0 +1,91 @@
+"""The trials of a study by method, and the configuration of each method that did best on the hold-out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpc_dist import files
+from gpc_dist.search import spec
+from gpc_dist.study.folder import Stage, TaskFolder
+from gpc_dist.study.searches import Configuration, configuration_of, identity
+from gpc_dist.tasks.metrics import LOWER_IS_BETTER
+from gpc_dist.tracking.folder import TrialFolder
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial, and what it came to on the hold-out."""
+
+    folder: TrialFolder
+    method: str
+    configuration: Configuration
+    seed: int
+    result: Mapping[str, Any]
+    """Its `result.json`; empty for one that failed or was cut off."""
+
+    @property
+    def metric(self) -> str:
+        """The task's main metric; only of a trial with a result."""
+        return self.result["main_metric"]
+
+    @property
+    def value(self) -> float | None:
+        """The metric of the checkpoint that was kept; None for a trial that failed before it had one."""
+        found = self.result.get("metrics", {}).get("best", {}).get(self.result.get("main_metric"))
+        return found if isinstance(found, int | float) and math.isfinite(found) else None
+
+    @property
+    def sign(self) -> int:
+        """What to multiply a value with so that more is better."""
+        return -1 if self.result.get("main_metric") in LOWER_IS_BETTER else 1
+
+
+def tried(folder: TaskFolder, stage: Stage, methods: Mapping[str, Sequence[Configuration]]) -> list[Tried]:
+    """The trials of a stage.
+
+    Args:
+        methods: the configurations of each method, by which a trial's method is known.
+    """
+    known = {identity(each): (name, each) for name, group in methods.items() for each in group}
+    found = []
+    for search in folder.searches(stage):
+        specified = spec.load(str(search.config))
+        for trial in search.begun_trials():
+            settings = configuration_of(specified, files.read_json(trial.trial)["settings"])
+            method, configuration = known[identity(settings)]
+            failed = trial.read_status().state == "failed"
+            result = {} if failed else files.read_json(trial.result)
+            seed = trial.read_config()["run"]["seed"]
+            found.append(Tried(trial, method, configuration, seed, result))
+    return found
+
+
+def choose(trials: Sequence[Tried], seeds: int) -> dict[str, dict[str, Any]]:
+    """The best configuration of each method that has one, by the mean over its seeds.
+
+    Args:
+        seeds: of each configuration; one with a seed that failed is not chosen, whatever its others reached.
+    """
+    groups: dict[str, dict[str, list[Tried]]] = defaultdict(lambda: defaultdict(list))
+    for each in trials:
+        groups[each.method][identity(each.configuration)].append(each)
+    chosen = {}
+    for method, configurations in groups.items():
+        whole = [
+            (values, runs)
+            for runs in configurations.values()
+            if len(values := [run.value for run in runs if run.value is not None]) == seeds
+        ]
+        if whole:
+            values, runs = max(whole, key=lambda each: each[1][0].sign * statistics.fmean(each[0]))
+            chosen[method] = {
+                "configuration": runs[0].configuration,
+                "metric": runs[0].metric,
+                "holdout": statistics.fmean(values),
+            }
+    return chosen

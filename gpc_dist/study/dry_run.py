@@ -1,0 +1,92 @@
+"""`gpc-dist study --dry-run`: what a study will run, and what the planner expects it to take."""
+
+from __future__ import annotations
+
+from tabulate import tabulate
+
+from gpc_dist.config import Config
+from gpc_dist.errors import UserError
+from gpc_dist.search import space
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.study.searches import draw
+from gpc_dist.study.spec import StudySpec
+
+
+def describe(study: StudySpec, gpu: str | None) -> str:
+    """A line for each task and method: configurations, runs, steps, and with a device the planner's hours on it.
+
+    The hours are those of runs that have an encoder each: trials of one pack take less. Nothing is read but the
+    encoder's configuration, so runs that count in epochs have no steps here.
+
+    Args:
+        gpu: a device that the planner knows; none for no hours.
+
+    Raises:
+        UserError: a configuration is not accepted; an unknown device, or an encoder whose configuration cannot be had.
+    """
+    clock = _Clock(gpu, study.resources.ranks) if gpu else None
+    lines, all_steps, all_hours = [], 0, 0.0
+    for task in study.tasks:
+        for method, drawn in draw(study, task).items():
+            spec = SearchSpec(
+                recipe=study.recipe_of(task),
+                configurations=drawn,
+                resources=study.resources,
+                tracking=study.tracking,
+            )
+            built = [space.trial_config(spec, each) for each in drawn]
+            runs = len(drawn) * len(study.search_seeds) + len(study.seeds)
+            steps = _steps(built, len(study.search_seeds), len(study.seeds))
+            hours = None
+            if clock and steps is not None and not built[0].adapter.trains_encoder:
+                hours = steps * clock.step_s(built[0]) * study.resources.ranks / 3600
+            all_steps += steps or 0
+            all_hours += hours or 0.0
+            shown = ["-" if steps is None else f"{steps:,}", "-" if hours is None else f"{hours:,.2f}"]
+            lines.append([task, method, str(len(drawn)), str(runs), *shown])
+    lines.append(
+        ["together", "", "", str(sum(int(line[3]) for line in lines)), f"{all_steps:,}", f"{all_hours:,.2f}"]
+    )
+    columns = ["task", "method", "configurations", "runs", "steps", f"{gpu}-hours"]
+    if gpu is None:
+        columns, lines = columns[:-1], [line[:-1] for line in lines]
+    align = ["left", "left"] + ["right"] * (len(columns) - 2)
+    return tabulate(lines, columns, disable_numparse=True, colalign=align)
+
+
+def _steps(built: list[Config], search_seeds: int, final_seeds: int) -> int | None:
+    """Of all runs of a method on a task, its longest configuration taken for the final runs; None for epochs."""
+    each = [config.train.steps for config in built]
+    known = [steps for steps in each if steps is not None]
+    if len(known) < len(each):
+        return None
+    return sum(known) * search_seeds + max(known) * final_seeds
+
+
+class _Clock:
+    """The planner's time of a step, asked once for runs that differ in nothing that it counts with."""
+
+    def __init__(self, gpu: str, ranks: int):
+        from gpc_dist.engine.hardware import find_device
+        from gpc_dist.engine.timing import Cluster
+
+        self._cluster = Cluster(find_device(gpu), 1, ranks)
+        self._known: dict[str, float] = {}
+
+    def step_s(self, config: Config) -> float:
+        """Seconds of a step in the regime that the planner recommends.
+
+        Raises:
+            UserError: none fits, or the encoder's configuration cannot be had.
+        """
+        from gpc_dist.training.plan import choose, make_planner, reason
+
+        train, data = config.train, config.data
+        key = repr((config.adapter, train.batch_size, train.batch_tokens, train.optimizer, data.max_length))
+        if key not in self._known:
+            planner = make_planner(config, self._cluster.device, outputs=2)
+            chosen = choose(planner, self._cluster, config.engine)
+            if chosen is None:
+                raise UserError(reason(None, self._cluster, config.engine))
+            self._known[key] = chosen.step_s
+        return self._known[key]

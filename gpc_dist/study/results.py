@@ -1,0 +1,289 @@
+"""What is in a study's folder, task by task: scores on the official split, what they cost, and how the search went."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from gpc_dist import files
+from gpc_dist.config import build
+from gpc_dist.errors import UserError
+from gpc_dist.study.choose import Tried, tried
+from gpc_dist.study.folder import StudyFolder, TaskFolder, read_official
+from gpc_dist.study.searches import Configuration
+from gpc_dist.study.spec import StudySpec
+from gpc_dist.study.statistics import draw_units, interval, resampled, units
+from gpc_dist.tasks import Example, Task, judged, make_task
+from gpc_dist.tasks.metrics import LOWER_IS_BETTER
+from gpc_dist.tracking.records import Record, read_folder
+
+LEARNT = 0.03
+"""By how much the ceiling must be better than the majority baseline for a task to count in means."""
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class FinalRun:
+    """A run of a chosen configuration, measured on the official validation split."""
+
+    seed: int
+    score: float
+    holdout: float
+    """Of its best checkpoint, on what that was chosen by."""
+    decisions: np.ndarray
+    """`[N]`, one for each example of the split."""
+    parameters: int
+    """Trained ones."""
+    record: Record
+
+
+@dataclass(frozen=True)
+class SearchSpread:
+    """How a method's search went, on the hold-out."""
+
+    values: Sequence[float]
+    """Of the runs that have one, the best first."""
+    failed: int
+    """Runs without a value: their loss was not finite, or they were cut off."""
+    at_majority: int
+    """Runs that are no better than the majority baseline on the same rows: they did not learn."""
+    cost_s: float
+    """Seconds of ranks, of all runs that know theirs."""
+
+    @property
+    def runs(self) -> int:
+        return len(self.values) + self.failed
+
+    @property
+    def unstable(self) -> float:
+        """Share of the runs that failed or did not learn."""
+        return (self.failed + self.at_majority) / self.runs
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """A method on a task."""
+
+    search: SearchSpread
+    configuration: Configuration | None
+    """The chosen one; None if none could be chosen."""
+    runs: Sequence[FinalRun]
+    """By seed; those that failed are not among them."""
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(run.score for run in self.runs) if self.runs else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds."""
+        return statistics.stdev(run.score for run in self.runs) if len(self.runs) > 1 else None
+
+    @property
+    def cost_s(self) -> float | None:
+        """Seconds of ranks of a final run, on average."""
+        known = [run.record.cost_s for run in self.runs if run.record.cost_s is not None]
+        return statistics.fmean(known) if known else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method's score minus the reference's, each the mean over its seeds."""
+
+    mean: float
+    draws: np.ndarray
+    """The same of every bootstrap draw of the examples."""
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the draws lie between these."""
+        return interval(self.draws)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task of a study."""
+
+    name: str
+    metric: str
+    examples: int
+    """Of the official validation split."""
+    majority: float
+    methods: Mapping[str, MethodResult]
+    """By name, in the study's order; those with a search."""
+    differences: Mapping[str, Difference]
+    """From the study's reference, of every other method with final runs."""
+    floor: float | None
+    """Mean score of the study's floor."""
+    ceiling: float | None
+    on_gpu: bool
+
+    @property
+    def sign(self) -> int:
+        """What to multiply a score with so that more is better."""
+        return -1 if self.metric in LOWER_IS_BETTER else 1
+
+    @property
+    def learnt(self) -> bool | None:
+        """Whether the ceiling is clearly better than the majority baseline; None without a ceiling."""
+        if self.ceiling is None:
+            return None
+        return self.sign * (self.ceiling - self.majority) >= LEARNT
+
+    def covered(self, method: str) -> float | None:
+        """Share of the distance from the floor to the ceiling that a method covers; None where there is none."""
+        mean = self.methods[method].mean
+        if mean is None or self.floor is None or self.ceiling is None:
+            return None
+        distance = self.ceiling - self.floor
+        return (mean - self.floor) / distance if self.sign * distance > 0 else None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """All that is known of a study."""
+
+    study: StudySpec
+    tasks: Sequence[TaskResult]
+    """Those whose final runs have been measured."""
+    missing: Sequence[str]
+    """Tasks that are not there yet."""
+
+    @property
+    def counted(self) -> list[TaskResult]:
+        """The tasks that count in means: all but those that the ceiling does not learn."""
+        return [task for task in self.tasks if task.learnt is not False]
+
+    def mean(self, method: str) -> float | None:
+        """A method's mean score over the tasks that count; None if it lacks one of them."""
+        found = [task.methods[method].mean for task in self.counted if method in task.methods]
+        known = [value for value in found if value is not None]
+        return statistics.fmean(known) if known and len(known) == len(self.counted) else None
+
+    def mean_covered(self, method: str) -> float | None:
+        """As `mean`, of the shares of the distance from floor to ceiling."""
+        found = [task.covered(method) for task in self.counted if method in task.methods]
+        known = [value for value in found if value is not None]
+        return statistics.fmean(known) if known and len(known) == len(self.counted) else None
+
+    def mean_difference(self, method: str) -> Difference | None:
+        """From the reference, on average over the tasks that count: their examples are drawn independently."""
+        found = [task.differences.get(method) for task in self.counted]
+        known = [difference for difference in found if difference is not None]
+        if not known or len(known) < len(found):
+            return None
+        return Difference(
+            statistics.fmean(each.mean for each in known), np.mean([each.draws for each in known], axis=0)
+        )
+
+
+def read_study(study: StudySpec) -> StudyResult:
+    """What a study has found so far.
+
+    Raises:
+        UserError: nothing that could be reported.
+    """
+    folder = StudyFolder(study.folder)
+    found = {task: _read_task(study, folder.task(task), task) for task in study.tasks}
+    tasks = [result for result in found.values() if result is not None]
+    if not tasks:
+        raise UserError(
+            f"{folder.path} holds no task that was measured on its official validation split: run the study "
+            "without --report-only"
+        )
+    return StudyResult(study, tasks, [task for task, result in found.items() if result is None])
+
+
+def _read_task(study: StudySpec, folder: TaskFolder, name: str) -> TaskResult | None:
+    """None for a task without measured runs."""
+    if not folder.chosen.exists():
+        return None
+    chosen = {method: best["configuration"] for method, best in files.read_json(folder.chosen).items()}
+    final = tried(folder, "final", {method: [each] for method, each in chosen.items()})
+    measured = [run for run in final if read_official(run.folder.path)]
+    if not measured:
+        return None
+    records = _records(folder)
+    first = read_official(measured[0].folder.path)
+    examples = judged.read_examples(first["examples"])
+    searched = tried(folder, "search", files.read_json(folder.drawn))
+    methods = {}
+    for method in study.methods:
+        mine = [run for run in searched if run.method == method]
+        runs = [_final(run, records) for run in measured if run.method == method]
+        if mine:
+            methods[method] = MethodResult(
+                _spread(mine, records), chosen.get(method), sorted(runs, key=lambda run: run.seed)
+            )
+    config = build(measured[0].folder.read_config())
+    task = make_task(config.task, config.data)
+    means = {method: result.mean for method, result in methods.items()}
+    return TaskResult(
+        name=name,
+        metric=first["metric"],
+        examples=len(examples),
+        majority=first["majority_baseline"][first["metric"]],
+        methods=methods,
+        differences=_differences(study.reference, task, examples, methods),
+        floor=means.get(study.floor),
+        ceiling=means.get(study.ceiling),
+        on_gpu=any(record.on_gpu for record in records.values()),
+    )
+
+
+def _records(folder: TaskFolder) -> dict[str, Record]:
+    """What tracking knows of every trial, by the trial's folder."""
+    found = {}
+    for search in (*folder.searches("search"), *folder.searches("final")):
+        if search.begun_trials():
+            found |= {str(search.trials / record.name): record for record in read_folder(search.path)}
+    return found
+
+
+def _final(run: Tried, records: Mapping[str, Record]) -> FinalRun:
+    found = read_official(run.folder.path)
+    assert run.value is not None
+    return FinalRun(
+        seed=run.seed,
+        score=found["metrics"][found["metric"]],
+        holdout=run.value,
+        decisions=np.array([each["decision"] for each in found["examples"]]),
+        parameters=run.result["trainable_parameters"],
+        record=records[str(run.folder.path)],
+    )
+
+
+def _spread(runs: Sequence[Tried], records: Mapping[str, Record]) -> SearchSpread:
+    known = [run for run in runs if run.value is not None]
+    stuck = [
+        run for run in known if run.sign * (run.value - run.result["majority_baseline"][run.metric]) <= 0
+    ]  # type: ignore[operator]
+    values = sorted((run.value for run in known), key=lambda value: -known[0].sign * value)  # type: ignore[type-var]
+    costs = [records[str(run.folder.path)].cost_s or 0.0 for run in runs]
+    return SearchSpread([float(value) for value in values], len(runs) - len(known), len(stuck), sum(costs))  # type: ignore[arg-type]
+
+
+def _differences(
+    reference: str, task: Task, examples: Sequence[Example], methods: Mapping[str, MethodResult]
+) -> dict[str, Difference]:
+    """From the reference, of every other method: all of them scored on the same draws of the examples."""
+    held = {method: result for method, result in methods.items() if result.runs}
+    if reference not in held:
+        return {}
+    metrics = task.metrics_of(task.main_metric)
+    drawn = draw_units(len(units(examples)), DRAWS)
+    scores = {
+        method: resampled(metrics, examples, [run.decisions for run in result.runs], drawn)
+        for method, result in held.items()
+    }
+    return {
+        method: Difference(
+            (result.mean or 0.0) - (held[reference].mean or 0.0), scores[method] - scores[reference]
+        )
+        for method, result in held.items()
+        if method != reference
+    }

@@ -1,0 +1,151 @@
+"""`gpc-dist study`: every stage of a study that has no result yet, one after the other.
+
+For each task: all methods' configurations are run and selected on the hold-out, the best one of each method is run
+again with the final seeds, and the adapters of these runs are measured once on the official validation split.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from gpc_dist import files
+from gpc_dist.errors import EXIT_DONE, MachineError, UserError
+from gpc_dist.search import space, spec, tuner
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.study.choose import choose, tried
+from gpc_dist.study.folder import StudyFolder, TaskFolder, official
+from gpc_dist.study.searches import Configuration, draw, searches
+from gpc_dist.study.spec import StudySpec
+from gpc_dist.tasks import make_task, read_part
+from gpc_dist.tracking.folder import SearchFolder
+
+
+def run_study(study: StudySpec, command: Sequence[str]) -> int:
+    """Carry out what is left of a study; returns the exit code.
+
+    Args:
+        command: the user's, for the record.
+
+    Raises:
+        UserError: the study is not valid, or its folder holds another one; data that cannot be read.
+        MachineError: no method could be trained on a task.
+    """
+    folder = StudyFolder(study.folder)
+    _open(folder, study)
+    drawn = {task: _drawn(study, folder, task) for task in study.tasks}
+    for task, methods in drawn.items():
+        if not folder.task(task).chosen.exists():
+            _check(study, task, methods)
+    for task, methods in drawn.items():
+        code = _run_task(study, folder.task(task), task, methods, command)
+        if code:
+            return code
+    return EXIT_DONE
+
+
+def _open(folder: StudyFolder, study: StudySpec) -> None:
+    if folder.config.exists() and folder.config.read_text(encoding="utf-8") != study.to_yaml():
+        raise UserError(
+            f"{folder.path} holds another study, or this one with other values: go on with it as gpc-dist study "
+            f"{folder.config}, or give this one another --name"
+        )
+    files.write_text(folder.config, study.to_yaml())
+
+
+def _drawn(study: StudySpec, folder: StudyFolder, task: str) -> dict[str, list[dict[str, Any]]]:
+    """The configurations of each method on a task: those that were drawn when the study began, if it did."""
+    place = folder.task(task).drawn
+    if not place.exists():
+        files.write_json(place, draw(study, task))
+    return files.read_json(place)
+
+
+def _check(study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]) -> None:
+    """Refuse what would fail after hours: settings that are not accepted, and data that cannot be read."""
+    for search in _first_searches(study, task, methods):
+        space.validate(search)
+        built = space.base_config(search)
+        found = make_task(built.task, built.data)
+        read_part(found, built.data, "holdout")
+        read_part(found, built.data, "validation")
+
+
+def _first_searches(
+    study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]
+) -> list[SearchSpec]:
+    return searches(study, task, "search", [each for group in methods.values() for each in group])
+
+
+def _run_task(
+    study: StudySpec,
+    folder: TaskFolder,
+    task: str,
+    drawn: dict[str, list[dict[str, Any]]],
+    command: Sequence[str],
+) -> int:
+    if code := _run(_first_searches(study, task, drawn), command):
+        return code
+    if not folder.chosen.exists():
+        files.write_json(folder.chosen, choose(tried(folder, "search", drawn), len(study.search_seeds)))
+    chosen: dict[str, Configuration] = {
+        method: best["configuration"] for method, best in files.read_json(folder.chosen).items()
+    }
+    if not chosen:
+        raise MachineError(
+            f"no configuration of any method could be trained on {task}: the status.json of the trials in "
+            f"{folder.path} say why"
+        )
+    if code := _run(searches(study, task, "final", list(chosen.values())), command):
+        return code
+    final = tried(folder, "final", {method: [each] for method, each in chosen.items()})
+    measure_official([each.folder.path for each in final if each.value is not None])
+    return EXIT_DONE
+
+
+def _run(wanted: Sequence[SearchSpec], command: Sequence[str]) -> int:
+    """Run these searches, or go on with those that were cut off; returns the first exit code that is not 0."""
+    for search in wanted:
+        folder = SearchFolder(search.folder)
+        if folder.result.exists():
+            continue
+        begun = folder.config.exists()
+        with _kept_handlers():
+            code = tuner.run_search(spec.load(str(folder.config)) if begun else search, command, resume=begun)
+        if code and not folder.result.exists():
+            return code
+    return EXIT_DONE
+
+
+@contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """A search takes signals its own way; between searches they do what they did before."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def measure_official(trials: Sequence[Path]) -> None:
+    """Measure the adapters of these trials on the official validation split, those that are not measured yet.
+
+    In a process of its own, so that no memory and no GPU is kept from the searches to come.
+    """
+    missing = [trial for trial in trials if not official(trial).exists()]
+    if missing:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            process.submit(_measure, missing).result()
+
+
+def _measure(trials: Sequence[Path]) -> None:
+    from gpc_dist.training.official import evaluate_official
+
+    evaluate_official(trials, official(trials[0]).name)

@@ -1,0 +1,100 @@
+"""The searches of a study: what is tried for each method, and the runs in which it is tried.
+
+A configuration here is all that a run has beside its recipe, seed and place: dotted keys and their values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gpc_dist.search import space, tuner
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.study.folder import Part, Stage, StudyFolder
+from gpc_dist.study.spec import StudySpec
+
+Configuration = Mapping[str, Any]
+
+
+def draw(study: StudySpec, task: str) -> dict[str, list[dict[str, Any]]]:
+    """Of each method the configurations to try on a task; as many for each as its space has, at most `trials`.
+
+    Methods with the same space get the same draws of it.
+    """
+    return {method: _draw(study, task, method) for method in study.methods}
+
+
+def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
+    fixed, searched = study.settings_of(task, method), study.methods[method].space
+    if not searched:
+        return [fixed]
+    fixed = {key: value for key, value in fixed.items() if key not in searched}
+    spec = SearchSpec(
+        recipe=study.recipe_of(task), settings=fixed, space=searched, trials=study.trials, seed=study.seed
+    )
+    space.validate(spec)
+    found = [fixed | space.settings_of(sample) for sample in tuner.draw(spec)]
+    return list({identity(each): each for each in found}.values())
+
+
+def identity(configuration: Configuration) -> str:
+    """The same text for equal configurations, whether or not they went through a file."""
+    return json.dumps(configuration, sort_keys=True)
+
+
+def searches(
+    study: StudySpec, task: str, stage: Stage, configurations: Sequence[Configuration]
+) -> list[SearchSpec]:
+    """The searches that run these configurations, each with every seed of the stage: one search for those that can
+    share encoders, one for those that train theirs.
+    """
+    alone = [each for each in configurations if each["adapter.method"] == "fine-tuning"]
+    packed = [each for each in configurations if each["adapter.method"] != "fine-tuning"]
+    made = []
+    if packed:
+        made.append(_search(study, task, stage, "packed", packed))
+    if alone:
+        made.append(_search(study, task, stage, "alone", alone))
+    return made
+
+
+def _search(
+    study: StudySpec, task: str, stage: Stage, part: Part, configurations: Sequence[Configuration]
+) -> SearchSpec:
+    folder = StudyFolder(study.folder)
+    common = {
+        key: value
+        for key, value in configurations[0].items()
+        if all(key in each and each[key] == value for each in configurations)
+    }
+    tracking = study.tracking
+    if tracking.uri is None:
+        tracking = tracking.model_copy(update={"uri": f"sqlite:///{folder.path / 'mlflow.db'}"})
+    spec = SearchSpec(
+        name=f"{study.name}-{task}-{stage}-{part}",
+        dir=folder.task(task).search(stage, part).path,
+        recipe=study.recipe_of(task),
+        settings=common,
+        configurations=[
+            {key: value for key, value in each.items() if key not in common} for each in configurations
+        ],
+        seeds=study.search_seeds if stage == "search" else study.seeds,
+        resources=study.resources if part == "packed" else study.resources.model_copy(update={"pack": 1}),
+        retries=study.retries,
+        tracking=tracking,
+    )
+    return spec.model_copy(update={"configurations": _grouped(spec)})
+
+
+def _grouped(spec: SearchSpec) -> list[Configuration]:
+    """The configurations, those that can share packs one after the other: a pack takes what comes next."""
+    groups: dict[Any, list[Configuration]] = {}
+    for each in spec.configurations or []:
+        groups.setdefault(space.pack_key(space.trial_config(spec, each)), []).append(each)
+    return [each for group in groups.values() for each in group]
+
+
+def configuration_of(spec: SearchSpec, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole configuration of a trial that was drawn this part of it."""
+    return {**spec.settings, **drawn}

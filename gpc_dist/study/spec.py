@@ -1,0 +1,261 @@
+"""The specification of a study: a YAML file plus dotted overrides.
+
+Every key is a field below with its documentation under it, as in `gpc_dist.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from gpc_dist import config
+from gpc_dist.config import AdapterConfig, EncoderConfig, Section, TrackingConfig
+from gpc_dist.errors import UserError
+from gpc_dist.search.distribution import Distribution
+from gpc_dist.search.spec import ResourcesConfig, check_keys
+from gpc_dist.shipped import shipped_folder
+
+METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
+_METHOD = "adapter.method"
+
+
+class TaskSpec(Section):
+    recipe: str = ""
+    """The packaged recipe of the task, or the path of one, from the study's file or from here; the recipe with the
+    task's name when not given."""
+    data: str | None = None
+    """The task's folder in `data_root`. Without a `data_root` the data are the recipe's; for others give
+    `settings: {data.path: ...}`."""
+    settings: dict[str, Any] = Field({})
+    """Dotted keys and the values they have in this task's runs: its share of the budget, such as `train.steps: 400`."""
+
+    @field_validator("settings")
+    @classmethod
+    def _check_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        check_keys(given)
+        return given
+
+
+class MethodSpec(Section):
+    settings: dict[str, Any] = Field({})
+    """Dotted keys and the values they have in all runs of the method. `adapter.method` is the method's name when that
+    is one."""
+    space: dict[str, Distribution] = Field({})
+    """Dotted keys that are searched, and their values (see `gpc-dist tune`). Without any there is one configuration."""
+
+    @field_validator("settings", "space")
+    @classmethod
+    def _check_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        check_keys(given)
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodSpec:
+        if both := [key for key in self.space if key in self.settings]:
+            raise ValueError(f"{', '.join(both)}: both in settings and in space: give it in one of them")
+        if _METHOD in self.space:
+            raise ValueError(f"{_METHOD} is what methods are told apart by: give each a method of its own")
+        return self
+
+
+class StudySpec(Section):
+    name: str = Field("study", min_length=1)
+    """Name of the study; that of its file when not given."""
+    dir: Path | None = None
+    """Folder the study writes; `studies/<name>` when not given."""
+    encoder: EncoderConfig = EncoderConfig()
+    data_root: Path | None = None
+    """Folder that holds the tasks' `data`; the recipes' own data (of the Hub) when not given."""
+    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    """The tasks, by name."""
+    methods: dict[str, MethodSpec] = Field(min_length=1)
+    """The methods that are compared, by name."""
+    reference: str = "prompt-tuning"
+    """The method that the others are compared with, example by example."""
+    floor: str = "linear-probe"
+    """The method that stands for 0 % of the distance to `ceiling`."""
+    ceiling: str = "fine-tuning"
+    """The method that stands for 100 % of the distance from `floor`; a task that it does not learn is left out of
+    means."""
+    settings: dict[str, Any] = Field({})
+    """Dotted keys and the values they have in all runs; a task's and then a method's own come on top."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Share of the training split that is held out (data.holdout). Checkpoints and configurations are selected on it;
+    the validation split is read once, by the adapters that are reported."""
+    trials: int = Field(8, ge=1)
+    """Configurations to draw for each method: the same budget for all."""
+    search_seeds: list[int] = Field([0], min_length=1)
+    """Seeds with each of which every drawn configuration is run."""
+    seeds: list[int] = Field([1, 2, 3], min_length=3)
+    """Seeds with each of which the chosen configurations are run again and reported; at least 3, none of them of the
+    search."""
+    seed: int = Field(0, ge=0)
+    """Seed of what is drawn."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """As of a search. Methods that train the encoder run one by one, whatever `pack` says."""
+    retries: int = Field(1, ge=0)
+    """How often a trial that failed is started again, from its last checkpoint."""
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return (self.dir or Path("studies") / self.name).absolute()
+
+    def to_yaml(self) -> str:
+        """The study as YAML, every default filled in; it loads as the same study again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def settings_of(self, task: str, method: str) -> dict[str, Any]:
+        """The values that are fixed for a method on a task."""
+        own = self.methods[method].settings
+        if _METHOD not in own:
+            own = {_METHOD: method} | own
+        data = None if self.data_root is None else self.tasks[task].data
+        common: list[Mapping[str, Any]] = [
+            {f"encoder.{key}": value for key, value in self.encoder.model_dump().items()},
+            {"data.holdout": self.holdout},
+            {} if data is None else {"data.path": str(self.data_root / data)},  # type: ignore[operator]
+            self.settings,
+            self.tasks[task].settings,
+            own,
+        ]
+        merged: dict[str, Any] = {}
+        for each in common:
+            for key, value in each.items():
+                if config.RIVALS.get(key) not in each:
+                    merged.pop(config.RIVALS.get(key, ""), None)
+                merged[key] = value
+        return merged
+
+    def recipe_of(self, task: str) -> str:
+        """The recipe that a task's runs start from."""
+        return self.tasks[task].recipe or task
+
+    @field_validator("settings")
+    @classmethod
+    def _check_keys(cls, given: dict[str, Any]) -> dict[str, Any]:
+        check_keys(given)
+        return given
+
+    @field_validator("search_seeds", "seeds")
+    @classmethod
+    def _check_seeds(cls, given: list[int]) -> list[int]:
+        if min(given) < 0 or len(set(given)) < len(given):
+            raise ValueError(f"give different seeds, none below 0 (given: {given})")
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySpec:
+        for method, held in self.methods.items():
+            if _METHOD not in held.settings and method not in METHODS:
+                raise ValueError(
+                    f"methods.{method}: '{method}' is no method of its own: give it settings: {{{_METHOD}: ...}}, "
+                    f"one of {', '.join(METHODS)}"
+                )
+        if common := sorted({*self.search_seeds} & {*self.seeds}):
+            raise ValueError(
+                f"seeds: {', '.join(map(str, common))} also in search_seeds: what a configuration was chosen by is no "
+                "test of it"
+            )
+        for name in (*self.tasks, *self.methods):
+            if not name or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"'{name}' becomes the name of a folder: use letters, digits, - and _ for tasks and methods"
+                )
+        return self
+
+
+def study_names() -> list[str]:
+    return sorted(path.stem for path in _shipped().glob("*.yaml"))
+
+
+def _shipped() -> Path:
+    return shipped_folder("tune") / "studies"
+
+
+def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
+    """A packaged study or a YAML file, with dotted overrides on top.
+
+    Args:
+        study: packaged name (`minilm`) or path of a YAML file.
+        overrides: dotted key -> YAML scalar text: `trials`, `settings.train.steps`, `tasks.cb.data`,
+            `tasks.cb.settings.train.steps`, `methods.gpc.settings.adapter.cell`. `tasks.cb null` leaves a task out, and
+            `methods.gpc null` a method.
+
+    Raises:
+        UserError: unknown study, invalid YAML, unknown or duplicate key, value out of range.
+    """
+    path = _path(study)
+    tree = config.parse_yaml(path.read_text(encoding="utf-8"), f"study {study}") or {}
+    if not isinstance(tree, dict):
+        raise UserError("a study is a mapping of: " + ", ".join(StudySpec.model_fields))
+    tree.setdefault("name", path.stem)
+    tracking = tree.setdefault("tracking", {})
+    if isinstance(tracking, dict):
+        tracking.setdefault("experiment", tree["name"])
+    for key, text in (overrides or {}).items():
+        _override(tree, key, config.parse_yaml(text, f"--{key}") if text else text)
+    tree["tasks"] = {name: task or {} for name, task in _mapping(tree, "tasks").items()}
+    tree["methods"] = {name: method or {} for name, method in _mapping(tree, "methods").items()}
+    for task in tree["tasks"].values():
+        recipe = task.get("recipe") if isinstance(task, dict) else None
+        if isinstance(recipe, str) and (path.parent / recipe).is_file():
+            task["recipe"] = str(path.parent / recipe)
+    try:
+        return StudySpec.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(config.explain(error, _plain_keys())) from None
+
+
+def _path(study: str) -> Path:
+    path = Path(study)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"study file {path} does not exist")
+        return path
+    if study in study_names():
+        return _shipped() / f"{study}.yaml"
+    raise UserError(f"no study '{study}': give a YAML file or one of {', '.join(study_names())}")
+
+
+def _mapping(tree: dict[str, Any], section: str) -> dict[str, Any]:
+    found = tree.get(section) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{section} is a mapping of names to what is said of each (given: {found!r})")
+    return found
+
+
+def _plain_keys() -> list[str]:
+    return list(config.all_keys(StudySpec))
+
+
+_NAMED = {"tasks": TaskSpec, "methods": MethodSpec}
+"""Sections with an entry for each name."""
+
+
+def _override(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set what a dotted key of the command line names."""
+    first, *rest = key.split(".")
+    if first in _NAMED and rest:
+        name, *rest = rest
+        entries = tree[first] = dict(_mapping(tree, first))
+        if not rest and value is None:
+            entries.pop(name, None)
+            return
+        if not rest or rest[0] not in _NAMED[first].model_fields:
+            keys = ", ".join(f"{first}.{name}.{field}" for field in _NAMED[first].model_fields)
+            raise UserError(f"unknown key '{key}': give {keys}, or {first}.{name} null to leave it out")
+        entry = entries[name] = dict(entries.get(name) or {})
+        _set(entry, rest[0], ".".join(rest[1:]), value)
+    elif (first == "settings" and rest) or key in _plain_keys():
+        _set(tree, first, ".".join(rest), value)
+    else:
+        raise UserError(config.unknown_key(key, [*_plain_keys(), "tasks.NAME.data", "methods.NAME.settings"]))
+
+
+def _set(tree: dict[str, Any], field: str, inner: str, value: Any) -> None:
+    tree[field] = {**(tree.get(field) or {}), inner: value} if inner else value

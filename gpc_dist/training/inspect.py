@@ -1,0 +1,202 @@
+"""`gpc-dist inspect`: what becomes of a trained prompt from layer to layer, and how much of the gradient reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpc_dist import files
+from gpc_dist.adapter.cell import GatedCell
+from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.scale import rms, text_rms
+from gpc_dist.adapter.store import read_card
+from gpc_dist.engine.distributed import World
+from gpc_dist.errors import EXIT_DONE, UserError
+from gpc_dist.tasks import Batch, collate
+from gpc_dist.tracking.plots import COLOURS, WIDTH, Plot, new_figure, write_png
+from gpc_dist.training.inference import adapter_config, open_adapter
+from gpc_dist.training.objective import summed_loss
+from gpc_dist.training.session import Session
+
+_HERE = {"engine.zero_stage": "0", "engine.ranks": "1"}
+_ROWS = 16
+"""Rows of one pass: all layers' states are kept for the gradient."""
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """The prompt as it enters a layer, on average over examples and prompt positions."""
+
+    layer: int
+    """From 0."""
+    cosine: float
+    """Of `p_l` with `p_0`, which entered the first layer."""
+    prompt_rms: float
+    """Root mean square of the prompt states."""
+    text_rms: float
+    """Of the text states that enter the same layer."""
+    gradient_norm: float
+    """Of the mean loss by `p_l [P, H]` of one example."""
+    written: float | None
+    """What the cell changed before this layer: the norm of `p_l - e`, over that of `e`, the prompt as the layer before
+    encoded it; None where no cell acted."""
+    gate: float | None
+    """How far a gated cell's gate was open before this layer, the mean over features: 0 keeps `e`, 1 the previous
+    prompt; None for other cells."""
+
+
+@dataclass
+class _Sums:
+    """Of one layer, over the rows of all batches; each is divided by their number in the end."""
+
+    cosine: float = 0.0
+    prompt_rms: float = 0.0
+    text_rms: float = 0.0
+    gradient_norm: float = 0.0
+    written: float | None = None
+    gate: float | None = None
+
+
+@dataclass
+class _Seen:
+    """What the hooks saw in one pass."""
+
+    states: list[Tensor] = field(default_factory=list)
+    """`h_l [R, P+T, H]` that entered each layer."""
+    encoded: dict[int, Tensor] = field(default_factory=dict)
+    """`e_l [R, P, H]` of the layers after which a cell acts."""
+    gates: dict[int, float] = field(default_factory=dict)
+
+
+def run_inspection(
+    folder: Path, examples: int, json_file: Path | None, png: Path | None, overrides: Mapping[str, str]
+) -> int:
+    """Print the figures of each layer; returns the exit code.
+
+    Args:
+        examples: the first so many of the validation split.
+        png: file of the plot.
+
+    Raises:
+        UserError: no adapter there, one without a prompt, or one whose encoder cannot be loaded.
+    """
+    config = adapter_config(read_card(folder), {**overrides, **_HERE})
+    if not config.adapter.has_prompt:
+        raise UserError(f"{folder} has no prompt to inspect: its adapter.method is {config.adapter.method}")
+    cuda = config.engine.device != "cpu" and torch.cuda.is_available()
+    session = open_adapter(folder, config, World(0, 1, 0, torch.device("cuda" if cuda else "cpu")))
+    found = inspect(session, examples)
+    columns = ["layer", "cosine with p_0", "prompt rms", "text rms", "gradient norm", "written", "gate"]
+    print(tabulate([list(asdict(each).values()) for each in found], columns, floatfmt=".4g", missingval="-"))
+    if json_file:
+        files.write_json(json_file, {"adapter": str(folder), "layers": [asdict(each) for each in found]})
+    if png:
+        write_png(Plot("inspect", str(folder), "", lambda: _draw(found)), png)
+    return EXIT_DONE
+
+
+def inspect(session: Session, examples: int) -> list[LayerFigures]:
+    """The figures of each layer, first to last, on the first examples of the validation split."""
+    model, task = session.model, session.task
+    split = session.split(task.read("validation")[:examples])
+    layers = len(session.base.parts.layers)
+    sums = [_Sums() for _ in range(layers)]
+    rows = 0
+    for start in range(0, len(split.encoded), _ROWS):
+        indices = range(start, min(start + _ROWS, len(split.encoded)))
+        batch = collate(split.encoded, indices, session.pad_id).to(session.world.device)
+        seen = _pass(model, task.kind, batch)
+        rows += len(batch.input_ids)
+        for layer in range(layers):
+            _add(sums[layer], layer, seen, batch, model.prompt_tokens)
+    return [
+        LayerFigures(
+            layer, **{name: None if value is None else value / rows for name, value in asdict(one).items()}
+        )
+        for layer, one in enumerate(sums)
+    ]
+
+
+def _pass(model: GraftedEncoder, kind: Any, batch: Batch) -> _Seen:
+    """One forward and backward pass; the states that were seen have their gradients."""
+    seen = _Seen()
+    model.eval()
+    with _watched(model, seen), torch.enable_grad():
+        outputs = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        summed_loss(kind, outputs, batch).backward()
+    return seen
+
+
+@contextmanager
+def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
+    """Hooks beside the graft's own, for the time of a pass. Each layer runs once, in order."""
+
+    def enters(_: nn.Module, args: tuple[Any, ...]) -> None:
+        args[0].retain_grad()
+        seen.states.append(args[0])
+
+    def writes(cell: nn.Module, args: tuple[Tensor, Tensor], _: Tensor) -> None:
+        after = len(seen.states) - 1
+        encoded, previous = (state.detach() for state in args)
+        seen.encoded[after] = encoded
+        if isinstance(cell, GatedCell):
+            opened = cell.remembered(encoded) + cell.forgotten(previous) + cell.bias
+            seen.gates[after] = torch.sigmoid(opened).mean().item()
+
+    with ExitStack() as hooks:
+        for layer in model.parts.layers:
+            hooks.callback(layer.register_forward_pre_hook(enters).remove)
+        for cell in model.adapter.cell or []:
+            hooks.callback(cell.register_forward_hook(writes).remove)
+        yield
+
+
+@torch.no_grad()
+def _add(sums: _Sums, layer: int, seen: _Seen, batch: Batch, tokens: int) -> None:
+    """Add the rows of a pass to a layer's sums."""
+    states, first = seen.states[layer].float(), seen.states[0].float()
+    rows, prompt = len(states), states[:, :tokens]
+    sums.cosine += F.cosine_similarity(prompt, first[:, :tokens], dim=-1).mean(1).sum().item()
+    sums.prompt_rms += rms(prompt).mean(1).sum().item()
+    sums.text_rms += text_rms(states[:, tokens:], batch.attention_mask).sum().item()
+    gradient = seen.states[layer].grad
+    assert gradient is not None
+    sums.gradient_norm += gradient[:, :tokens].float().flatten(1).norm(dim=1).sum().item()
+    if (encoded := seen.encoded.get(layer - 1)) is not None:
+        change = (prompt - encoded).norm(dim=-1) / encoded.norm(dim=-1)
+        sums.written = (sums.written or 0.0) + change.mean(1).sum().item()
+    if (gate := seen.gates.get(layer - 1)) is not None:
+        sums.gate = (sums.gate or 0.0) + gate * rows
+
+
+def _draw(found: list[LayerFigures]) -> Any:
+    figure = new_figure(WIDTH, 6.0)
+    panels = figure.subplots(2, 2).ravel()
+    layers = [each.layer for each in found]
+    panels[0].plot(layers, [each.cosine for each in found], "o-", color=COLOURS[0])
+    panels[0].set_ylabel("cosine of p_l with p_0")
+    panels[1].plot(layers, [each.prompt_rms for each in found], "o-", color=COLOURS[0], label="prompt")
+    panels[1].plot(layers, [each.text_rms for each in found], "o-", color=COLOURS[1], label="text")
+    panels[1].set_ylabel("root mean square")
+    panels[1].legend()
+    panels[2].plot(layers, [each.gradient_norm for each in found], "o-", color=COLOURS[0])
+    panels[2].set_ylabel("norm of the gradient by p_l")
+    panels[2].set_yscale("log")
+    for name, colour in (("written", COLOURS[0]), ("gate", COLOURS[1])):
+        values = [(each.layer, getattr(each, name)) for each in found if getattr(each, name) is not None]
+        if values:
+            panels[3].plot(*zip(*values, strict=True), "o-", color=colour, label=name)
+            panels[3].legend()
+    panels[3].set_ylabel("by the cell, before the layer")
+    for panel in panels:
+        panel.set_xlabel("layer")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    return figure
