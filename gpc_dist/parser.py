@@ -186,8 +186,8 @@ def build_parser() -> argparse.ArgumentParser:
         "study",
         "Compare methods on several tasks, each with the same budget of search.",
         "For each task: all methods' configurations are run and chosen from on a part of the training split, the\n"
-        "chosen ones run again with other seeds, and their adapters measured once on the official validation split. The same\n"
-        "command goes on after a kill. The report is in report/ of the study's folder.\n\n"
+        "chosen ones run again with other seeds, and their adapters measured once on the official validation split.\n"
+        "The same command goes on after a kill. The report is in report/ of the study's folder.\n\n"
         "example: gpc-dist study minilm --data_root DATA",
         arguments="STUDY [--dry-run [--gpu NAME]] [--report-only] [--key VALUE ...]",
     )

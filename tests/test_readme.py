@@ -12,6 +12,7 @@ from gpc_dist import cli, config
 from gpc_dist.engine.frozen import encoder_path
 from gpc_dist.parser import build_parser
 from gpc_dist.search import spec
+from gpc_dist.study import spec as study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,6 +33,8 @@ def test_a_command_of_the_readme_is_understood(words: list[str]) -> None:
     if words[1] == "tune":
         if not options.resume:  # of a search that was begun before
             spec.load(options.search, overrides)
+    elif words[1] == "study":
+        study.load(options.study, overrides)
     elif words[1] == "train" and options.recipe in config.recipe_names():
         config.load(options.recipe, overrides)
     else:

@@ -20,7 +20,7 @@ from gpc_dist.study.results import (
     read_study,
 )
 from gpc_dist.study.spec import StudySpec
-from gpc_dist.tracking.comparison import show, show_number
+from gpc_dist.tracking.comparison import counted, show, show_number
 from gpc_dist.tracking.plots import write_png
 
 
@@ -70,10 +70,10 @@ def _introduction(found: StudyResult) -> str:
     study = found.study
     return (
         f"{len(study.methods)} methods on {study.encoder.path}. For each task and method up to {study.trials} "
-        f"configurations were drawn, run with {len(study.search_seeds)} seed(s) and compared on "
-        f"{study.holdout:.0%} of the training split unless the task says otherwise, which were held out; the "
-        f"best was run again with {len(study.seeds)} other seeds. Scores are of these runs, each measured once on the official validation "
-        "split, which chose nothing."
+        f"configurations were drawn, run with {counted(len(study.search_seeds), 'seed')} and compared on a part of the "
+        f"training split that was held out ({study.holdout:.0%} where the task says nothing else); the best was run "
+        f"again with {len(study.seeds)} other seeds. Scores are of these runs, each measured once on the official "
+        "validation split, which chose nothing."
     )
 
 
@@ -130,8 +130,8 @@ def _differences(found: StudyResult) -> Table:
     return Table(
         f"Difference from {reference}",
         f"With the 95 % interval of {DRAWS} bootstrap draws of the validation examples (all of one text together), the "
-        "same for both methods, scores averaged over seeds. An interval that holds 0 leaves it open which one is better. "
-        "It tells of other examples, not of other seeds: for these see ± above.",
+        "same for both methods, scores averaged over seeds. An interval that holds 0 leaves it open which one is "
+        "better. It tells of other examples, not of other seeds: for these see ± above.",
         ["method", *_heads(found), "mean"],
         lines,
     )
@@ -193,9 +193,9 @@ def _search(found: StudyResult) -> Table:
             lines.append([name, task.name, str(search.runs), *shown, *counts])
     return Table(
         "How the search went",
-        "Best evaluations on the hold-out, over all runs of a method's search: what its settings are worth, and how "
-        "much is lost by poor ones. Failed: the loss was not finite, or the run was cut off. Not learnt: no better than the "
-        "majority baseline. Unstable: the share of both.",
+        "Best evaluations on the hold-out, over all runs of a method's search: how much its settings matter, and how "
+        "often they spoil a run. Failed: the loss was not finite, or the run was cut off. Not learnt: no better than "
+        "the majority baseline. Unstable: the share of both.",
         ["method", "task", "runs", "best", "median", "worst", "failed", "not learnt", "unstable"],
         lines,
     )

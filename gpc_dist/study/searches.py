@@ -30,8 +30,15 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
     if not searched:
         return [fixed]
     fixed = {key: value for key, value in fixed.items() if key not in searched}
-    spec = SearchSpec(
-        recipe=study.recipe_of(task), settings=fixed, space=searched, trials=study.trials, seed=study.seed
+    written = {key: held.model_dump() for key, held in searched.items()}
+    spec = SearchSpec.model_validate(
+        {
+            "recipe": study.recipe_of(task),
+            "settings": fixed,
+            "space": written,
+            "trials": study.trials,
+            "seed": study.seed,
+        }
     )
     space.validate(spec)
     found = [fixed | space.settings_of(sample) for sample in tuner.draw(spec)]

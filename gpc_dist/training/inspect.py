@@ -27,8 +27,8 @@ from gpc_dist.training.objective import summed_loss
 from gpc_dist.training.session import Session
 
 _HERE = {"engine.zero_stage": "0", "engine.ranks": "1"}
-_ROWS = 16
-"""Rows of one pass: all layers' states are kept for the gradient."""
+_TOGETHER = 16
+"""Examples of one pass: all layers' states are kept for the gradient."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LayerFigures:
     text_rms: float
     """Of the text states that enter the same layer."""
     gradient_norm: float
-    """Of the mean loss by `p_l [P, H]` of one example."""
+    """Of the gradient of an example's loss by its `p_l [P, H]`."""
     written: float | None
     """What the cell changed before this layer: the norm of `p_l - e`, over that of `e`, the prompt as the layer before
     encoded it; None where no cell acted."""
@@ -110,8 +110,8 @@ def inspect(session: Session, examples: int) -> list[LayerFigures]:
     layers = len(session.base.parts.layers)
     sums = [_Sums() for _ in range(layers)]
     rows = 0
-    for start in range(0, len(split.encoded), _ROWS):
-        indices = range(start, min(start + _ROWS, len(split.encoded)))
+    for start in range(0, len(split.encoded), _TOGETHER):
+        indices = range(start, min(start + _TOGETHER, len(split.encoded)))
         batch = collate(split.encoded, indices, session.pad_id).to(session.world.device)
         seen = _pass(model, task.kind, batch)
         rows += len(batch.input_ids)
@@ -137,7 +137,11 @@ def _pass(model: GraftedEncoder, kind: Any, batch: Batch) -> _Seen:
 
 @contextmanager
 def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
-    """Hooks beside the graft's own, for the time of a pass. Each layer runs once, in order."""
+    """Hooks beside the graft's own, for the time of a pass, in which each layer runs once, in order.
+
+    Those of a layer's input come before the graft's, which takes `p_l` out of it for the cell: the gradient there is
+    that of both ways.
+    """
 
     def enters(_: nn.Module, args: tuple[Any, ...]) -> None:
         args[0].retain_grad()
@@ -153,7 +157,7 @@ def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for layer in model.parts.layers:
-            hooks.callback(layer.register_forward_pre_hook(enters).remove)
+            hooks.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)
         for cell in model.adapter.cell or []:
             hooks.callback(cell.register_forward_hook(writes).remove)
         yield

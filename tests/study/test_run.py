@@ -1,0 +1,146 @@
+"""A whole study on a tiny encoder: cut off, gone on with, and its numbers found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import command
+
+ROOT = str(Path(__file__).parents[2])
+METHODS = {
+    "prompt-tuning": {"space": {"train.lr": [1e-2, 1e-3]}},
+    "gpc": {"space": {"train.lr": [1e-2, 1e-3]}},
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def trials(study: Path, stage: str) -> list[Path]:
+    return sorted((study / "tasks" / "cats" / f"{stage}-packed" / "trials").iterdir())
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_recipe: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe.read_text())
+    tiny = yaml.safe_load(tiny_recipe.read_text())
+    study = {
+        "encoder": {"path": tiny["encoder"]["path"]},
+        "tasks": {"cats": {"recipe": "recipe.yaml"}},
+        "methods": METHODS,
+        "settings": {"train.steps": 300, "train.eval_every": 30},
+        "holdout": 0.2,
+        "trials": 6,
+        "resources": {"pack": 4},
+        "tracking": {"enabled": False},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(study))
+    return tmp_path
+
+
+def test_a_study_that_was_killed_goes_on_and_reports(place: Path) -> None:
+    study = place / "studies" / "mine"
+    done = command("study", "mine.yaml", "--report-only", cwd=place, PYTHONPATH=ROOT)
+    assert done.returncode == 2
+    assert "holds no task that was measured" in done.stderr
+    kill_in_the_middle(place, study)
+    done = command("study", "mine.yaml", cwd=place, PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    # of the space of two values each is tried once, and the better one has the better hold-out
+    searched = trials(study, "search")
+    assert len(searched) == 4
+    chosen = read(study / "tasks" / "cats" / "chosen.json")
+    for method, best in chosen.items():
+        values = {}
+        for trial in searched:
+            config = yaml.safe_load((trial / "config.yaml").read_text())
+            assert config["data"]["holdout"] == 0.2
+            if config["adapter"]["method"] == method:
+                values[config["train"]["lr"]] = read(trial / "result.json")["metrics"]["best"]["accuracy"]
+        assert sorted(values) == [1e-3, 1e-2]
+        assert best["holdout"] == max(values.values())
+        assert values[best["configuration"]["train.lr"]] == best["holdout"]
+
+    final = trials(study, "final")
+    report = read(study / "report" / "report.json")
+    for method in METHODS:
+        runs = [trial for trial in final if method_of(trial) == method]
+        scores = [read(trial / "official.json")["metrics"]["accuracy"] for trial in runs]
+        assert len(scores) == 3
+        found = report["tasks"]["cats"]["methods"][method]
+        assert sorted(found["scores"].values()) == sorted(scores)
+        assert found["mean"] == pytest.approx(statistics.fmean(scores))
+    # the official split was read as `evaluate` reads it, whole
+    official = read(final[0] / "official.json")
+    assert len(official["examples"]) == 23
+    right = statistics.fmean(each["target"] == each["decision"] for each in official["examples"])
+    assert right == pytest.approx(official["metrics"]["accuracy"])
+    evaluated = json.loads(command("evaluate", final[0] / "adapter", "--engine.device", "cpu").stdout)
+    assert evaluated["metrics"] == pytest.approx(official["metrics"])
+    difference = report["tasks"]["cats"]["methods"]["gpc"]["difference"]
+    assert difference["interval"][0] <= difference["mean"] <= difference["interval"][1]
+    assert "| gpc" in (study / "report" / "report.md").read_text()
+
+    # nothing is measured or trained again
+    before = {path: path.stat().st_mtime_ns for path in study.rglob("*.json") if path.parent.name != "report"}
+    done = command("study", "mine.yaml", cwd=place, PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    done = command("study", "mine.yaml", "--trials", "3", cwd=place, PYTHONPATH=ROOT)
+    assert done.returncode == 2
+    assert "holds another study, or this one with other values" in done.stderr
+
+
+def method_of(trial: Path) -> str:
+    return yaml.safe_load((trial / "config.yaml").read_text())["adapter"]["method"]
+
+
+def kill_in_the_middle(place: Path, study: Path) -> None:
+    """End the driver while the first search trains, and wait for its processes to end."""
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "gpc_dist", "study", "mine.yaml"],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": ROOT},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not any(study.glob("tasks/cats/search-packed/trials/*/checkpoints/step-*")):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    while any(str(study) in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_what_a_study_will_run(place: Path) -> None:
+    done = command("study", "mine.yaml", "--dry-run", cwd=place, PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["cats", "gpc", "2", "5", "1,500"] in lines
+    assert lines[-1] == ["together", "10", "3,000"]
+    assert not (place / "studies").exists()
+
+
+def test_data_that_cannot_be_read_are_said_before_anything_is_trained(place: Path) -> None:
+    words = ("--tasks.cats.settings.data.path", str(place / "nowhere"))
+    done = command("study", "mine.yaml", *words, cwd=place, PYTHONPATH=ROOT)
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert not list((place / "studies").rglob("trials"))

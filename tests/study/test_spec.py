@@ -1,0 +1,175 @@
+"""The specification of a study: packaged ones, overrides, refusals, and the searches that are made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpc_dist import config
+from gpc_dist.errors import UserError
+from gpc_dist.search import space
+from gpc_dist.shipped import shipped_folder
+from gpc_dist.study import spec
+from gpc_dist.study.searches import draw, searches
+
+LEAST = """
+tasks: {rte: {}}
+methods:
+  prompt-tuning: {space: {train.lr: {loguniform: [1e-3, 1e-1]}}}
+  gpc: {space: {train.lr: {loguniform: [1e-3, 1e-1]}, train.cell_lr: {loguniform: [1e-4, 1e-3]}}}
+"""
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", spec.study_names())
+def test_every_packaged_study_is_valid_and_says_how_to_run_it(name: str) -> None:
+    loaded = spec.load(name)
+    assert loaded.folder == Path("studies").absolute() / name
+    text = (shipped_folder("tune") / "studies" / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+    assert f"#   gpc-dist study {name} " in text
+    assert loaded.reference in loaded.methods
+    for task in loaded.tasks:
+        drawn = draw(loaded, task)
+        assert all(1 <= len(group) <= loaded.trials for group in drawn.values())
+        for search in searches(loaded, task, "search", [each for group in drawn.values() for each in group]):
+            space.validate(search)
+            assert space.base_config(search).data.holdout
+
+
+def test_the_promised_studies_are_there() -> None:
+    assert {"minilm", "minilm-full", "roberta-large", "t5-v1_1-xl", "ablations"} <= set(spec.study_names())
+
+
+def test_every_key_is_documented() -> None:
+    for tree in (spec.StudySpec, spec.TaskSpec, spec.MethodSpec):
+        fields = config.all_keys(tree)
+        missing = [key for key, field in fields.items() if not field.description]
+        assert missing == []
+
+
+@pytest.mark.parametrize("name", spec.study_names())
+def test_the_written_study_is_the_same_study(tmp_path: Path, name: str) -> None:
+    loaded = spec.load(name)
+    assert spec.load(write(tmp_path, loaded.to_yaml())) == loaded
+
+
+def test_overrides_come_after_the_file(tmp_path: Path) -> None:
+    loaded = spec.load(
+        "minilm",
+        {
+            "trials": "2",
+            "encoder.path": "roberta-base",
+            "settings.train.steps": "7",
+            "tasks.cb": "null",
+            "tasks.sst2.settings.train.epochs": "1",
+            "tasks.rte.data": "RTE",
+            "methods.deep-prompt": "null",
+            "methods.gpc.settings.adapter.cell": "gated",
+            "data_root": str(tmp_path),
+            "resources.pack": "3",
+        },
+    )
+    assert (loaded.trials, loaded.resources.pack, list(loaded.tasks)) == (
+        2,
+        3,
+        ["sst2", "cola", "boolq", "rte"],
+    )
+    assert "deep-prompt" not in loaded.methods
+    found = loaded.settings_of("rte", "gpc")
+    assert (found["encoder.path"], found["data.path"]) == ("roberta-base", str(tmp_path / "RTE"))
+    assert (found["train.steps"], found["adapter.cell"], found["adapter.method"]) == (7, "gated", "gpc")
+    # of two keys that exclude each other the more particular one holds
+    assert "train.steps" not in loaded.settings_of("sst2", "gpc")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "a study is a mapping of: name, dir, encoder"),
+        ("trails: 3\n" + LEAST, "unknown key 'trails'; did you mean 'trials'?"),
+        ("tasks: {}\nmethods: {gpc: {}}", "tasks: Dictionary should have at least 1 item"),
+        ("tasks: [rte]\nmethods: {gpc: {}}", "tasks is a mapping of names"),
+        (LEAST + "seeds: [1, 2]", "seeds: List should have at least 3 items"),
+        (LEAST + "seeds: [0, 1, 2]", "seeds: 0 also in search_seeds"),
+        (LEAST + "seeds: [1, 1, 2]", "give different seeds"),
+        ("tasks: {rte: {}}\nmethods: {mine: {}}", "'mine' is no method of its own"),
+        ("tasks: {a/b: {}}\nmethods: {gpc: {}}", "'a/b' becomes the name of a folder"),
+        ("tasks: {rte: {settings: {train.lrr: 1}}}\nmethods: {gpc: {}}", "unknown key 'train.lrr'"),
+        (
+            "tasks: {rte: {}}\nmethods: {gpc: {settings: {run.seed: 1}}}",
+            "'run.seed' is set by the search itself",
+        ),
+        (
+            "tasks: {rte: {}}\nmethods: {gpc: {settings: {train.lr: 1}, space: {train.lr: [1, 2]}}}",
+            "train.lr: both in settings and in space",
+        ),
+        (
+            "tasks: {rte: {}}\nmethods: {gpc: {space: {adapter.method: [gpc]}}}",
+            "give each a method of its own",
+        ),
+        (LEAST + "holdout: 1.5", "holdout: Input should be less than 1"),
+    ],
+)
+def test_a_bad_study_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        spec.load(write(tmp_path, text))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("trails", "unknown key 'trails'; did you mean 'trials'?"),
+        ("tasks.rte.dat", "unknown key 'tasks.rte.dat': give tasks.rte.recipe, tasks.rte.data"),
+        ("methods.gpc", "or methods.gpc null to leave it out"),
+        ("encoder.paths", "did you mean 'encoder.path'?"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, key: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        spec.load(write(tmp_path, LEAST), {key: "1"})
+    assert message in str(error.value)
+
+
+def test_an_unknown_study_is_refused() -> None:
+    with pytest.raises(UserError, match="no study 'nothing': give a YAML file or one of ablations, minilm"):
+        spec.load("nothing")
+
+
+def test_all_methods_have_the_same_budget_and_the_same_draws_of_a_key(tmp_path: Path) -> None:
+    drawn = draw(spec.load(write(tmp_path, LEAST + "trials: 5")), "rte")
+    assert [len(group) for group in drawn.values()] == [5, 5]
+    assert len({each["train.lr"] for each in drawn["gpc"]}) == 5
+    assert [each["adapter.method"] for group in drawn.values() for each in group] == ["prompt-tuning"] * 5 + [
+        "gpc"
+    ] * 5
+
+
+def test_a_small_space_is_tried_once(tmp_path: Path) -> None:
+    text = "tasks: {rte: {}}\nmethods: {gpc: {space: {adapter.cell: [gated, residual]}}, linear-probe: {}}\ntrials: 20"
+    drawn = draw(spec.load(write(tmp_path, text)), "rte")
+    assert (len(drawn["gpc"]), len(drawn["linear-probe"])) == (2, 1)
+
+
+def test_what_trains_its_encoder_is_searched_by_itself(tmp_path: Path) -> None:
+    text = LEAST + "  fine-tuning: {}\n  linear-probe: {}\ntrials: 2\nresources: {pack: 4}"
+    loaded = spec.load(write(tmp_path, text))
+    drawn = draw(loaded, "rte")
+    mixed = [each for pair in zip(*(drawn["gpc"], drawn["prompt-tuning"]), strict=True) for each in pair]
+    packed, alone = searches(
+        loaded, "rte", "final", [mixed[0], *drawn["linear-probe"], *mixed[1:], *drawn["fine-tuning"]]
+    )
+    assert (packed.resources.pack, alone.resources.pack) == (4, 1)
+    assert packed.seeds == alone.seeds == [1, 2, 3]
+    assert alone.settings["adapter.method"] == "fine-tuning"
+    # those that can share packs stand together
+    methods = [each["adapter.method"] for each in packed.configurations or []]
+    assert methods == ["gpc", "prompt-tuning", "gpc", "prompt-tuning", "linear-probe"]
+    assert packed.tracking.experiment == "mine"
