@@ -40,6 +40,12 @@ class Tried:
         return found if isinstance(found, int | float) and math.isfinite(found) else None
 
     @property
+    def learnt(self) -> bool:
+        """Whether it is better than the majority baseline on the same rows."""
+        value = self.value
+        return value is not None and self.sign * (value - self.result["majority_baseline"][self.metric]) > 0
+
+    @property
     def sign(self) -> int:
         """What to multiply a value with so that more is better."""
         return -1 if self.result.get("main_metric") in LOWER_IS_BETTER else 1

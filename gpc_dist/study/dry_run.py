@@ -28,12 +28,7 @@ def describe(study: StudySpec, gpu: str | None) -> str:
     lines, all_steps, all_hours = [], 0, 0.0
     for task in study.tasks:
         for method, drawn in draw(study, task).items():
-            spec = SearchSpec(
-                recipe=study.recipe_of(task),
-                configurations=drawn,
-                resources=study.resources,
-                tracking=study.tracking,
-            )
+            spec = SearchSpec(recipe=study.recipe_of(task), configurations=drawn, resources=study.resources)
             built = [space.trial_config(spec, each) for each in drawn]
             runs = len(drawn) * len(study.search_seeds) + len(study.seeds)
             steps = _steps(built, len(study.search_seeds), len(study.seeds))

@@ -258,13 +258,14 @@ def _final(run: Tried, records: Mapping[str, Record]) -> FinalRun:
 
 
 def _spread(runs: Sequence[Tried], records: Mapping[str, Record]) -> SearchSpread:
-    known = [run for run in runs if run.value is not None]
-    stuck = [
-        run for run in known if run.sign * (run.value - run.result["majority_baseline"][run.metric]) <= 0
-    ]  # type: ignore[operator]
-    values = sorted((run.value for run in known), key=lambda value: -known[0].sign * value)  # type: ignore[type-var]
-    costs = [records[str(run.folder.path)].cost_s or 0.0 for run in runs]
-    return SearchSpread([float(value) for value in values], len(runs) - len(known), len(stuck), sum(costs))  # type: ignore[arg-type]
+    values = [run.value for run in runs if run.value is not None]
+    sign = next((run.sign for run in runs if run.value is not None), 1)
+    return SearchSpread(
+        values=sorted(values, key=lambda value: -sign * value),
+        failed=len(runs) - len(values),
+        at_majority=sum(run.value is not None and not run.learnt for run in runs),
+        cost_s=sum(records[str(run.folder.path)].cost_s or 0.0 for run in runs),
+    )
 
 
 def _differences(

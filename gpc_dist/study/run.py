@@ -55,7 +55,8 @@ def _open(folder: StudyFolder, study: StudySpec) -> None:
             f"{folder.path} holds another study, or this one with other values: go on with it as gpc-dist study "
             f"{folder.config}, or give this one another --name"
         )
-    files.write_text(folder.config, study.to_yaml())
+    if not folder.config.exists():
+        files.write_text(folder.config, study.to_yaml())
 
 
 def _drawn(study: StudySpec, folder: StudyFolder, task: str) -> dict[str, list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpc_dist import config
 from gpc_dist.search import space, tuner
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.folder import Part, Stage, StudyFolder
@@ -29,7 +30,11 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
     fixed, searched = study.settings_of(task, method), study.methods[method].space
     if not searched:
         return [fixed]
-    fixed = {key: value for key, value in fixed.items() if key not in searched}
+    fixed = {
+        key: value
+        for key, value in fixed.items()
+        if key not in searched and config.RIVALS.get(key) not in searched
+    }
     written = {key: held.model_dump() for key, held in searched.items()}
     spec = SearchSpec.model_validate(
         {

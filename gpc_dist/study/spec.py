@@ -204,7 +204,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     for task in tree["tasks"].values():
         recipe = task.get("recipe") if isinstance(task, dict) else None
         if isinstance(recipe, str) and (path.parent / recipe).is_file():
-            task["recipe"] = str(path.parent / recipe)
+            task["recipe"] = str((path.parent / recipe).absolute())
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as error:

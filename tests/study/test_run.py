@@ -124,9 +124,17 @@ def kill_in_the_middle(place: Path, study: Path) -> None:
         time.sleep(0.05)
     driver.kill()
     driver.wait()
-    while any(str(study) in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+    while any(is_ray_of(process, place) for process in psutil.process_iter()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def is_ray_of(process: psutil.Process, place: Path) -> bool:
+    """Whether it is one of Ray's workers, which work where the driver did."""
+    try:
+        return "ray::" in " ".join(process.cmdline()) and process.cwd() == str(place)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def test_what_a_study_will_run(place: Path) -> None:

@@ -143,13 +143,22 @@ def test_an_unknown_study_is_refused() -> None:
         spec.load("nothing")
 
 
-def test_all_methods_have_the_same_budget_and_the_same_draws_of_a_key(tmp_path: Path) -> None:
-    drawn = draw(spec.load(write(tmp_path, LEAST + "trials: 5")), "rte")
-    assert [len(group) for group in drawn.values()] == [5, 5]
-    assert len({each["train.lr"] for each in drawn["gpc"]}) == 5
-    assert [each["adapter.method"] for group in drawn.values() for each in group] == ["prompt-tuning"] * 5 + [
-        "gpc"
-    ] * 5
+def test_all_methods_have_the_same_budget(tmp_path: Path) -> None:
+    text = LEAST + "  deep-prompt: {space: {train.lr: {loguniform: [1e-3, 1e-1]}}}\ntrials: 5"
+    drawn = draw(spec.load(write(tmp_path, text)), "rte")
+    assert {method: len(group) for method, group in drawn.items()} == dict.fromkeys(drawn, 5)
+    assert {method: {each["adapter.method"] for each in group} for method, group in drawn.items()} == {
+        method: {method} for method in drawn
+    }
+    rates = {method: [each["train.lr"] for each in group] for method, group in drawn.items()}
+    assert len(set(rates["gpc"])) == 5
+    # with the same space the same draws
+    assert rates["deep-prompt"] == rates["prompt-tuning"]
+
+
+def test_a_searched_key_takes_the_place_of_what_it_excludes(tmp_path: Path) -> None:
+    text = "tasks: {rte: {}}\nmethods: {gpc: {space: {train.epochs: [1, 2]}}}\nsettings: {train.steps: 9}"
+    assert all("train.steps" not in each for each in draw(spec.load(write(tmp_path, text)), "rte")["gpc"])
 
 
 def test_a_small_space_is_tried_once(tmp_path: Path) -> None:
