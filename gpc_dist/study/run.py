@@ -37,34 +37,23 @@ def run_study(study: StudySpec, command: Sequence[str]) -> int:
         MachineError: no method could be trained on a task.
     """
     folder = StudyFolder(study.folder)
-    _open(folder, study)
-    drawn = {task: _drawn(study, folder, task) for task in study.tasks}
-    for task, methods in drawn.items():
-        if not folder.task(task).chosen.exists():
+    if not folder.config.exists():
+        drawn = {task: draw(study, task) for task in study.tasks}
+        for task, methods in drawn.items():
             _check(study, task, methods)
-    for task, methods in drawn.items():
-        code = _run_task(study, folder.task(task), task, methods, command)
-        if code:
-            return code
-    return EXIT_DONE
-
-
-def _open(folder: StudyFolder, study: StudySpec) -> None:
-    if folder.config.exists() and folder.config.read_text(encoding="utf-8") != study.to_yaml():
+        for task, methods in drawn.items():
+            files.write_json(folder.task(task).drawn, methods)
+        files.write_text(folder.config, study.to_yaml())
+    elif folder.config.read_text(encoding="utf-8") != study.to_yaml():
         raise UserError(
             f"{folder.path} holds another study, or this one with other values: go on with it as gpc-dist study "
             f"{folder.config}, or give this one another --name"
         )
-    if not folder.config.exists():
-        files.write_text(folder.config, study.to_yaml())
-
-
-def _drawn(study: StudySpec, folder: StudyFolder, task: str) -> dict[str, list[dict[str, Any]]]:
-    """The configurations of each method on a task: those that were drawn when the study began, if it did."""
-    place = folder.task(task).drawn
-    if not place.exists():
-        files.write_json(place, draw(study, task))
-    return files.read_json(place)
+    for task in study.tasks:
+        code = _run_task(study, folder.task(task), task, command)
+        if code:
+            return code
+    return EXIT_DONE
 
 
 def _check(study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]) -> None:
@@ -83,13 +72,8 @@ def _first_searches(
     return searches(study, task, "search", [each for group in methods.values() for each in group])
 
 
-def _run_task(
-    study: StudySpec,
-    folder: TaskFolder,
-    task: str,
-    drawn: dict[str, list[dict[str, Any]]],
-    command: Sequence[str],
-) -> int:
+def _run_task(study: StudySpec, folder: TaskFolder, task: str, command: Sequence[str]) -> int:
+    drawn = files.read_json(folder.drawn)
     if code := _run(_first_searches(study, task, drawn), command):
         return code
     if not folder.chosen.exists():

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpc_dist import config
+from gpc_dist.errors import UserError
 from gpc_dist.search import space, tuner
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.folder import Part, Stage, StudyFolder
@@ -22,8 +23,20 @@ def draw(study: StudySpec, task: str) -> dict[str, list[dict[str, Any]]]:
     """Of each method the configurations to try on a task; as many for each as its space has, at most `trials`.
 
     Methods with the same space get the same draws of it.
+
+    Raises:
+        UserError: two methods try the same configuration, or a space cannot be drawn from.
     """
-    return {method: _draw(study, task, method) for method in study.methods}
+    drawn = {method: _draw(study, task, method) for method in study.methods}
+    owners: dict[str, str] = {}
+    for method, group in drawn.items():
+        for each in group:
+            other = owners.setdefault(identity(each), method)
+            if other != method:
+                raise UserError(
+                    f"methods {other} and {method} try the same configuration on {task}: give them different settings"
+                )
+    return drawn
 
 
 def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:

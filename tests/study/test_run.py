@@ -151,4 +151,4 @@ def test_data_that_cannot_be_read_are_said_before_anything_is_trained(place: Pat
     done = command("study", "mine.yaml", *words, cwd=place, PYTHONPATH=ROOT)
     assert done.returncode == 2
     assert "nowhere" in done.stderr
-    assert not list((place / "studies").rglob("trials"))
+    assert not (place / "studies").exists()

@@ -161,6 +161,12 @@ def test_a_searched_key_takes_the_place_of_what_it_excludes(tmp_path: Path) -> N
     assert all("train.steps" not in each for each in draw(spec.load(write(tmp_path, text)), "rte")["gpc"])
 
 
+def test_two_methods_that_are_the_same_are_refused(tmp_path: Path) -> None:
+    text = "tasks: {rte: {}}\nmethods: {gpc: {}, mine: {settings: {adapter.method: gpc}}}"
+    with pytest.raises(UserError, match="methods gpc and mine try the same configuration on rte"):
+        draw(spec.load(write(tmp_path, text)), "rte")
+
+
 def test_a_small_space_is_tried_once(tmp_path: Path) -> None:
     text = "tasks: {rte: {}}\nmethods: {gpc: {space: {adapter.cell: [gated, residual]}}, linear-probe: {}}\ntrials: 20"
     drawn = draw(spec.load(write(tmp_path, text)), "rte")
