@@ -237,7 +237,7 @@ def _read_task(study: StudySpec, folder: TaskFolder, name: str) -> TaskResult | 
 
 def _records(folder: TaskFolder) -> dict[str, Record]:
     """What tracking knows of every trial, by the trial's folder."""
-    found = {}
+    found: dict[str, Record] = {}
     for search in (*folder.searches("search"), *folder.searches("final")):
         if search.begun_trials():
             found |= {str(search.trials / record.name): record for record in read_folder(search.path)}

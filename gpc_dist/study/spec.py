@@ -233,7 +233,7 @@ def _plain_keys() -> list[str]:
     return list(config.all_keys(StudySpec))
 
 
-_NAMED = {"tasks": TaskSpec, "methods": MethodSpec}
+_NAMED: dict[str, type[Section]] = {"tasks": TaskSpec, "methods": MethodSpec}
 """Sections with an entry for each name."""
 
 

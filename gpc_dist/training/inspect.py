@@ -117,12 +117,19 @@ def inspect(session: Session, examples: int) -> list[LayerFigures]:
         rows += len(batch.input_ids)
         for layer in range(layers):
             _add(sums[layer], layer, seen, batch, model.prompt_tokens)
-    return [
-        LayerFigures(
-            layer, **{name: None if value is None else value / rows for name, value in asdict(one).items()}
-        )
-        for layer, one in enumerate(sums)
-    ]
+    return [_mean(layer, one, rows) for layer, one in enumerate(sums)]
+
+
+def _mean(layer: int, sums: _Sums, rows: int) -> LayerFigures:
+    return LayerFigures(
+        layer=layer,
+        cosine=sums.cosine / rows,
+        prompt_rms=sums.prompt_rms / rows,
+        text_rms=sums.text_rms / rows,
+        gradient_norm=sums.gradient_norm / rows,
+        written=None if sums.written is None else sums.written / rows,
+        gate=None if sums.gate is None else sums.gate / rows,
+    )
 
 
 def _pass(model: GraftedEncoder, kind: Any, batch: Batch) -> _Seen:
