@@ -15,6 +15,10 @@ import psutil
 import pytest
 import yaml
 
+from gpc_dist.errors import UserError
+from gpc_dist.study.results import read_study
+from gpc_dist.study.run import run_study
+from gpc_dist.study.spec import StudySpec, load
 from tests.conftest import command
 
 ROOT = str(Path(__file__).parents[2])
@@ -40,7 +44,7 @@ def place(tmp_path: Path, tiny_recipe: Path) -> Path:
         "encoder": {"path": tiny["encoder"]["path"]},
         "tasks": {"cats": {"recipe": "recipe.yaml"}},
         "methods": METHODS,
-        "settings": {"train.steps": 300, "train.eval_every": 30},
+        "settings": {"train.steps": 96, "train.eval_every": 12},
         "holdout": 0.2,
         "trials": 6,
         "resources": {"pack": 4},
@@ -52,9 +56,10 @@ def place(tmp_path: Path, tiny_recipe: Path) -> Path:
 
 def test_a_study_that_was_killed_goes_on_and_reports(place: Path) -> None:
     study = place / "studies" / "mine"
-    done = command("study", "mine.yaml", "--report-only", cwd=place, PYTHONPATH=ROOT)
-    assert done.returncode == 2
-    assert "holds no task that was measured" in done.stderr
+    with pytest.raises(UserError, match="holds no task that was measured on its official validation split"):
+        read_study(
+            StudySpec.model_validate(yaml.safe_load((place / "mine.yaml").read_text()) | {"dir": study})
+        )
     kill_in_the_middle(place, study)
     done = command("study", "mine.yaml", cwd=place, PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -99,9 +104,8 @@ def test_a_study_that_was_killed_goes_on_and_reports(place: Path) -> None:
     done = command("study", "mine.yaml", cwd=place, PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    done = command("study", "mine.yaml", "--trials", "3", cwd=place, PYTHONPATH=ROOT)
-    assert done.returncode == 2
-    assert "holds another study, or this one with other values" in done.stderr
+    with pytest.raises(UserError, match="holds another study, or this one with other values"):
+        run_study(load(str(study / "study.yaml"), {"trials": "3", "dir": str(study)}), [])
 
 
 def method_of(trial: Path) -> str:
@@ -141,8 +145,8 @@ def test_what_a_study_will_run(place: Path) -> None:
     done = command("study", "mine.yaml", "--dry-run", cwd=place, PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["cats", "gpc", "2", "5", "1,500"] in lines
-    assert lines[-1] == ["together", "10", "3,000"]
+    assert ["cats", "gpc", "2", "5", "480"] in lines
+    assert lines[-1] == ["together", "10", "960"]
     assert not (place / "studies").exists()
 
 

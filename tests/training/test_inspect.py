@@ -67,7 +67,7 @@ def run_once(
 
 
 def test_the_gradient_is_the_slope_of_the_loss(session: Session) -> None:
-    """Of each value of the prompt by itself: central differences in float64."""
+    """Of each value of the prompt by itself: central differences, wide enough for the head's float32 loss."""
     session.model.double()
     found = inspect(session, 1)
     tokens = session.model.prompt_tokens
@@ -77,10 +77,10 @@ def test_the_gradient_is_the_slope_of_the_loss(session: Session) -> None:
         for position in range(tokens):
             for feature in range(size):
                 step = torch.zeros(tokens, size, dtype=torch.float64)
-                step[position, feature] = 1e-5
+                step[position, feature] = 3e-3
                 up, down = (run_once(session, (layer, sign * step))[0] for sign in (1, -1))
-                slopes.append((up - down) / 2e-5)
-        assert found[layer].gradient_norm == pytest.approx(torch.tensor(slopes).norm().item(), rel=1e-4)
+                slopes.append((up - down) / 6e-3)
+        assert found[layer].gradient_norm == pytest.approx(torch.tensor(slopes).norm().item(), rel=1e-3)
     session.model.float()
 
 
