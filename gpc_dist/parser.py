@@ -193,7 +193,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     study.add_argument("study", metavar="STUDY", help=f"a YAML file, or one of: {', '.join(_study_names())}")
     study.add_argument("--dry-run", action="store_true", help="show what would be run")
-    study.add_argument("--gpu", help="for --dry-run: a device of `gpc-dist plan`, to expect its hours")
+    study.add_argument(
+        "--gpu", help="for --dry-run: a device of `gpc-dist plan`, to expect its hours (minutes of thought)"
+    )
     study.add_argument(
         "--report-only", action="store_true", help="run nothing: report what has been found so far"
     )

@@ -38,7 +38,7 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
         elif isinstance(block, Plot):
             parts.append(f"## {block.title}\n\n![{block.title}]({block.name}.png)\n\n{block.caption}")
         else:
-            align = ["left"] + ["right"] * (len(block.columns) - 1)
+            align = ["right" if numeric else "left" for numeric in _numeric(block)]
             lines = [[text.replace("|", "\\|") for text in line] for line in block.lines]
             table = tabulate(lines, block.columns, tablefmt="pipe", disable_numparse=True, colalign=align)
             parts.append(f"## {block.title}\n\n{table}\n\n{block.note}")
@@ -55,15 +55,22 @@ def _html(block: Block) -> str:
         return f"<p>{escape(block)}</p>"
     if isinstance(block, Plot):
         return figure(block)
-    heads = "".join(head(name, place > 0) for place, name in enumerate(block.columns))
+    numeric = _numeric(block)
+    heads = "".join(head(name, aligned) for name, aligned in zip(block.columns, numeric, strict=True))
     lines = "\n".join(
-        "<tr>" + "".join(cell(text, _order(text), place > 0) for place, text in enumerate(line)) + "</tr>"
+        "<tr>" + "".join(cell(text, _order(text), n) for text, n in zip(line, numeric, strict=True)) + "</tr>"
         for line in block.lines
     )
     return (
         f'<h3>{escape(block.title)}</h3>\n<div class="table"><table>\n<thead><tr>{heads}</tr></thead>\n'
         f"<tbody>\n{lines}\n</tbody></table></div>\n<p>{escape(block.note)}</p>"
     )
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Of each column, whether a number stands in it."""
+    columns = zip(*table.lines, strict=True)
+    return [any(_NUMBER.match(text) for text in column) for column in columns]
 
 
 def _order(text: str) -> float | str:

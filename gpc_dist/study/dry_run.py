@@ -11,12 +11,18 @@ from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.searches import draw
 from gpc_dist.study.spec import StudySpec
 
+_NOTE = (
+    "Hours are the planner's, a model, for steps of runs with an encoder each: packs take less. They leave out "
+    "evaluations, methods that train the encoder, and the further rows of tasks that choose (COPA has 2 for an "
+    "example, ReCoRD about 10)."
+)
+
 
 def describe(study: StudySpec, gpu: str | None) -> str:
     """A line for each task and method: configurations, runs, steps, and with a device the planner's hours on it.
 
-    The hours are those of runs that have an encoder each: trials of one pack take less. Nothing is read but the
-    encoder's configuration, so runs that count in epochs have no steps here.
+    Nothing is read but the encoder's configuration, so runs that count in epochs have no steps here, and hours are
+    counted with one row for each example (see the note under the table).
 
     Args:
         gpu: a device that the planner knows; none for no hours.
@@ -46,7 +52,8 @@ def describe(study: StudySpec, gpu: str | None) -> str:
     if gpu is None:
         columns, lines = columns[:-1], [line[:-1] for line in lines]
     align = ["left", "left"] + ["right"] * (len(columns) - 2)
-    return tabulate(lines, columns, disable_numparse=True, colalign=align)
+    table = tabulate(lines, columns, disable_numparse=True, colalign=align)
+    return table if gpu is None else f"{table}\n\n{_NOTE}"
 
 
 def _steps(built: list[Config], search_seeds: int, final_seeds: int) -> int | None:

@@ -121,6 +121,8 @@ def _spread(found: StudyResult) -> Figure:
 
 
 def _curves(found: StudyResult) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure, panels = _panels(len(found.tasks), 3.2, 3.2, share_y=False)
     named = {}
     for axes, task in zip(panels, found.tasks, strict=True):
@@ -135,6 +137,7 @@ def _curves(found: StudyResult) -> Figure:
             if first:
                 axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
                 named[name] = line
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set(title=task.name, xlabel="step", ylabel=f"hold-out {task.metric}")
     if named:
         columns = min(len(named), 6)
