@@ -88,6 +88,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
             "train.batch_size": options.batch_size,
             "train.eval_every": options.steps,
             "data.limit_eval": options.limit_eval,
+            "train.eval_batch_tokens": 2048,
             "engine.zero_stage": options.stage,
             "engine.device": options.device,
         },
