@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def write_search(place: Path, **keys: Any) -> Path:
 def tune(place: Path, *words: object) -> Path:
     done = command("tune", *words, cwd=place, PYTHONPATH=str(Path(__file__).parents[2]))
     assert done.returncode == 0, done.stdout + done.stderr
+    (place / "said").write_text(done.stdout)
     return place / "searches" / "mine"
 
 
@@ -94,6 +96,7 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
         scheduler={"name": "asha", "grace_steps": 20, "reduction_factor": 2},
     )
     search = tune(place, path)
+    assert max(map(int, re.findall(r"(\d+) RUNNING", (place / "said").read_text()))) == 2
     results = [read(path / "result.json") for path in trials(search).values()]
     assert len(results) == 4
     assert {(result["world_size"], result["zero_stage"]) for result in results} == {(2, 3)}
