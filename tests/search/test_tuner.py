@@ -113,6 +113,16 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
         assert max(losses(folder)) < 60
 
 
+def test_trials_of_other_shapes_go_to_another_pack(place: Path) -> None:
+    space = {"adapter.prompt_tokens": {"grid": [4, 6]}, "train.lr": {"grid": [0.01, 0.02]}}
+    path = write_search(place, space=space, algorithm="grid", trials=None, settings={"train.steps": 8})
+    search = tune(place, path)
+    records = [read(path / "trial.json") for path in trials(search).values()]
+    assert {record["decision"] for record in records} == {"completed"}
+    lanes = [(record["settings"]["adapter.prompt_tokens"], record["lane"]) for record in records]
+    assert sorted(lanes) == [(4, 0), (4, 1), (6, 0), (6, 1)]
+
+
 def test_a_search_that_was_killed_goes_on(place: Path) -> None:
     path = write_search(
         place,
