@@ -217,7 +217,7 @@ def test_a_condition_on_a_fixed_key_holds_for_all_trials_or_none() -> None:
         ),
         (
             {"adapter.method": ["gpc", "fine-tuning"]},
-            {"resources": {"pack": 2}},
+            {"resources": {"pack": 2}, "settings": {"engine.zero_stage": 0}},
             "give --resources.pack 1",
         ),
     ],
