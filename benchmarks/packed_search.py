@@ -109,6 +109,7 @@ def final(folder: Path) -> dict[str, float]:
 
 def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     specification, log = scratch / "packed.yaml", scratch / "log"
+    described = machine()
     specification.write_text(yaml.safe_dump(search(options)))
     costs = {"packed": measure([["tune", specification, "--dir", scratch / "packed"]], 1, log)}
     trials = sorted((scratch / "packed" / "trials").iterdir())
@@ -133,8 +134,9 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         ]
     }
     return {
-        "options": {key: str(value) for key, value in vars(options).items()},
-        "machine": machine(),
+        "options": {key: value for key, value in vars(options).items() if key != "json"}
+        | {"data": options.data.name},
+        "machine": described,
         "sides": {side: asdict(cost) for side, cost in costs.items()},
         "times_faster_than_one_after_the_other": costs["one after the other"].wall_s / costs["packed"].wall_s,
         "times_faster_than_two_at_a_time": costs["two at a time"].wall_s / costs["packed"].wall_s,

@@ -36,18 +36,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def superglue() -> Path:
     """The folder with the official SuperGLUE files, where a machine has them."""
-    folder = SHARED_DATA / "superglue"
-    if not folder.is_dir():
-        pytest.skip(f"needs the SuperGLUE files in {folder}")
-    return folder
+    return _shared_data("superglue")
 
 
 @pytest.fixture(scope="session")
 def glue() -> Path:
     """The folder with GLUE's SST-2 and CoLA as JSON Lines, where a machine has them."""
-    folder = SHARED_DATA / "glue"
+    return _shared_data("glue")
+
+
+def _shared_data(name: str) -> Path:
+    folder = SHARED_DATA / name
     if not folder.is_dir():
-        pytest.skip(f"needs the GLUE files in {folder}")
+        pytest.skip(f"needs the data files in {folder}")
     return folder
 
 

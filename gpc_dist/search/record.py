@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 
 from gpc_dist import files
 from gpc_dist.search.folder import trial_folder
@@ -46,19 +46,34 @@ class Recorder(tune.Callback):
 
 
 def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, metric: str) -> int:
-    """Tell a scheduler of every evaluation that trials have made, in the order in which they were made.
+    """Tell a scheduler of the evaluations that trials have made, in the order in which they were made.
+
+    ASHA hears of all. The median rule hears of trials that have ended: it breaks down when one that it stopped goes
+    on, as one does whose stop came too late for Ray Tune's records. PBT hears of none, because it would copy trials
+    while it listens; it compares them anew at their next evaluation.
 
     Returns:
-        How many there were.
+        How many it was told of.
     """
     past = []
     for trial in trials:
+        if isinstance(scheduler, PopulationBasedTraining):
+            continue
+        if isinstance(scheduler, MedianStoppingRule) and not trial.is_finished():
+            continue
         lines, _ = files.read_lines(trial_folder(folder, trial_number(trial.trial_id)).metrics)
         past += [(line[TIME], trial, line) for line in lines if line.get(metric) is not None]
     for _, trial, line in sorted(past, key=lambda each: each[0]):
         result = {metric: line[metric], STEP: line["step"], "training_iteration": 1}
-        scheduler.on_trial_result(None, trial, result)  # type: ignore[arg-type]
+        scheduler.on_trial_result(_Past(), trial, result)  # type: ignore[arg-type]
     return len(past)
+
+
+class _Past:
+    """Stands for Ray Tune's controller while a scheduler hears of the past: nobody waits for a turn."""
+
+    def get_live_trials(self) -> list[Any]:
+        return []
 
 
 def best_trial(folder: SearchFolder, metric: str, mode: str) -> tuple[str, float] | None:

@@ -89,8 +89,7 @@ def validate(spec: SearchSpec) -> None:
 
     Raises:
         UserError: the recipe or the settings are not valid; a value that can be drawn is not accepted; conditions
-            that never hold or form a circle; distributions that the algorithm or the scheduler cannot draw;
-            keys that trials in one pack cannot differ in.
+            that never hold or form a circle; distributions that the algorithm or the scheduler cannot draw.
     """
     if spec.configurations is not None:
         _check_configurations(spec, spec.configurations)
@@ -188,7 +187,6 @@ def _holds(when: Mapping[str, tuple[Any, ...]], sample: Mapping[str, Any]) -> bo
 def _check_values(spec: SearchSpec) -> None:
     tree = config.recipe_tree(spec.recipe)
     live = _live(spec)
-    first = pack_key(_build(spec, tree, _probe(live)))
     for key, distribution in live.items():
         for value in distribution.probes():
             try:
@@ -196,11 +194,6 @@ def _check_values(spec: SearchSpec) -> None:
             except UserError as error:
                 raise UserError(f"space.{key}: the value {value!r} is not accepted: {error}") from None
             _check_frozen(spec, built)
-            if spec.resources.pack > 1 and pack_key(built) != first:
-                raise UserError(
-                    f"space.{key}: trials in one pack share the encoder and its batches, and cannot differ in this: "
-                    "fix it under settings, or give --resources.pack 1"
-                )
     for sample in itertools.islice(_combinations(live), _MOST_COMBINATIONS):
         try:
             _build(spec, tree, sample)

@@ -95,7 +95,7 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     base = space.base_config(spec)
     packs.warm.remote(space.pack_key(base), base.dump())
-    scheduler = make_scheduler(spec)
+    scheduler, concurrent = make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
         tune.with_parameters(Trial, search=str(folder.path), place=str(Path.cwd())),
         name=_RAY,
@@ -104,12 +104,13 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         mode=mode,
         config=_param_space(spec),
         num_samples=_samples(spec),
-        search_alg=_algorithm(spec, metric, mode),
+        search_alg=_algorithm(spec, metric, mode, concurrent),
         scheduler=scheduler,
         stop=_stopper(spec, metric, mode),
         # a trial's process only waits; the ranks that work for it ask for resources of their own
         resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
-        max_concurrent_trials=_concurrent(spec, shape),
+        # which Tune heeds for searchers only
+        max_concurrent_trials=concurrent if spec.algorithm == "optuna" else None,
         max_failures=spec.retries,
         raise_on_failed_trial=False,
         resume="AUTO+ERRORED" if resume else None,
@@ -231,9 +232,9 @@ def _samples(spec: SearchSpec) -> int:
     return (spec.trials or 1) * len(spec.seeds) if spec.algorithm == "optuna" else 1
 
 
-def _algorithm(spec: SearchSpec, metric: str, mode: str) -> Searcher | SearchAlgorithm:
+def _algorithm(spec: SearchSpec, metric: str, mode: str, concurrent: int) -> Searcher | SearchAlgorithm:
     if spec.algorithm != "optuna":
-        return BasicVariantGenerator()
+        return BasicVariantGenerator(max_concurrent=concurrent)
     try:
         from ray.tune.search.optuna import OptunaSearch
 

@@ -19,6 +19,7 @@ is not read again, only asked for its age.
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -216,6 +217,7 @@ class SearchReplica(Mirror):
 
 def main(search_dir: str, delay_s: float, driver_pid: int) -> int:
     """Record a search until its driver ends, then what is left. Returns the exit code."""
+    os.nice(19)  # Ray runs what trains at 15, and recording can wait
     folder = SearchFolder(search_dir)
     return follower.follow(folder, partial(SearchReplica, folder), delay_s, driver_pid)
 

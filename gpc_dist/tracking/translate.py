@@ -17,6 +17,7 @@ _NAME_LENGTH = 250
 _DIGEST_LENGTH = 36
 
 _NOT_SET: tuple[Any, ...] = (None, [], "")
+_OWN = (("run", "name"), ("run", "dir"))
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 Point = tuple[str, float, int, int]
@@ -51,13 +52,17 @@ def _is_number(value: Any) -> bool:
 
 
 def params(config: Mapping[str, Any]) -> dict[str, str]:
-    """The configuration under its dotted keys, without what is not set and not about the method."""
+    """The configuration under its dotted keys, without what is not set and not about the method.
+
+    A run's name and folder are left out too: no two runs share them, so MLflow's comparison would choose them as
+    the first settings to show.
+    """
     return {
         f"{section}.{key}": text(value)[:_PARAM_LENGTH]
         for section, keys in config.items()
         if section != "tracking" and isinstance(keys, dict)
         for key, value in keys.items()
-        if value not in _NOT_SET
+        if value not in _NOT_SET and (section, key) not in _OWN
     }
 
 

@@ -50,6 +50,8 @@ class Position:
     """Evaluations since the best one."""
     ended: bool = False
     """Early stopping has ended the run."""
+    share_s: float = 0.0
+    """In a pack: seconds of the steps and evaluations it was in, each shared equally by the runs that were."""
 
 
 @dataclass

@@ -43,8 +43,6 @@ class _Member:
     log: MetricLog | None
     """On rank 0."""
     joined_s: float = field(default_factory=time.time)
-    share_s: float = 0.0
-    """Seconds of steps and evaluations, each shared equally by the runs that were in it."""
 
 
 class Pack:
@@ -145,7 +143,7 @@ class Pack:
         seconds = time.monotonic() - start_s
         failed = []
         for (name, member), work, one in zip(members.items(), step.works, done, strict=True):
-            member.share_s += seconds / len(members)
+            member.run.position.share_s += seconds / len(members)
             try:
                 member.run.count_step(work, one, seconds)
             except UserError as error:
@@ -159,15 +157,15 @@ class Pack:
         members = {name: self._members[name] for name in names if name in self._members}
         due = {name: member.run for name, member in members.items() if member.run.evaluation_due}
         for split in {id(run.validation): run.validation for run in due.values()}.values():
-            together = {name: run for name, run in due.items() if run.validation is split}
+            together = [run for run in due.values() if run.validation is split]
             start_s = time.monotonic()
-            session.model.lanes = nn.ModuleList(run.adapter for run in together.values())
+            session.model.lanes = nn.ModuleList(run.adapter for run in together)
             metrics = evaluate(session, split)
             assert metrics is not None
             seconds = time.monotonic() - start_s
-            for (name, run), found in zip(together.items(), metrics, strict=True):
+            for run, found in zip(together, metrics, strict=True):
                 run.note_evaluation(found)
-                members[name].share_s += seconds / len(together)
+                run.position.share_s += seconds / len(together)
         events = []
         for name, member in members.items():
             run, evaluated = member.run, name in due
@@ -191,7 +189,7 @@ class Pack:
         if state in ("finished", "stopped"):
             result = run_result(member.run)
             result |= {"peak_memory_mib": memory, "energy_j": None, "wall_s": time.time() - member.joined_s}
-            files.write_json(member.folder.result, result | {"share_s": member.share_s})
+            files.write_json(member.folder.result, result | {"share_s": member.run.position.share_s})
         member.folder.write_status(state, reason)
 
     def _split(self, part: Part, config: Config) -> Split:

@@ -27,7 +27,7 @@ def write_search(place: Path, recipe: Path, steps: int) -> None:
 
 def test_a_requeued_search_over_two_nodes(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
     """Nodes of two CPUs: the ranks of a pack do not fit on one."""
-    write_search(tmp_path, tiny_recipe, steps=400)
+    write_search(tmp_path, tiny_recipe, steps=80)
     done = command("submit", "tune", "mine.yaml", "--nodes", 2, "--cpus-per-rank", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "mine.yaml").write_text("recipe: changed")  # too late to matter
@@ -44,7 +44,7 @@ def test_a_requeued_search_over_two_nodes(slurm: SlurmLab, tiny_recipe: Path, tm
     result = json.loads((search / "result.json").read_text())
     assert (result["trials"], result["finished"], result["failed"]) == (4, 4, 0)
     for path in search.glob("trials/*"):
-        assert sorted(losses(path)) == [100, 200, 300, 400]
+        assert sorted(losses(path)) == [20, 40, 60, 80]
         assert json.loads((path / "result.json").read_text())["world_size"] == 2
     shown = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"mine +{job} +finished +4 of 4 trials +accuracy [\d.]+ \(trial 00\d\)", shown), shown

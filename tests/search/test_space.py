@@ -216,14 +216,9 @@ def test_a_condition_on_a_fixed_key_holds_for_all_trials_or_none() -> None:
             "'pbt' changes keys of train. while trials run, and the space has none",
         ),
         (
-            {"data.max_length": [32, 64]},
-            {"resources": {"pack": 2}},
-            "space.data.max_length: trials in one pack share the encoder",
-        ),
-        (
-            {"adapter.method": ["gpc", "linear-probe"]},
-            {"resources": {"pack": 2}},
-            "fix it under settings, or give --resources.pack 1",
+            {"adapter.method": ["gpc", "fine-tuning"]},
+            {"resources": {"pack": 2}, "settings": {"engine.zero_stage": 0}},
+            "give --resources.pack 1",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def write_search(place: Path, **keys: Any) -> Path:
 def tune(place: Path, *words: object) -> Path:
     done = command("tune", *words, cwd=place, PYTHONPATH=str(Path(__file__).parents[2]))
     assert done.returncode == 0, done.stdout + done.stderr
+    (place / "said").write_text(done.stdout)
     return place / "searches" / "mine"
 
 
@@ -94,6 +96,9 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
         scheduler={"name": "asha", "grace_steps": 20, "reduction_factor": 2},
     )
     search = tune(place, path)
+    running = set(map(int, re.findall(r"(\d+) RUNNING", (place / "said").read_text())))
+    assert running <= {1, 2}
+    assert running
     results = [read(path / "result.json") for path in trials(search).values()]
     assert len(results) == 4
     assert {(result["world_size"], result["zero_stage"]) for result in results} == {(2, 3)}
@@ -106,6 +111,16 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
         folder = trials(search)[number]
         assert read(folder / "status.json")["state"] == "stopped"
         assert max(losses(folder)) < 60
+
+
+def test_trials_of_other_shapes_go_to_another_pack(place: Path) -> None:
+    space = {"adapter.prompt_tokens": {"grid": [4, 6]}, "train.lr": {"grid": [0.01, 0.02]}}
+    path = write_search(place, space=space, algorithm="grid", trials=None, settings={"train.steps": 8})
+    search = tune(place, path)
+    records = [read(path / "trial.json") for path in trials(search).values()]
+    assert {record["decision"] for record in records} == {"completed"}
+    lanes = [(record["settings"]["adapter.prompt_tokens"], record["lane"]) for record in records]
+    assert sorted(lanes) == [(4, 0), (4, 1), (6, 0), (6, 1)]
 
 
 def test_a_search_that_was_killed_goes_on(place: Path) -> None:

@@ -171,8 +171,8 @@ def test_cost_and_energy(tmp_path: Path) -> None:
         )
     write_run(tmp_path / "c", 0.7, facts=gpu, engine__device="cpu", world_size=2, wall_s=50.0)
     packed = write_run(tmp_path / "p", 0.6, facts=gpu, engine__device="cpu", world_size=2, train__lr=0.5)
-    result = json.loads((packed / "result.json").read_text())
-    (packed / "result.json").write_text(json.dumps(result | {"share_s": 10.0}))
+    result = json.loads(packed.result.read_text())
+    packed.result.write_text(json.dumps(result | {"share_s": 10.0}))
     table = comparison_table(only(tmp_path))
     header, _, first, second, third = table.splitlines()[2:]
     assert third.split()[-4:-1] == ["100", "20", "CPU-s"]

@@ -28,6 +28,7 @@ from gpc_dist.training.inference import Predictor
 from gpc_dist.training.pack import Pack
 from tests.adapter.encoders import FAMILIES, batch_for, randomise, tiny
 from tests.conftest import command, losses
+from tests.training import test_ranks
 
 METHOD = ("--adapter.method", "fine-tuning", "--train.encoder_lr", 1e-3, "--train.lr", 1e-2)
 ARRANGEMENTS = [(1, 0), (2, 0), (2, 1), (2, 2)]
@@ -39,10 +40,7 @@ def gpc(*arguments: object) -> int:
 
 
 def train(recipe: Path, folder: Path, ranks: int = 1, stage: int = 0, *more: object) -> Path:
-    regime = ("--engine.ranks", ranks, "--engine.zero_stage", stage)
-    done = command("train", recipe, "--run.dir", folder, *METHOD, *regime, *more)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return test_ranks.train(recipe, folder, ranks, stage, *METHOD, *more)
 
 
 @pytest.fixture(scope="module")
