@@ -7,8 +7,8 @@ ZeRO stage, steps and data, record in MLflow as they do by default, and are time
     python benchmarks/packed_search.py --recipe sst2 --data GLUE/sst2
 
 Memory is the peak of what all processes of a side hold together (proportional set size: shared pages count
-once), sampled every second. `packed_search.json` beside this script keeps the figures with the machine's
-description.
+once), sampled every three seconds. All sides are measured once for each batch size. `packed_search.json` beside this
+script keeps the figures with the machine's description.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from common import machine
 from tabulate import tabulate
 
 TRIALS = 8
+_SAMPLE_S = 3.0
+"""Between looks at memory, which cost the processes time: a search has twenty of them."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ def measure(commands: Sequence[Sequence[object]], at_once: int, log: Path) -> Co
                 running.append(
                     psutil.Popen(words, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 )
-            time.sleep(1.0)
+            time.sleep(_SAMPLE_S)
             peak = max(peak, sum(map(held_mib, running)))
             for process in [process for process in running if process.poll() is not None]:
                 if process.returncode:
@@ -78,14 +80,15 @@ def held_mib(process: psutil.Process) -> float:
     return total / 2**20
 
 
-def search(options: argparse.Namespace) -> dict[str, Any]:
+def search(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """The search whose trials all sides run."""
     return {
         "recipe": options.recipe,
         "settings": {
             "data.path": str(options.data.resolve()),
             "train.steps": options.steps,
-            "train.batch_size": options.batch_size,
+            "train.batch_size": batch_size,
+            "train.eval_batch_tokens": options.eval_batch_tokens,
             "train.eval_every": options.steps,
             "data.limit_eval": options.limit_eval,
             "engine.zero_stage": options.stage,
@@ -107,10 +110,10 @@ def final(folder: Path) -> dict[str, float]:
     return json.loads((folder / "result.json").read_text())["metrics"]["last"]
 
 
-def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def run(options: argparse.Namespace, batch_size: int, scratch: Path) -> dict[str, Any]:
+    """All sides at one batch size."""
     specification, log = scratch / "packed.yaml", scratch / "log"
-    described = machine()
-    specification.write_text(yaml.safe_dump(search(options)))
+    specification.write_text(yaml.safe_dump(search(options, batch_size)))
     costs = {"packed": measure([["tune", specification, "--dir", scratch / "packed"]], 1, log)}
     trials = sorted((scratch / "packed" / "trials").iterdir())
 
@@ -134,9 +137,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         ]
     }
     return {
-        "options": {key: value for key, value in vars(options).items() if key != "json"}
-        | {"data": options.data.name},
-        "machine": described,
+        "batch_size": batch_size,
         "sides": {side: asdict(cost) for side, cost in costs.items()},
         "times_faster_than_one_after_the_other": costs["one after the other"].wall_s / costs["packed"].wall_s,
         "times_faster_than_two_at_a_time": costs["two at a time"].wall_s / costs["packed"].wall_s,
@@ -148,6 +149,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
+    print(f"\nbatch size {result['batch_size']}")
     rows = [[side, cost["wall_s"], cost["peak_mib"]] for side, cost in result["sides"].items()]
     print(tabulate(rows, headers=["side", "seconds", "MiB of all processes"], floatfmt=".0f"))
     for key in (key for key in result if key.startswith("times_")):
@@ -166,17 +168,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the task's splits")
     parser.add_argument("--recipe", default="sst2")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--eval-batch-tokens", type=int, default=2048, help="bounds an evaluation's memory")
     parser.add_argument("--limit-eval", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        result = run(options, Path(scratch))
-    show(result)
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    report = {
+        "options": {key: value for key, value in vars(options).items() if key not in ("json", "batch_sizes")}
+        | {"data": options.data.name},
+        "machine": machine(),
+        "results": [],
+    }
+    for batch_size in options.batch_sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            report["results"].append(run(options, batch_size, Path(scratch)))
+        show(report["results"][-1])
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

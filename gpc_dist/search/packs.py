@@ -55,6 +55,8 @@ class _Lane:
     visit: int
     events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     """Events, or the error that ended the pack."""
+    joined: bool = False
+    """Whether the ranks know its run."""
     may_go: bool = False
     """Whether its trial waits for the next event; otherwise the lane rests."""
 
@@ -122,6 +124,8 @@ class Packs:
             pack.lanes.pop(name, None)
             await self._notify(pack)
             raise
+        lane.joined = True
+        pack.news.set()
         return Place(pack.number, lane.number, lane.visit, pack.host)
 
     async def next(self, name: str) -> Any:
@@ -219,18 +223,22 @@ class Packs:
             self._fail(pack, error)
 
     async def _ready(self, pack: _Pack) -> list[str]:
-        """The runs to train next, once all trials have decided or the patience with them is over."""
+        """The runs to train next, once all trials have decided or the patience with them is over; those about to
+        join are waited for, since steps made without them cost nearly as much as with them."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _DECIDE_S
         while pack.alive:
             going = [name for name, lane in pack.lanes.items() if lane.may_go]
+            joining = any(not lane.joined for lane in pack.lanes.values())
+            if joining:
+                deadline = loop.time() + _DECIDE_S
             left_s = deadline - loop.time()
             if going and (len(going) == len(pack.lanes) or left_s <= 0):
                 return going
             pack.news.clear()
             try:
                 # with nobody to train there is nothing to be late for
-                await asyncio.wait_for(pack.news.wait(), left_s if going else None)
+                await asyncio.wait_for(pack.news.wait(), None if joining or not going else left_s)
             except TimeoutError:
                 continue
         return []
