@@ -216,9 +216,10 @@ def _param_space(spec: SearchSpec) -> dict[str, Any]:
 
 def draw(spec: SearchSpec) -> list[dict[str, Any]]:
     """The configurations of a random or grid search, drawn by Ray Tune: each is tried with every seed, which its own
-    repetition cannot do for conditional keys. Those that the search gives one by one as they stand."""
+    repetition cannot do for conditional keys. Those that the search gives one by one as they stand, with all keys in
+    each: Tune's table looks for them."""
     if spec.configurations is not None:
-        return spec.configurations
+        return [dict.fromkeys(spec.tried_keys, space.NOT_SET) | each for each in spec.configurations]
     generator = BasicVariantGenerator(random_state=spec.seed)
     drawn = Experiment("draw", run=lambda _: None, config=space.to_ray(spec), num_samples=spec.trials or 1)
     generator.add_configurations([drawn])

@@ -80,7 +80,9 @@ resources: {pack: 2}
     loaded = spec.load(write(tmp_path, text))
     assert spec.load(write(tmp_path, loaded.to_yaml())) == loaded
     space.validate(loaded)
-    assert draw(loaded) == loaded.configurations
+    drawn = draw(loaded)
+    assert [space.settings_of(each) for each in drawn] == loaded.configurations
+    assert {tuple(each) for each in drawn} == {("adapter.method", "train.lr", "adapter.cell_layers")}
     assert space.count(loaded) == 3
     assert space.base_config(loaded).adapter.method == "linear-probe"
     # which a space may not do in one pack

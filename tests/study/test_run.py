@@ -24,7 +24,7 @@ from tests.conftest import command
 ROOT = str(Path(__file__).parents[2])
 METHODS = {
     "prompt-tuning": {"space": {"train.lr": [1e-2, 1e-3]}},
-    "gpc": {"space": {"train.lr": [1e-2, 1e-3]}},
+    "gpc": {"space": {"train.lr": [1e-2, 1e-3], "train.cell_lr": [3e-4]}},
 }
 
 
