@@ -48,10 +48,8 @@ def run_node(spec: SearchSpec, arguments: Sequence[str]) -> int:
     address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
     if int(os.environ["SLURM_PROCID"]) > 0:
         return _worker(address)
-    restarted = (
-        int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and SearchFolder(spec.folder).config.exists()
-    )
-    resume = ["--resume"] if restarted and "--resume" not in arguments else []
+    begun = SearchFolder(spec.folder).config.exists()
+    resume = ["--resume"] if begun and "--resume" not in arguments else []
     return _head(address, [*arguments, *resume])
 
 
