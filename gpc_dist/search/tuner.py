@@ -66,8 +66,8 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
     recording = tracking.start_recorder(folder.path) if spec.tracking.enabled else None
     start_s = time.time()
     try:
-        signals = _interrupt_on_signals()
         _connect()
+        signals = _interrupt_on_signals()  # Ray takes SIGTERM for itself when it connects
         try:
             trials = _tune(spec, folder, *goal, resume)
         finally:
