@@ -6,7 +6,7 @@ Every key is a field below with its documentation under it, as in `gpc_dist.conf
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from gpc_dist import config
 from gpc_dist.config import Section, TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.search.distribution import Distribution
-from gpc_dist.shipped import shipped_folder
+from gpc_dist.shipped import shipped_folder, yaml_file, yaml_names
 
 RESERVED = {
     "run.name": "each trial gets a name of its own",
@@ -160,8 +160,7 @@ class SearchSpec(Section):
     @field_validator("seeds")
     @classmethod
     def _check_seeds(cls, given: list[int]) -> list[int]:
-        if min(given) < 0 or len(set(given)) < len(given):
-            raise ValueError(f"give different seeds, none below 0 (given: {given})")
+        check_seeds(given)
         return given
 
     @model_validator(mode="after")
@@ -208,6 +207,12 @@ def check_keys(given: Mapping[str, Any]) -> None:
             raise ValueError(_reserved(key))
 
 
+def check_seeds(given: Sequence[int]) -> None:
+    """Raises ValueError for seeds that are not all different, or below 0."""
+    if min(given) < 0 or len(set(given)) < len(given):
+        raise ValueError(f"give different seeds, none below 0 (given: {given})")
+
+
 def _check_key(key: str, where: str = "") -> None:
     valid = list(config.all_keys())
     if key not in valid:
@@ -219,7 +224,7 @@ def _reserved(key: str) -> str:
 
 
 def search_names() -> list[str]:
-    return sorted(path.stem for path in shipped_folder("tune").glob("*.yaml"))
+    return yaml_names(shipped_folder("tune"))
 
 
 def all_keys() -> list[str]:
@@ -246,7 +251,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
     Raises:
         UserError: unknown search, invalid YAML, unknown or duplicate key, value out of range.
     """
-    path = _path(search)
+    path = yaml_file("search", search, shipped_folder("tune"))
     tree = config.parse_yaml(path.read_text(encoding="utf-8"), f"search {search}") or {}
     if not isinstance(tree, dict):
         raise UserError("a search is a mapping of: " + ", ".join(SearchSpec.model_fields))
@@ -266,17 +271,6 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
         return SearchSpec.model_validate(tree)
     except ValidationError as error:
         raise UserError(config.explain(error, valid)) from None
-
-
-def _path(search: str) -> Path:
-    path = Path(search)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"search file {path} does not exist")
-        return path
-    if search in search_names():
-        return shipped_folder("tune") / f"{search}.yaml"
-    raise UserError(f"no search '{search}': give a YAML file or one of {', '.join(search_names())}")
 
 
 def _parse(overrides: dict[str, str], valid: list[str]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from gpc_dist import config
 from gpc_dist.config import AdapterConfig, EncoderConfig, Section, TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.search.distribution import Distribution
-from gpc_dist.search.spec import ResourcesConfig, check_keys
-from gpc_dist.shipped import shipped_folder
+from gpc_dist.search.spec import ResourcesConfig, check_keys, check_seeds
+from gpc_dist.shipped import shipped_folder, yaml_file, yaml_names
 
 METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
 _METHOD = "adapter.method"
@@ -144,8 +144,7 @@ class StudySpec(Section):
     @field_validator("search_seeds", "seeds")
     @classmethod
     def _check_seeds(cls, given: list[int]) -> list[int]:
-        if min(given) < 0 or len(set(given)) < len(given):
-            raise ValueError(f"give different seeds, none below 0 (given: {given})")
+        check_seeds(given)
         return given
 
     @model_validator(mode="after")
@@ -170,7 +169,7 @@ class StudySpec(Section):
 
 
 def study_names() -> list[str]:
-    return sorted(path.stem for path in _shipped().glob("*.yaml"))
+    return yaml_names(_shipped())
 
 
 def _shipped() -> Path:
@@ -189,7 +188,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     Raises:
         UserError: unknown study, invalid YAML, unknown or duplicate key, value out of range.
     """
-    path = _path(study)
+    path = yaml_file("study", study, _shipped())
     tree = config.parse_yaml(path.read_text(encoding="utf-8"), f"study {study}") or {}
     if not isinstance(tree, dict):
         raise UserError("a study is a mapping of: " + ", ".join(StudySpec.model_fields))
@@ -209,17 +208,6 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
         return StudySpec.model_validate(tree)
     except ValidationError as error:
         raise UserError(config.explain(error, _plain_keys())) from None
-
-
-def _path(study: str) -> Path:
-    path = Path(study)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"study file {path} does not exist")
-        return path
-    if study in study_names():
-        return _shipped() / f"{study}.yaml"
-    raise UserError(f"no study '{study}': give a YAML file or one of {', '.join(study_names())}")
 
 
 def _mapping(tree: dict[str, Any], section: str) -> dict[str, Any]:
