@@ -119,8 +119,8 @@ class AdapterConfig(Section):
     """Layers, counted from 0, after which the cell acts; the last one cannot be among them. After every layer but
     the last when not given."""
     cell_norm: bool = False
-    """The units read states divided by their root mean square, so that the cell's learning rate does not depend on
-    the scale of the encoder's states."""
+    """The cell works on states divided by their root mean square and what it writes is brought back to the encoded
+    prompt's, so that its learning rate does not depend on the scale of the encoder's states."""
     cell_scale: Literal["none", "prompt", "text"] = "none"
     """Scale of what the cell writes: as it comes; or each position brought to the root mean square of the encoded
     prompt state it replaces (`prompt`), or to the mean one of its row's text states (`text`)."""

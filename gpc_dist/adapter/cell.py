@@ -5,16 +5,18 @@ are `[B, P, H]`. The public text of arXiv 2304.05642 gives the mechanism (RNN-in
 remembering unit on `e`, a forgetting unit on `p`, one module for all layers) and not its
 equations; each class says which reading of it it is.
 
-The options `adapter.cell_units` (a unit that is left out adds nothing) and `adapter.cell_norm` (units read
-normalised states) are this project's, for ablations; the rules below are written without them.
+The options `adapter.cell_units` (a unit that is left out adds nothing) and `adapter.cell_norm` are this project's; the
+rules below are written without them. With the second, `Cell(e, p)` is `rms(e) Rule(e / rms(e), p / rms(p))`: states of
+another size make the cell write the same at that size, so that one learning rate does for encoders whose hidden states
+are of size 0.5 (MiniLM) or 50 (T5).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from gpc_dist.adapter.scale import rms
 from gpc_dist.config import AdapterConfig
 
 
@@ -23,10 +25,9 @@ class Unit(nn.Sequential):
 
     Args:
         zero: start at the zero map (the product's second factor only, so that gradients flow).
-        norm: read the state divided by its root mean square.
     """
 
-    def __init__(self, hidden_size: int, rank: int | None, zero: bool = False, norm: bool = False):
+    def __init__(self, hidden_size: int, rank: int | None, zero: bool = False):
         last = nn.Linear(rank or hidden_size, hidden_size, bias=False)
         if zero:
             nn.init.zeros_(last.weight)
@@ -34,14 +35,10 @@ class Unit(nn.Sequential):
             super().__init__(last)
         else:
             super().__init__(nn.Linear(hidden_size, rank, bias=False), last)
-        self.norm = norm
-
-    def forward(self, states: Tensor) -> Tensor:
-        return super().forward(F.rms_norm(states, states.shape[-1:], eps=1e-12) if self.norm else states)
 
 
 class Cell(nn.Module):
-    """A remembering and a forgetting unit; what they make of `e` and `p` is each subclass's own.
+    """A remembering and a forgetting unit; what they make of `e` and `p` is each subclass's own `rule`.
 
     Args:
         zero: start both units at the zero map.
@@ -51,10 +48,23 @@ class Cell(nn.Module):
         super().__init__()
 
         def unit() -> Unit:
-            return Unit(hidden_size, config.cell_rank, zero, config.cell_norm)
+            return Unit(hidden_size, config.cell_rank, zero)
 
+        self.norm = config.cell_norm
         self.remember = None if config.cell_units == "forget" else unit()
         self.forget = None if config.cell_units == "remember" else unit()
+
+    def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
+        """The next prompt state `[B, P, H]` from the encoded and the previous one."""
+        written = self.rule(*self.read(encoded, previous))
+        return written * rms(encoded) if self.norm else written
+
+    def read(self, encoded: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """`e` and `p` as the rule is given them."""
+        return (encoded / rms(encoded), previous / rms(previous)) if self.norm else (encoded, previous)
+
+    def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def remembered(self, encoded: Tensor) -> Tensor | float:
         """`R(e)`; 0 without a remembering unit."""
@@ -75,7 +85,7 @@ class RecurrentCell(Cell):
         super().__init__(hidden_size, config, zero=False)
         self.bias = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
+    def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
         return torch.tanh(self.remembered(encoded) + self.forgotten(previous) + self.bias)
 
 
@@ -90,9 +100,12 @@ class GatedCell(Cell):
         super().__init__(hidden_size, config, zero=True)
         self.bias = nn.Parameter(torch.full((hidden_size,), -4.0))
 
-    def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.remembered(encoded) + self.forgotten(previous) + self.bias)
-        return torch.lerp(encoded, previous, gate)
+    def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
+        return torch.lerp(encoded, previous, self.gate(encoded, previous))
+
+    def gate(self, encoded: Tensor, previous: Tensor) -> Tensor:
+        """`f [B, P, H]`, from what the rule is given."""
+        return torch.sigmoid(self.remembered(encoded) + self.forgotten(previous) + self.bias)
 
 
 class ResidualCell(Cell):
@@ -104,7 +117,7 @@ class ResidualCell(Cell):
     def __init__(self, hidden_size: int, config: AdapterConfig):
         super().__init__(hidden_size, config, zero=True)
 
-    def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
+    def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
         return encoded + self.remembered(encoded) - self.forgotten(previous)
 
 

@@ -159,8 +159,7 @@ def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
         encoded, previous = (state.detach() for state in args)
         seen.encoded[after] = encoded
         if isinstance(cell, GatedCell):
-            opened = cell.remembered(encoded) + cell.forgotten(previous) + cell.bias
-            seen.gates[after] = torch.sigmoid(opened).mean().item()
+            seen.gates[after] = cell.gate(*cell.read(encoded, previous)).mean().item()
 
     with ExitStack() as hooks:
         for layer in model.parts.layers:

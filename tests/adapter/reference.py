@@ -206,8 +206,6 @@ def cell_rule(adapter: Any, mask: Tensor, weights: Weights | None = None) -> Nex
         if f"{name}.0.weight" not in w:
             assert config.cell_units not in ("both", name.rpartition(".")[2])
             return torch.zeros_like(x)
-        if config.cell_norm:
-            x = x / size(x)
         x = x @ w[f"{name}.0.weight"].T
         return x if config.cell_rank is None else x @ w[f"{name}.1.weight"].T
 
@@ -215,6 +213,8 @@ def cell_rule(adapter: Any, mask: Tensor, weights: Weights | None = None) -> Nex
         if config.method == "gpc" and layer not in (config.cell_layers or range(99)):
             return e
         written = unscaled(layer, e, p)
+        if config.method == "gpc" and config.cell_norm:
+            written = size(e) * unscaled(layer, e / size(e), p / size(p))
         if config.method != "gpc" or config.cell_scale == "none":
             return written
         if config.cell_scale == "prompt":

@@ -105,13 +105,13 @@ def test_the_scale_of_the_text_is_a_constant() -> None:
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
-def test_normed_units_do_not_feel_the_scale_of_the_states(factor: float) -> None:
-    made = adapter("recurrent", cell_norm=True)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_normed_cell_writes_the_same_at_another_size_of_the_states(cell: str, factor: float) -> None:
+    made = adapter(cell, cell_norm=True)
+    randomise(made)
     encoded, previous = states()
-    expected = written_by(made, encoded, previous)
-    torch.testing.assert_close(
-        written_by(made, factor * encoded, factor * previous), expected, rtol=1e-3, atol=1e-3
-    )
+    found = written_by(made, factor * encoded, factor * previous) / factor
+    torch.testing.assert_close(found, written_by(made, encoded, previous), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
