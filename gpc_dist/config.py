@@ -118,10 +118,10 @@ class AdapterConfig(Section):
     cell_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Layers, counted from 0, after which the cell acts; the last one cannot be among them. After every layer but
     the last when not given."""
-    cell_norm: bool = False
+    cell_norm: bool = True
     """The cell works on states divided by their root mean square and what it writes is brought back to the encoded
     prompt's, so that its learning rate does not depend on the scale of the encoder's states."""
-    cell_scale: Literal["none", "prompt", "text"] = "none"
+    cell_scale: Literal["none", "prompt", "text"] = "prompt"
     """Scale of what the cell writes: as it comes; or each position brought to the root mean square of the encoded
     prompt state it replaces (`prompt`), or to the mean one of its row's text states (`text`)."""
     pooling: Literal["mean", "first", "prompt"] = "mean"
@@ -166,7 +166,7 @@ class TrainConfig(Section):
     """`adamw`, or `adafactor` as Lester et al. (2021) use it (set lr 0.3 and a constant schedule)."""
     lr: float = Field(1e-2, gt=0)
     """Peak learning rate of the prompt, and of the head unless it is given its own."""
-    cell_lr: float = Field(3e-4, gt=0)
+    cell_lr: float = Field(1e-3, gt=0)
     """Learning rate of the cell: lower, because its matrices act at every layer and prompt position."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the head; `lr` when not given."""

@@ -6,6 +6,7 @@ A configuration here is all that a run has beside its recipe, seed and place: do
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,12 +50,18 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
         if key not in searched and config.RIVALS.get(key) not in searched
     }
     written = {key: held.model_dump() for key, held in searched.items()}
+    grid = math.prod(len(held.values) for held in searched.values() if held.kind == "grid")
+    if grid > study.trials:
+        raise UserError(
+            f"methods.{method}: its grid has {grid} configurations, more than the {study.trials} that every method may "
+            "try: write choice to draw from its values, or raise trials"
+        )
     spec = SearchSpec.model_validate(
         {
             "recipe": study.recipe_of(task),
             "settings": fixed,
             "space": written,
-            "trials": study.trials,
+            "trials": study.trials // grid,
             "seed": study.seed,
         }
     )

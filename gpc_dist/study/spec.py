@@ -87,7 +87,7 @@ class StudySpec(Section):
     """Share of the training split that is held out (data.holdout). Checkpoints and configurations are selected on it;
     the validation split is read once, by the adapters that are reported."""
     trials: int = Field(8, ge=1)
-    """Configurations to draw for each method: the same budget for all."""
+    """Configurations to draw for each method, those of its grids among them: the same budget for all."""
     search_seeds: list[int] = Field([0], min_length=1)
     """Seeds with each of which every drawn configuration is run."""
     seeds: list[int] = Field([1, 2, 3], min_length=3)

@@ -25,10 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt-tuning": {"method": "prompt-tuning"},
 }
 """Every method that has a prompt, and every cell in its variants."""
+_BARE = {"cell_norm": False, "cell_scale": "none"}
+"""Cells that read and write states as they are, unless a variant says otherwise."""
 
 
 def options(name: str, **more: Any) -> AdapterConfig:
-    return AdapterConfig(**({"prompt_tokens": P} | METHODS[name] | more))
+    return AdapterConfig(**({"prompt_tokens": P} | _BARE | METHODS[name] | more))
 
 
 def grafted(encoder: str | Any, config: AdapterConfig, outputs: int = 3, draw: bool = True) -> GraftedEncoder:

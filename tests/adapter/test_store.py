@@ -71,8 +71,8 @@ def test_the_card_tells_the_method_the_encoder_and_the_task(tmp_path: Path) -> N
     assert card.task == {"labels": ["ja", "não"]}
 
 
-def test_a_card_from_before_a_key_existed_means_its_default(tmp_path: Path) -> None:
-    graft = grafted("bert", options("residual"))
+def test_a_card_from_before_a_key_existed_means_what_cells_were_then(tmp_path: Path) -> None:
+    graft = grafted("bert", options("residual", cell_norm=False, cell_scale="none"))
     graft.save_pretrained(tmp_path / "adapter")
     card = json.loads((tmp_path / "adapter" / CARD).read_text())
     for key in ("cell_units", "cell_layers", "cell_norm", "cell_scale"):

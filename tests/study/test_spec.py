@@ -167,6 +167,17 @@ def test_two_methods_that_are_the_same_are_refused(tmp_path: Path) -> None:
         draw(spec.load(write(tmp_path, text)), "rte")
 
 
+def test_a_grid_counts_in_the_budget(tmp_path: Path) -> None:
+    text = "tasks: {rte: {}}\ntrials: 6\nmethods: {gpc: {space: {train.lr: {loguniform: [1e-3, 1e-1]}, KEY}}}"
+    pooled = draw(
+        spec.load(write(tmp_path, text.replace("KEY", "adapter.pooling: {grid: [mean, prompt]}"))), "rte"
+    )
+    assert sorted(each["adapter.pooling"] for each in pooled["gpc"]) == ["mean"] * 3 + ["prompt"] * 3
+    big = spec.load(write(tmp_path, text.replace("KEY", "train.steps: {grid: [1, 2, 3, 4, 5, 6, 7]}")))
+    with pytest.raises(UserError, match=r"methods\.gpc: its grid has 7 configurations, more than the 6 that"):
+        draw(big, "rte")
+
+
 def test_a_small_space_is_tried_once(tmp_path: Path) -> None:
     text = "tasks: {rte: {}}\nmethods: {gpc: {space: {adapter.cell: [gated, residual]}}, linear-probe: {}}\ntrials: 20"
     drawn = draw(spec.load(write(tmp_path, text)), "rte")
