@@ -21,7 +21,7 @@ from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.choose import choose, tried
 from gpc_dist.study.folder import StudyFolder, TaskFolder, official
 from gpc_dist.study.searches import Configuration, draw, searches
-from gpc_dist.study.spec import StudySpec
+from gpc_dist.study.spec import StudySpec, load
 from gpc_dist.tasks import make_task, read_part
 from gpc_dist.tracking.folder import SearchFolder
 
@@ -37,23 +37,37 @@ def run_study(study: StudySpec, command: Sequence[str]) -> int:
         MachineError: no method could be trained on a task.
     """
     folder = StudyFolder(study.folder)
-    if not folder.config.exists():
-        drawn = {task: draw(study, task) for task in study.tasks}
-        for task, methods in drawn.items():
-            _check(study, task, methods)
-        for task, methods in drawn.items():
-            files.write_json(folder.task(task).drawn, methods)
+    new = new_tasks(study, folder)
+    drawn = {task: draw(study, task) for task in new}
+    for task, methods in drawn.items():
+        _check(study, task, methods)
+    for task, methods in drawn.items():
+        files.write_json(folder.task(task).drawn, methods)
+    if new:
         files.write_text(folder.config, study.to_yaml())
-    elif folder.config.read_text(encoding="utf-8") != study.to_yaml():
-        raise UserError(
-            f"{folder.path} holds another study, or this one with other values: go on with it as gpc-dist study "
-            f"{folder.config}, or give this one another --name"
-        )
     for task in study.tasks:
         code = _run_task(study, folder.task(task), task, command)
         if code:
             return code
     return EXIT_DONE
+
+
+def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
+    """The tasks that the study did not have when it began.
+
+    Raises:
+        UserError: anything else is not what it was then.
+    """
+    if not folder.config.exists():
+        return list(study.tasks)
+    begun = load(str(folder.config))
+    same = begun.model_copy(update={"tasks": study.tasks}) == study
+    if not same or any(study.tasks.get(name) != task for name, task in begun.tasks.items()):
+        raise UserError(
+            f"{folder.path} holds another study, or this one with other values (tasks may be added, nothing else): go "
+            f"on with it as gpc-dist study {folder.config}, or give this one another --name"
+        )
+    return [task for task in study.tasks if task not in begun.tasks]
 
 
 def _check(study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]) -> None:

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from gpc_dist.errors import UserError
+from gpc_dist.study.folder import StudyFolder
 from gpc_dist.study.results import read_study
-from gpc_dist.study.run import run_study
+from gpc_dist.study.run import new_tasks, run_study
 from gpc_dist.study.spec import StudySpec, load
 from tests.conftest import command
 
@@ -106,6 +107,23 @@ def test_a_study_that_was_killed_goes_on_and_reports(place: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match="holds another study, or this one with other values"):
         run_study(load(str(study / "study.yaml"), {"trials": "3", "dir": str(study)}), [])
+
+
+def test_a_task_may_be_added_to_a_study_and_nothing_changed(place: Path) -> None:
+    begun = load(str(place / "mine.yaml"), {"dir": str(place / "begun")})
+    folder = StudyFolder(begun.folder)
+    assert new_tasks(begun, folder) == ["cats"]
+    folder.path.mkdir()
+    folder.config.write_text(begun.to_yaml())
+    assert new_tasks(begun, folder) == []
+    more = load(str(folder.config), {"tasks.more.recipe": str(place / "recipe.yaml")})
+    assert new_tasks(more, folder) == ["more"]
+    for changed in (
+        {"tasks.cats.settings.train.steps": "9"},
+        {"tasks.cats": "null", "tasks.more.recipe": "cb"},
+    ):
+        with pytest.raises(UserError, match="holds another study, or this one with other values"):
+            new_tasks(load(str(folder.config), changed), folder)
 
 
 def method_of(trial: Path) -> str:
