@@ -116,8 +116,8 @@ class AdapterConfig(Section):
     cell_units: Literal["both", "remember", "forget"] = "both"
     """The cell's units: both, or one of them alone (ablation)."""
     cell_layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Layers, counted from 0, after which the cell acts; the last one cannot be among them. After every layer but
-    the last when not given."""
+    """Layers, counted from 0, after which the cell acts. When not given, every layer whose prompt states are read:
+    all but the last, and with `pooling: prompt` that one too."""
     cell_norm: bool = True
     """The cell works on states divided by their root mean square and what it writes is brought back to the encoded
     prompt's, so that its learning rate does not depend on the scale of the encoder's states."""

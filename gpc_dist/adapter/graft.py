@@ -1,7 +1,7 @@
 """The graft: adapters attached to a frozen encoder, without touching its weights or its code.
 
 Before the first layer each row gets its lane's prompt through `inputs_embeds`. After every layer but
-the last a forward hook writes the next prompt state
+the last, and after that one too if the head reads the prompt, a forward hook writes the next prompt state
 
     p_{l+1} = Cell(e_l, p_l)          h_{l+1} = [p_{l+1} ; Layer_l(h_l)[:, P:]]
 
@@ -68,7 +68,7 @@ class GraftedEncoder(nn.Module):
         self.encoder.eval()
         self._handles = [
             handle
-            for index, layer in enumerate(parts.layers[:-1])
+            for index, layer in enumerate(parts.layers)
             for handle in (
                 layer.register_forward_pre_hook(partial(self._before, index)),
                 layer.register_forward_hook(partial(self._after, index)),

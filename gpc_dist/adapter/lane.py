@@ -53,7 +53,8 @@ class Adapter(nn.Module):
             the encoder's embeddings: see `prompt.starting_prompt`.
 
     Raises:
-        UserError: a cell after a layer that the encoder does not have, or after its last one.
+        UserError: a cell after a layer that the encoder does not have, or after its last one where the head does
+            not read the prompt.
     """
 
     def __init__(self, config: AdapterConfig, shape: EncoderShape, outputs: int, seed: int = 0):
@@ -90,22 +91,32 @@ class Adapter(nn.Module):
         return 0 if self.prompt is None else self.config.prompt_tokens
 
     def cell_after(self, layer: int) -> nn.Module | None:
-        """The cell that acts after layer `layer`, 0 to L-2, if one does."""
+        """The cell that acts after layer `layer`, 0 to L-1, if one does."""
         if self.cell is None or layer not in self._acting:
             return None
         return self.cell[self._acting.index(layer) if self.config.cell_per_layer else 0]
 
     def rewrites_after(self, layer: int) -> bool:
         """Whether the prompt state is replaced after this layer."""
-        return self.config.method == "deep-prompt" or self.cell_after(layer) is not None
+        return self._fresh_after(layer) or self.cell_after(layer) is not None
+
+    def _fresh_after(self, layer: int) -> bool:
+        """Whether a fresh prompt stands before the text of the next layer."""
+        return self.config.method == "deep-prompt" and layer < self.shape.layers - 1
 
     def rewriting_parameters(self, layer: int) -> list[nn.Parameter]:
         """The parameters that `next_prompt` uses after this layer."""
         if (cell := self.cell_after(layer)) is not None:
             return list(cell.parameters())
-        if self.prompt is not None and self.prompt.deep is not None:
-            return [self.prompt.deep]
+        if self._fresh_after(layer):
+            return [self._deep]
         return []
+
+    @property
+    def _deep(self) -> nn.Parameter:
+        assert self.prompt is not None
+        assert self.prompt.deep is not None
+        return self.prompt.deep
 
     def start(self, rows: int) -> Tensor:
         """The prompt that stands before the text of `rows` rows: `[rows, P, E]`."""
@@ -127,10 +138,10 @@ class Adapter(nn.Module):
     def next_prompt(
         self, layer: int, encoded: Tensor, previous: Tensor, text: Tensor, attention_mask: Tensor
     ) -> Tensor:
-        """Prompt state that enters layer `layer + 1`.
+        """Prompt state that enters layer `layer + 1`, or the head.
 
         Args:
-            layer: index of the layer that has just run, 0 to L-2.
+            layer: index of the layer that has just run, 0 to L-1.
             encoded: `e_l [B, P, H]`, the prompt positions of the layer's output.
             previous: `p_l [B, P, H]`, the prompt positions of the layer's input.
             text: the text positions of the layer's output, `[B, T, H]`; read for its scale alone, if at all.
@@ -148,19 +159,20 @@ class Adapter(nn.Module):
             elif self.config.cell_scale == "text":
                 written = rescaled(written, text_rms(text, attention_mask).to(dtype))
             return written.to(encoded.dtype)
-        if self.prompt is not None and self.prompt.deep is not None:
-            return self.prompt.deep[layer].to(encoded.dtype).expand(len(encoded), -1, -1)
+        if self._fresh_after(layer):
+            return self._deep[layer].to(encoded.dtype).expand(len(encoded), -1, -1)
         return encoded
 
 
 def _cell_layers(config: AdapterConfig, shape: EncoderShape) -> Sequence[int]:
     """The layers after which the cell acts."""
-    last = shape.layers - 2
+    # what is written after the last layer is read by a head that pools the prompt, and by nothing else
+    last = shape.layers - (1 if config.pooling == "prompt" else 2)
     if config.cell_layers is None:
         return range(last + 1)
     if wrong := [layer for layer in config.cell_layers if layer > last]:
         raise UserError(
-            f"adapter.cell_layers: there is no layer after {wrong[0]} whose prompt a cell could write: the encoder "
+            f"adapter.cell_layers: nothing reads a prompt written after layer {wrong[0]}: the encoder "
             f"has {shape.layers} layers, give some of 0 to {last}"
         )
     return config.cell_layers

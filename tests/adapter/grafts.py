@@ -21,6 +21,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "forget": {"cell": "residual", "cell_units": "forget", "cell_layers": [1], "cell_per_layer": True},
     "prompt-scale": {"cell": "residual", "cell_scale": "prompt", "cell_norm": True, "cell_rank": 3},
     "text-scale": {"cell": "gated", "cell_scale": "text", "cell_layers": [0]},
+    "read-by-the-head": {
+        "cell": "recurrent",
+        "pooling": "prompt",
+        "cell_per_layer": True,
+        "cell_scale": "prompt",
+    },
     "deep-prompt": {"method": "deep-prompt"},
     "prompt-tuning": {"method": "prompt-tuning"},
 }

@@ -81,8 +81,7 @@ def run_layers(encoder: Any, inputs: dict[str, Any], tokens: int, next_prompt: N
         previous = states
         output = layer(states, *args[1:], **kwargs)
         states = output[0] if isinstance(output, tuple) else output
-        if index < len(calls) - 1:
-            states = write(states, previous, index, tokens, next_prompt)
+        states = write(states, previous, index, tokens, next_prompt)
         if family == "deberta-v2" and index == 0:
             states = encoder.encoder.conv(embedded, states, inputs["attention_mask"])
     final = {
@@ -140,8 +139,7 @@ def bert(
         x = norm(linear(mixed, f"{name}.attention.output.dense") + x, f"{name}.attention.output.LayerNorm")
         inner = F.gelu(linear(x, f"{name}.intermediate.dense"))
         x = norm(linear(inner, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
-        if index < layers - 1:
-            x = write(x, before, index, tokens, next_prompt)
+        x = write(x, before, index, tokens, next_prompt)
     return x[:, tokens:]
 
 
@@ -183,8 +181,7 @@ def t5(
         x = x + _attention(q, k, v, heads, bias, 1.0) @ w[f"{name}.0.SelfAttention.o.weight"].T
         inner = norm(x, f"{name}.1.layer_norm") @ w[f"{name}.1.DenseReluDense.wi.weight"].T
         x = x + inner.relu() @ w[f"{name}.1.DenseReluDense.wo.weight"].T
-        if index < layers - 1:
-            x = write(x, before, index, tokens, next_prompt)
+        x = write(x, before, index, tokens, next_prompt)
     return norm(x, "encoder.final_layer_norm")[:, tokens:]
 
 
@@ -211,6 +208,8 @@ def cell_rule(adapter: Any, mask: Tensor, weights: Weights | None = None) -> Nex
 
     def rule(layer: int, e: Tensor, p: Tensor, text: Tensor) -> Tensor:
         if config.method == "gpc" and layer not in (config.cell_layers or range(99)):
+            return e
+        if layer == adapter.shape.layers - 1 and (config.method != "gpc" or config.pooling != "prompt"):
             return e
         written = unscaled(layer, e, p)
         if config.method == "gpc" and config.cell_norm:

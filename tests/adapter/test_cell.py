@@ -129,12 +129,25 @@ def test_a_cell_leaves_the_layers_alone_that_it_is_not_given(per_layer: bool) ->
         torch.testing.assert_close(written_by(made, encoded, previous, layer), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("layers", [[L - 1], [0, 40]])
-def test_a_layer_without_a_next_one_is_refused_with_the_valid_range(layers: list[int]) -> None:
-    with pytest.raises(
-        UserError, match=rf"no layer after {layers[-1]} .* has {L} layers, give some of 0 to {L - 2}"
-    ):
-        adapter("gated", cell_layers=layers)
+@pytest.mark.parametrize(("pooling", "last"), [("mean", L - 2), ("prompt", L - 1)])
+def test_a_layer_whose_prompt_nothing_reads_is_refused_with_the_valid_range(pooling: str, last: int) -> None:
+    adapter("gated", cell_layers=[last], pooling=pooling)
+    for wrong in (last + 1, 40):
+        with pytest.raises(
+            UserError, match=rf"written after layer {wrong}: .* has {L} layers, give some of 0 to {last}"
+        ):
+            adapter("gated", cell_layers=[0, wrong], pooling=pooling)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_cell_acts_after_the_last_layer_where_the_head_reads_the_prompt(per_layer: bool) -> None:
+    made = adapter("residual", cell_per_layer=per_layer, pooling="prompt")
+    randomise(made)
+    assert len(made.cell) == (L if per_layer else 1)
+    encoded, previous = states()
+    expected = cell_rule(made, MASK)(L - 1, encoded, previous, TEXT)
+    assert not torch.equal(expected, encoded)
+    torch.testing.assert_close(written_by(made, encoded, previous, L - 1), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("units", "absent"), [("remember", "forget"), ("forget", "remember")])

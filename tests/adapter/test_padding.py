@@ -71,9 +71,10 @@ def test_the_head_reads_no_prompt_position_and_no_padding(family: str, pooling: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["prompt-scale", "deep-prompt", "prompt-tuning"])
 @torch.no_grad()
-def test_a_head_that_pools_the_prompt_reads_the_mean_of_its_last_states(family: str) -> None:
-    graft, batch = grafted(family, options("residual", pooling="prompt")), batch_for(family)
+def test_a_head_that_pools_the_prompt_reads_the_mean_of_its_last_states(family: str, method: str) -> None:
+    graft, batch = grafted(family, options(method, pooling="prompt")), batch_for(family)
     outputs = graft(**batch)
     inputs = with_prompt(tiny(family), graft.adapter.prompt.start, batch)
     states = run_layers(tiny(family), inputs, P, cell_rule(graft.adapter, batch["attention_mask"]))
