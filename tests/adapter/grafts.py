@@ -51,17 +51,23 @@ def grafted(encoder: str | Any, config: AdapterConfig, outputs: int = 3, draw: b
 class StatesOf(nn.Module):
     """Stands for a head: gives the text states to the test."""
 
-    def forward(self, text_states: Tensor, attention_mask: Tensor) -> Tensor:
-        return text_states
+    def forward(self, read_states: Tensor, attention_mask: Tensor) -> Tensor:
+        return read_states
 
 
-def text_states(graft: GraftedEncoder, batch: dict[str, Tensor]) -> Tensor:
-    """States of the text positions in the last layer, padding included: `[B, T, H]`."""
+def read_states(graft: GraftedEncoder, batch: dict[str, Tensor]) -> Tensor:
+    """States of the positions that the head reads, after the last layer: the text's with its padding `[B, T, H]`,
+    or the prompt's `[B, P, H]`."""
     head, graft.adapter.head = graft.adapter.head, StatesOf()
     try:
         return graft(**batch)
     finally:
         graft.adapter.head = head
+
+
+def read_of(states: Tensor, config: AdapterConfig) -> Tensor:
+    """Of all states `[B, P+T, H]`, those that `read_states` gives."""
+    return states[:, :P] if config.pooling == "prompt" else states[:, P:]
 
 
 def trained(graft: GraftedEncoder) -> dict[str, nn.Parameter]:

@@ -115,7 +115,7 @@ def bert(
     next_prompt: NextPrompt,
     heads: int = 4,
 ) -> Tensor:
-    """Text states `[B, T, H]` of a BERT with the weights `w` after a prompt `start [P, H]`."""
+    """Last states `[B, P+T, H]` of a BERT with the weights `w` after a prompt `start [P, H]`."""
     tokens = len(start)
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -140,7 +140,7 @@ def bert(
         inner = F.gelu(linear(x, f"{name}.intermediate.dense"))
         x = norm(linear(inner, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
         x = write(x, before, index, tokens, next_prompt)
-    return x[:, tokens:]
+    return x
 
 
 def t5(
@@ -153,7 +153,7 @@ def t5(
     buckets: int = 8,
     max_distance: int = 16,
 ) -> Tensor:
-    """Text states `[B, T, H]` of a T5 encoder with the weights `w` after a prompt `start [P, H]`."""
+    """Last states `[B, P+T, H]` of a T5 encoder with the weights `w` after a prompt `start [P, H]`."""
     tokens = len(start)
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -182,7 +182,7 @@ def t5(
         inner = norm(x, f"{name}.1.layer_norm") @ w[f"{name}.1.DenseReluDense.wi.weight"].T
         x = x + inner.relu() @ w[f"{name}.1.DenseReluDense.wo.weight"].T
         x = write(x, before, index, tokens, next_prompt)
-    return norm(x, "encoder.final_layer_norm")[:, tokens:]
+    return norm(x, "encoder.final_layer_norm")
 
 
 # -- cells by their formula ----------------------------------------------------------------------------

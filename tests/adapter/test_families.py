@@ -15,7 +15,7 @@ from gpc_dist.adapter.families import REFUSED, TESTED, locate, probe
 from gpc_dist.errors import UserError
 
 from .encoders import FAMILIES, POSITIONS, H, L, P, batch, batch_for, tiny, tiny_config
-from .grafts import grafted, options, text_states
+from .grafts import grafted, options, read_states
 
 _BART: dict[str, Any] = {
     "d_model": H,
@@ -239,4 +239,4 @@ def test_a_model_with_a_task_head_is_taken_for_its_encoder(family: str) -> None:
     whole = transformers.AutoModelForSequenceClassification.from_config(tiny_config(family)).eval()
     graft = grafted(whole, options("gated"))
     assert graft.encoder is whole.base_model
-    assert text_states(graft, batch_for(family)).shape == (3, 11, H)
+    assert read_states(graft, batch_for(family)).shape == (3, 11, H)

@@ -13,7 +13,7 @@ from gpc_dist.adapter import GraftedEncoder
 from gpc_dist.adapter.lane import Adapter
 
 from .encoders import FAMILIES, L, batch_for, tiny
-from .grafts import METHODS, gradients, grafted, options, trained
+from .grafts import METHODS, gradients, grafted, options, read_of, trained
 from .reference import Weights, bert, cell_rule, t5
 
 Loss = Callable[[Weights], Tensor]
@@ -30,7 +30,9 @@ def loss_in_float64(family: str, encoder: nn.Module, adapter: Adapter, batch: di
             states = bert(frozen, w["prompt.start"], ids, mask, batch["token_type_ids"], rule)
         else:
             states = t5(frozen, w["prompt.start"], ids, mask, rule)
-        pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        read = read_of(states, adapter.config)
+        there = torch.ones(read.shape[:2]) if adapter.config.pooling == "prompt" else mask
+        pooled = (read * there[:, :, None]).sum(1) / there.sum(1, keepdim=True)
         outputs = pooled @ w["head.linear.weight"].T + w["head.linear.bias"]
         return (outputs * torch.linspace(-1, 1, outputs.numel(), dtype=torch.float64).view_as(outputs)).sum()
 

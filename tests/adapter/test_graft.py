@@ -13,7 +13,7 @@ from transformers import AutoModel
 from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
 
 from .encoders import FAMILIES, batch_for, tiny
-from .grafts import METHODS, gradients, grafted, options, text_states, trained
+from .grafts import METHODS, gradients, grafted, options, read_states, trained
 
 TEXTS = ["A lovely evening.", "Awful, I left early.", "What a joy it was!", "The worst meal in years."]
 
@@ -107,7 +107,7 @@ def test_float32_adapter_on_a_bf16_encoder_comes_close_to_float32(family: str, m
     batch = batch_for(family)
     full = grafted(family, options(method))
     half = grafted(tiny(family).bfloat16(), options(method))
-    assert text_states(half, batch).dtype == torch.bfloat16
+    assert read_states(half, batch).dtype == torch.bfloat16
     outputs, expected = half(**batch), full(**batch)
     assert outputs.dtype == torch.float32
     assert distance(outputs, expected) < 0.02

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .encoders import FAMILIES, WITH_TOKEN_TYPES, P, batch_for, tiny
-from .grafts import grafted, options, text_states
+from .grafts import grafted, options, read_states
 
 
 def peft_states(encoder: Any, prompt: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -36,14 +36,14 @@ def peft_states(encoder: Any, prompt: Tensor, batch: dict[str, Tensor]) -> Tenso
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_text_states_equal_peft(family: str) -> None:
+def test_read_states_equal_peft(family: str) -> None:
     encoder, batch = tiny(family), batch_for(family)
     prompt = torch.randn(P, encoder.get_input_embeddings().embedding_dim)
     expected = peft_states(encoder, prompt, batch)[:, P:]
     graft = grafted(encoder, options("prompt-tuning"))
     graft.adapter.prompt.start.data.copy_(prompt)
     # padding rows included
-    torch.testing.assert_close(text_states(graft, batch), expected, rtol=0, atol=0)
+    torch.testing.assert_close(read_states(graft, batch), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", WITH_TOKEN_TYPES)
@@ -67,7 +67,7 @@ def test_linear_probe_reads_the_plain_encoder(family: str) -> None:
         plain = encoder(**batch).last_hidden_state
     graft = grafted(encoder, options("prompt-tuning", method="linear-probe"))
     text = batch["attention_mask"] == 1  # RoBERTa gives padding in input_ids positions of its own
-    torch.testing.assert_close(text_states(graft, batch)[text], plain[text], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read_states(graft, batch)[text], plain[text], rtol=1e-5, atol=1e-5)
     assert sorted(n for n, _ in graft.adapter.named_parameters()) == [
         "head.linear.bias",
         "head.linear.weight",
@@ -82,4 +82,4 @@ def test_peft_gives_the_same_states_of_the_real_minilm(minilm: Any, minilm_token
     start = graft.adapter.prompt.start.detach()
     graft.detach_hooks()
     expected = peft_states(minilm, start, batch)[:, P:]
-    torch.testing.assert_close(text_states(graft, batch), expected, rtol=0, atol=0)
+    torch.testing.assert_close(read_states(graft, batch), expected, rtol=0, atol=0)
