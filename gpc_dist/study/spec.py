@@ -246,4 +246,9 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _set(tree: dict[str, Any], field: str, inner: str, value: Any) -> None:
-    tree[field] = {**(tree.get(field) or {}), inner: value} if inner else value
+    if not inner:
+        tree[field] = value
+        return
+    held = dict(tree.get(field) or {})
+    held.pop(config.RIVALS.get(inner, ""), None)  # the command line comes last
+    tree[field] = held | {inner: value}
