@@ -61,6 +61,7 @@ def tables(found: StudyResult) -> list[Block]:
     made.append(_scores(found))
     if any(task.differences for task in found.tasks):
         made.append(_differences(found))
+    made.append(_losses(found))
     if any(task.covered(method) is not None for task in found.tasks for method in task.methods):
         made.append(_covered(found))
     return [*made, _costs(found), _search(found), _chosen(found)]
@@ -134,6 +135,21 @@ def _differences(found: StudyResult) -> Table:
         "better. It tells of other examples, not of other seeds: for these see ± above.",
         ["method", *_heads(found), "mean"],
         lines,
+    )
+
+
+def _losses(found: StudyResult) -> Table:
+    def loss(_: TaskResult, result: MethodResult) -> str:
+        if result.loss is None:
+            return "failed"
+        return f"{result.loss:.4f}" + ("" if result.loss_std is None else f" ± {result.loss_std:.4f}")
+
+    return Table(
+        "Loss on the official validation split",
+        "Mean over the examples, of the checkpoints that were chosen by their score; less is better. It also tells "
+        "methods apart that decide the same, and grows where a method is sure of what is wrong.",
+        ["method", *(task.name for task in found.tasks)],
+        [_line(name, found.tasks, loss) for name in found.study.methods],
     )
 
 
@@ -240,6 +256,7 @@ def _dump_task(task: TaskResult) -> dict[str, Any]:
                 "mean": result.mean,
                 "std": result.std,
                 "scores": {str(run.seed): run.score for run in result.runs},
+                "losses": {str(run.seed): run.loss for run in result.runs},
                 "holdout": {str(run.seed): run.holdout for run in result.runs},
                 "trainable_parameters": result.runs[0].parameters if result.runs else None,
                 "run_cost_s": result.cost_s,

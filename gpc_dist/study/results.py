@@ -32,6 +32,8 @@ class FinalRun:
 
     seed: int
     score: float
+    loss: float
+    """Mean over the split's examples, as training lowers it."""
     holdout: float
     """Of its best checkpoint, on what that was chosen by."""
     decisions: np.ndarray
@@ -81,13 +83,25 @@ class MethodResult:
     @property
     def std(self) -> float | None:
         """Sample standard deviation over the seeds."""
-        return statistics.stdev(run.score for run in self.runs) if len(self.runs) > 1 else None
+        return _std([run.score for run in self.runs])
+
+    @property
+    def loss(self) -> float | None:
+        return statistics.fmean(run.loss for run in self.runs) if self.runs else None
+
+    @property
+    def loss_std(self) -> float | None:
+        return _std([run.loss for run in self.runs])
 
     @property
     def cost_s(self) -> float | None:
         """Seconds of ranks of a final run, on average."""
         known = [run.record.cost_s for run in self.runs if run.record.cost_s is not None]
         return statistics.fmean(known) if known else None
+
+
+def _std(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -250,6 +264,7 @@ def _final(run: Tried, records: Mapping[str, Record]) -> FinalRun:
     return FinalRun(
         seed=run.seed,
         score=found["metrics"][found["metric"]],
+        loss=found["metrics"]["loss"],
         holdout=run.value,
         decisions=np.array([each["decision"] for each in found["examples"]]),
         parameters=run.result["trainable_parameters"],

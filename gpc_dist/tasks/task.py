@@ -99,6 +99,20 @@ class Task:
             scores["average"] = sum(scores.values()) / len(scores)
         return scores
 
+    def loss(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> float:
+        """Mean over the examples of what training lowers: minus the log of the probability that the softmax gives to
+        the right class or candidates, or the squared error of the number. Raises `UserError` as `score`."""
+        _require_targets(examples, f"task {self.name}: what is to be scored")
+        return float(np.mean([self._loss(*pair) for pair in zip(examples, outputs, strict=True)]))
+
+    def _loss(self, example: Example, output: np.ndarray) -> float:
+        if self.kind == "regression":
+            target: Any = example.target
+            return (float(output[0]) - target) ** 2
+        logits = output.astype(np.float64)
+        right = logits[list(_right_indices(example))]
+        return float(np.logaddexp.reduce(logits) - np.logaddexp.reduce(right))
+
     def metrics_of(self, name: str) -> tuple[Metric, ...]:
         """The metrics whose mean is the one of this name."""
         return tuple(self.metrics.values()) if name == "average" else (self.metrics[name],)

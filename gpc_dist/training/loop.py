@@ -80,7 +80,7 @@ def train(run: LaneRun, stop: StopRequest) -> Outcome:
 def evaluate(
     session: Session, split: Split, stop: Callable[[], bool] = lambda: False
 ) -> list[dict[str, float]] | None:
-    """Every metric of the task on a split, for every lane and on every rank.
+    """Every metric of the task on a split and its mean `loss`, for every lane and on every rank.
 
     Args:
         stop: whether this rank wants the evaluation to end; if any does, the result is None on all.
@@ -99,7 +99,11 @@ def evaluate(
         return None
     finally:
         model.train()
-    metrics = None if outputs is None else [task.score(split.examples, lane) for lane in outputs]
+    metrics = None
+    if outputs is not None:
+        metrics = [
+            task.score(split.examples, lane) | {"loss": task.loss(split.examples, lane)} for lane in outputs
+        ]
     return world.from_main(metrics)
 
 

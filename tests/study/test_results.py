@@ -33,7 +33,7 @@ STUDY = StudySpec.model_validate(
 def method(*scores: float, **search: Any) -> MethodResult:
     record = Record("r", "t", 0, {}, "accuracy", {}, {}, {"val/accuracy": [(1, 0.5), (2, 0.6)]}, "finished")
     runs = [
-        FinalRun(seed, score, score + 0.01, np.array([0]), 100, record)
+        FinalRun(seed, score, 1 - score, score + 0.01, np.array([0]), 100, record)
         for seed, score in enumerate(scores, start=1)
     ]
     spread = {"values": [0.8, 0.7, 0.5], "failed": 1, "at_majority": 1, "cost_s": 12.0} | search
@@ -149,6 +149,7 @@ def test_the_page_and_the_plots(tmp_path: Path) -> None:
     assert page.count("<svg ") == 4
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert '<td class="n" data-n="0.76">0.7600 ± 0.0173</td>' in page
+    assert "0.2400 ± 0.0173" in page  # the loss
     for plot in drawn:
         write_png(plot, tmp_path / f"{plot.name}.png")
         assert (tmp_path / f"{plot.name}.png").stat().st_size > 5000
@@ -158,5 +159,6 @@ def test_every_number_is_in_the_json() -> None:
     dumped = json.loads(json.dumps(report.dump(StudyResult(STUDY, [EASY], []))))
     gpc = dumped["tasks"]["easy"]["methods"]["gpc"]
     assert gpc["scores"] == {"1": 0.75, "2": 0.75, "3": 0.78}
+    assert gpc["losses"] == pytest.approx({"1": 0.25, "2": 0.25, "3": 0.22})
     assert gpc["difference"]["mean"] == pytest.approx(0.04)
     assert dumped["means"]["gpc"]["score"] == pytest.approx(0.76)

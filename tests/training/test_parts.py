@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from gpc_dist.adapter.lane import Adapter, EncoderShape
-from gpc_dist.config import AdapterConfig, TrainConfig
+from gpc_dist.config import AdapterConfig, DataConfig, TaskConfig, TrainConfig
 from gpc_dist.engine.distributed import World
 from gpc_dist.engine.optimizer import LaneOptimizer, _owners, reduce_gradients
-from gpc_dist.tasks import Batch
+from gpc_dist.tasks import Batch, Example, make_task
 from gpc_dist.training.objective import split_outputs, summed_loss
 from gpc_dist.training.schedule import factor
 
@@ -65,6 +66,33 @@ def test_choice_loss_is_the_likelihood_of_all_right_candidates() -> None:
 def test_regression_loss_is_summed_squared_error() -> None:
     loss = summed_loss("regression", torch.tensor([[1.0], [4.0]]), batch([1, 1], torch.tensor([3.0, 3.5])))
     assert loss.item() == pytest.approx(4.25)
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "rows"),
+    [
+        (TaskConfig(name="cb"), [0, 2, 1], [1, 1, 1]),
+        (TaskConfig(name="record"), [(1, 2), (0,), (3,)], [3, 2, 4]),
+        (TaskConfig(name="mine", kind="regression", text=["a"], label="b"), [0.5, -3.0, 2.0], [1, 1, 1]),
+    ],
+)
+def test_the_loss_of_an_evaluation_is_the_mean_of_what_training_lowers(
+    config: TaskConfig, targets: list[Any], rows: list[int]
+) -> None:
+    task = make_task(config, DataConfig())
+    examples = [
+        Example(i, (("", None),) * n, target) for i, (n, target) in enumerate(zip(rows, targets, strict=True))
+    ]
+    outputs = 50 * torch.randn(sum(rows), task.outputs, generator=torch.Generator().manual_seed(0))
+    flat = [
+        float(c in t) if isinstance(t, tuple) else t
+        for n, t in zip(rows, targets, strict=True)
+        for c in range(n)
+    ]
+    one = batch(rows, torch.tensor(flat))
+    expected = summed_loss(task.kind, outputs, one).item() / len(rows)
+    assert expected > 1
+    assert task.loss(examples, split_outputs(outputs, one)) == pytest.approx(expected, rel=1e-6)
 
 
 def adapter(seed: int = 0) -> Adapter:
