@@ -100,7 +100,7 @@ def _inspect(options: Any, rest: list[str], _: list[str]) -> int:
     settings = overrides(rest)
     from gpc_dist.training.inspect import run_inspection
 
-    return run_inspection(options.adapter, options.examples, options.json, options.png, settings)
+    return run_inspection(options.adapters, options.examples, options.json, options.png, settings)
 
 
 def _predict(options: Any, rest: list[str], arguments: list[str]) -> int:

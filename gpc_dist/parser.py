@@ -87,10 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
         "On some validation examples: how like its start the prompt still is, how much the cell changes it, how large\n"
         "it is beside the text, and how much of the loss's gradient reaches it.\n\n"
         "example: gpc-dist inspect runs/rte/adapter --data.path SuperGLUE/RTE --png rte.png",
-        arguments="ADAPTER [--examples N] [--json FILE] [--png FILE]",
+        arguments="ADAPTER... [--examples N] [--json FILE] [--png FILE]",
         settings=True,
     )
-    inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+    inspect.add_argument("adapters", metavar="ADAPTER", nargs="+", type=Path, help="adapter folders of runs")
     inspect.add_argument(
         "--examples",
         metavar="N",

@@ -199,7 +199,7 @@ def _label(comparison: Comparison, configuration: Configuration) -> str:
     return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
 
 
-def _log_axis(axes: Axes, which: str) -> None:
+def log_axis(axes: Axes, which: str) -> None:
     """Powers, with plain numbers at the ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -241,7 +241,7 @@ def _curves(comparison: Comparison, named: Sequence[Configuration]) -> Figure:
     scores.set_ylabel(f"validation {comparison.metric}")
     losses.set_ylabel("training loss")
     if drawn and is_log(drawn):
-        _log_axis(losses, "y")
+        log_axis(losses, "y")
     entries = {_label(comparison, named[place]): named_lines[place] for place in sorted(named_lines)}
     if (baseline := comparison.baseline) is not None:
         entries["majority baseline"] = scores.axhline(baseline, color=INK, linewidth=1, dashes=(2, 3))
@@ -375,7 +375,7 @@ def _cost(comparison: Comparison) -> Figure:
                 axes.annotate(str(number), place, (5, 4), textcoords="offset points")
                 labelled = c
     if is_log([c.cost_s or 0.0 for c in shown]):
-        _log_axis(axes, "x")
+        log_axis(axes, "x")
     axes.margins(0.06)
     axes.set_xlabel(f"cost of a run, {' or '.join(devices)}-seconds")
     axes.set_ylabel(f"best validation {comparison.metric}")

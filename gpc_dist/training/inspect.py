@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +18,13 @@ from gpc_dist.adapter.cell import GatedCell
 from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.adapter.scale import rms, text_rms
 from gpc_dist.adapter.store import read_card
+from gpc_dist.config import AdapterConfig
 from gpc_dist.engine.distributed import World
 from gpc_dist.errors import EXIT_DONE, UserError
 from gpc_dist.tasks import Batch, collate
-from gpc_dist.tracking.plots import COLOURS, WIDTH, Plot, new_figure, write_png
+from gpc_dist.tracking.plots import Plot, write_png
 from gpc_dist.training.inference import adapter_config, open_adapter
+from gpc_dist.training.inspect_plot import draw
 from gpc_dist.training.objective import summed_loss
 from gpc_dist.training.session import Session
 
@@ -77,30 +79,57 @@ class _Seen:
 
 
 def run_inspection(
-    folder: Path, examples: int, json_file: Path | None, png: Path | None, overrides: Mapping[str, str]
+    folders: Sequence[Path],
+    examples: int,
+    json_file: Path | None,
+    png: Path | None,
+    overrides: Mapping[str, str],
 ) -> int:
-    """Print the figures of each layer; returns the exit code.
+    """Print the figures of each adapter's layers; returns the exit code.
 
     Args:
+        folders: of the adapters.
         examples: the first so many of the validation split.
         png: file of the plot.
 
     Raises:
         UserError: no adapter there, one without a prompt, or one whose encoder cannot be loaded.
     """
-    config = adapter_config(read_card(folder), {**overrides, **_HERE})
-    if not config.adapter.has_prompt:
-        raise UserError(f"{folder} has no prompt to inspect: its adapter.method is {config.adapter.method}")
-    cuda = config.engine.device != "cpu" and torch.cuda.is_available()
-    session = open_adapter(folder, config, World(0, 1, 0, torch.device("cuda" if cuda else "cpu")))
-    found = inspect(session, examples)
-    columns = ["layer", "cosine with p_0", "prompt rms", "text rms", "gradient norm", "written", "gate"]
-    print(tabulate([list(asdict(each).values()) for each in found], columns, floatfmt=".4g", missingval="-"))
+    configs = {folder: adapter_config(read_card(folder), {**overrides, **_HERE}) for folder in folders}
+    for folder, config in configs.items():
+        if not config.adapter.has_prompt:
+            raise UserError(
+                f"{folder} has no prompt to inspect: its adapter.method is {config.adapter.method}"
+            )
+    found = {}
+    for folder, config in configs.items():
+        cuda = config.engine.device != "cpu" and torch.cuda.is_available()
+        session = open_adapter(folder, config, World(0, 1, 0, torch.device("cuda" if cuda else "cpu")))
+        found[str(folder)] = inspect(session, examples)
+        if len(folders) > 1:
+            print(f"\n{folder}")
+        print(_table(found[str(folder)]))
     if json_file:
-        files.write_json(json_file, {"adapter": str(folder), "layers": [asdict(each) for each in found]})
+        layers = {name: [asdict(each) for each in figures] for name, figures in found.items()}
+        files.write_json(json_file, {"adapters": layers})
     if png:
-        write_png(Plot("inspect", str(folder), "", lambda: _draw(found)), png)
+        labels = [_label(folder, config.adapter) for folder, config in configs.items()]
+        lines = list(zip(labels, found.values(), strict=True))
+        write_png(Plot("inspect", "Prompts by layer", "", lambda: draw(lines)), png)
     return EXIT_DONE
+
+
+def _table(figures: Sequence[LayerFigures]) -> str:
+    columns = ["layer", "cosine with p_0", "prompt rms", "text rms", "gradient norm", "written", "gate"]
+    return tabulate(
+        [list(asdict(each).values()) for each in figures], columns, floatfmt=".4g", missingval="-"
+    )
+
+
+def _label(folder: Path, adapter: AdapterConfig) -> str:
+    """Run and method of an adapter."""
+    run = folder.absolute().parent.name if folder.name == "adapter" else folder.name
+    return f"{run} ({adapter.cell} cell)" if adapter.method == "gpc" else f"{run} ({adapter.method})"
 
 
 def inspect(session: Session, examples: int) -> list[LayerFigures]:
@@ -185,28 +214,3 @@ def _add(sums: _Sums, layer: int, seen: _Seen, batch: Batch, tokens: int) -> Non
         sums.written = (sums.written or 0.0) + change.mean(1).sum().item()
     if (gate := seen.gates.get(layer - 1)) is not None:
         sums.gate = (sums.gate or 0.0) + gate * rows
-
-
-def _draw(found: list[LayerFigures]) -> Any:
-    figure = new_figure(WIDTH, 6.0)
-    panels = figure.subplots(2, 2).ravel()
-    layers = [each.layer for each in found]
-    panels[0].plot(layers, [each.cosine for each in found], "o-", color=COLOURS[0])
-    panels[0].set_ylabel("cosine of p_l with p_0")
-    panels[1].plot(layers, [each.prompt_rms for each in found], "o-", color=COLOURS[0], label="prompt")
-    panels[1].plot(layers, [each.text_rms for each in found], "o-", color=COLOURS[1], label="text")
-    panels[1].set_ylabel("root mean square")
-    panels[1].legend()
-    panels[2].plot(layers, [each.gradient_norm for each in found], "o-", color=COLOURS[0])
-    panels[2].set_ylabel("norm of the gradient by p_l")
-    panels[2].set_yscale("log")
-    for name, colour in (("written", COLOURS[0]), ("gate", COLOURS[1])):
-        values = [(each.layer, getattr(each, name)) for each in found if getattr(each, name) is not None]
-        if values:
-            panels[3].plot(*zip(*values, strict=True), "o-", color=colour, label=name)
-            panels[3].legend()
-    panels[3].set_ylabel("by the cell, before the layer")
-    for panel in panels:
-        panel.set_xlabel("layer")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    return figure

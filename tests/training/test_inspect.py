@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,15 @@ def test_the_cell_is_seen_after_every_layer_but_the_last(session: Session) -> No
 
 def test_the_command_writes_figures_and_a_plot(adapter: Path, tmp_path: Path) -> None:
     words = ("--json", tmp_path / "x.json", "--png", tmp_path / "x.png", "--engine.device", "cpu")
-    done = command("inspect", adapter, "--examples", 8, *words)
+    other = tmp_path / "other" / "adapter"
+    shutil.copytree(adapter, other)
+    done = command("inspect", adapter, other, "--examples", 8, *words)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads((tmp_path / "x.json").read_text())["layers"]) == 4
+    found = json.loads((tmp_path / "x.json").read_text())["adapters"]
+    assert list(found) == [str(adapter), str(other)]
+    assert len(found[str(adapter)]) == 4
+    assert found[str(adapter)] == found[str(other)]
+    assert str(other) in done.stdout
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
