@@ -59,6 +59,7 @@ class _Lane:
     """Whether the ranks know its run."""
     may_go: bool = False
     """Whether its trial waits for the next event; otherwise the lane rests."""
+    leaving: bool = False
 
 
 @dataclass
@@ -156,11 +157,24 @@ class Packs:
     async def leave(self, name: str, visit: int, reason: str) -> None:
         """Stop a run with its state saved; one that has ended, or has come back since that visit, is left alone."""
         pack, lane = self._pack_of(name), self._lane_of(name)
-        if pack and lane and lane.visit == visit:
-            lane.may_go = False
+        if pack and lane and lane.visit == visit and not lane.leaving:
+            lane.leaving, lane.may_go = True, False
             await self._all(pack, "call", "leave", name, "stopped", reason)
             pack.lanes.pop(name, None)
             await self._notify(pack)
+
+    async def close(self) -> None:
+        """Stop the runs of all trials with their state saved: Tune ends trials that wait for an evaluation without
+        asking them."""
+        for pack in list(self._packs):
+            joined = [(name, lane) for name, lane in pack.lanes.items() if lane.joined]
+            stopping = (self.leave(name, lane.visit, "stopped by the search") for name, lane in joined)
+            # a pack that dies of it has told its trials
+            await asyncio.gather(*stopping, return_exceptions=True)
+            async with self._changed:
+                # those whose trials have asked for it themselves
+                while pack.alive and any(lane.leaving for lane in pack.lanes.values()):
+                    await self._changed.wait()
 
     async def _find(self, key: Any) -> _Pack:
         """A pack with a free lane for this key; waits until there is one."""

@@ -121,6 +121,7 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         reuse_actors=True,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
+    ray.get(packs.close.remote())
     ray.kill(packs)
     return len(analysis.trials)
 

@@ -172,19 +172,20 @@ def test_a_search_that_was_killed_goes_on(place: Path) -> None:
 
 
 def test_a_stopped_search_goes_on(place: Path) -> None:
-    path = write_search(
-        place, settings={"train.steps": 1200, "train.eval_every": 100, "train.log_every": 100}
-    )
+    # evaluations are far apart: what is done between two of them is to be kept
+    path = write_search(place, settings={"train.steps": 600, "train.eval_every": 300, "train.log_every": 25})
     driver = start(place, path)
     search = place / "searches" / "mine"
-    wait(lambda: (search / "trials").exists() and any(reached(p) >= 300 for p in trials(search).values()))
+    wait(lambda: (search / "trials").exists() and any(reached(p) >= 100 for p in trials(search).values()))
     driver.send_signal(signal.SIGTERM)  # which Ray would take for itself
     out, said = driver.communicate(timeout=120)
     assert driver.returncode == 75, out + said
     assert "stopped by SIGTERM; go on with" in said
     assert read(search / "status.json")["state"] == "stopped"
+    for trial in trials(search).values():
+        assert saved(trial) >= reached(trial)
     tune(place, search / "search.yaml", "--resume")
-    assert {max(losses(path)) for path in trials(search).values()} == {1200}
+    assert {max(losses(path)) for path in trials(search).values()} == {600}
 
 
 def test_a_trial_whose_ranks_die_is_tried_again(place: Path) -> None:
@@ -258,6 +259,11 @@ def start(place: Path, path: Path) -> subprocess.Popen[str]:
 
 def reached(path: Path) -> int:
     return max(losses(path), default=0) if (path / "metrics.jsonl").exists() else 0
+
+
+def saved(path: Path) -> int:
+    """Step of a run's newest checkpoint."""
+    return max(int(state.name.removeprefix("step-")) for state in (path / "checkpoints").glob("step-*"))
 
 
 def wait(ready: Callable[[], bool], timeout_s: float = 120) -> None:
