@@ -89,10 +89,10 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
     path = write_search(
         place,
         resources={"ranks": 2, "pack": 2},
-        space={"train.lr": {"grid": [0.03, 0.02, 1e-9, 1e-10]}},
-        algorithm="grid",
+        space={},
+        configurations=[{"train.lr": rate, "train.cell_lr": rate} for rate in (0.03, 0.02, 1e-9, 1e-10)],
         trials=None,
-        settings={"train.steps": 60, "train.cell_lr": 0.03, "train.eval_every": 20, "engine.zero_stage": 3},
+        settings={"train.steps": 60, "train.eval_every": 20, "engine.zero_stage": 3},
         scheduler={"name": "asha", "grace_steps": 20, "reduction_factor": 2},
     )
     search = tune(place, path)
