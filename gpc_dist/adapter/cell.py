@@ -13,6 +13,8 @@ are of size 0.5 (MiniLM) or 50 (T5).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ class Unit(nn.Sequential):
             super().__init__(nn.Linear(hidden_size, rank, bias=False), last)
 
 
-class Cell(nn.Module):
+class Cell(nn.Module, ABC):
     """A remembering and a forgetting unit; what they make of `e` and `p` is each subclass's own `rule`.
 
     Args:
@@ -63,8 +65,9 @@ class Cell(nn.Module):
         """`e` and `p` as the rule is given them."""
         return (encoded / rms(encoded), previous / rms(previous)) if self.norm else (encoded, previous)
 
+    @abstractmethod
     def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The next prompt state, at the size of what it is given."""
 
     def remembered(self, encoded: Tensor) -> Tensor | float:
         """`R(e)`; 0 without a remembering unit."""
