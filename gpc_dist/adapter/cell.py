@@ -14,6 +14,7 @@ are of size 0.5 (MiniLM) or 50 (T5).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class ResidualCell(Cell):
         return encoded + self.remembered(encoded) - self.forgotten(previous)
 
 
-CELLS = {
+CELLS: dict[str, Callable[[int, AdapterConfig], Cell]] = {
     "recurrent": RecurrentCell,
     "gated": GatedCell,
     "residual": ResidualCell,
