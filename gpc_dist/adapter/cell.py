@@ -7,8 +7,8 @@ equations; each class says which reading of it it is.
 
 The options `adapter.cell_units` (a unit that is left out adds nothing) and `adapter.cell_norm` are this project's; the
 rules below are written without them. With the second, `Cell(e, p)` is `rms(e) Rule(e / rms(e), p / rms(p))`: states of
-another size make the cell write the same at that size, so that one learning rate does for encoders whose hidden states
-are of size 0.5 (MiniLM) or 50 (T5).
+another size make the cell write the same at that size, so that the learning rate it needs does not depend
+on the size of an encoder's hidden states.
 """
 
 from __future__ import annotations

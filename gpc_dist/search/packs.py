@@ -159,9 +159,11 @@ class Packs:
         pack, lane = self._pack_of(name), self._lane_of(name)
         if pack and lane and lane.visit == visit and not lane.leaving:
             lane.leaving, lane.may_go = True, False
-            await self._all(pack, "call", "leave", name, "stopped", reason)
-            pack.lanes.pop(name, None)
-            await self._notify(pack)
+            try:
+                await self._all(pack, "call", "leave", name, "stopped", reason)
+            finally:
+                pack.lanes.pop(name, None)
+                await self._notify(pack)
 
     async def close(self) -> None:
         """Stop the runs of all trials with their state saved: Tune ends trials that wait for an evaluation without

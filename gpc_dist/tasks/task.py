@@ -99,6 +99,10 @@ class Task:
             scores["average"] = sum(scores.values()) / len(scores)
         return scores
 
+    def measure(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> dict[str, float]:
+        """What an evaluation tells: every metric, and the `loss`."""
+        return self.score(examples, outputs) | {"loss": self.loss(examples, outputs)}
+
     def loss(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> float:
         """Mean over the examples of what training lowers: minus the log of the probability that the softmax gives to
         the right class or candidates, or the squared error of the number. Raises `UserError` as `score`."""

@@ -62,9 +62,8 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
         split = session.split(examples)
         outputs = adapter_outputs(session, split)
         if outputs is not None:
-            task = session.task
-            metrics = task.score(examples, outputs) | {"loss": task.loss(examples, outputs)}
-            found = {"task": task.name, "split": part, "examples": len(examples), "metrics": metrics}
+            metrics = session.task.measure(examples, outputs)
+            found = {"task": session.task.name, "split": part, "examples": len(examples), "metrics": metrics}
             print(json.dumps(found))
     finally:
         world.leave()

@@ -99,11 +99,7 @@ def evaluate(
         return None
     finally:
         model.train()
-    metrics = None
-    if outputs is not None:
-        metrics = [
-            task.score(split.examples, lane) | {"loss": task.loss(split.examples, lane)} for lane in outputs
-        ]
+    metrics = None if outputs is None else [task.measure(split.examples, lane) for lane in outputs]
     return world.from_main(metrics)
 
 

@@ -55,7 +55,7 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
         found = {
             "task": task.name,
             "metric": task.main_metric,
-            "metrics": task.score(examples, outputs) | {"loss": task.loss(examples, outputs)},
+            "metrics": task.measure(examples, outputs),
             "majority_baseline": task.majority_baseline(task.read("train"), examples),
             "examples": judged.describe(examples, task.decide(outputs).tolist()),
         }
