@@ -6,24 +6,17 @@ that list the valid ones. Nothing here imports torch, so reading a configuration
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, ValidationError, model_validator
 
 from gpc_dist.errors import UserError
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, frozen=True, validate_default=True
-    )
+from gpc_dist.schema import Section, all_keys, explain, parse_overrides, parse_yaml
 
 
 class RunConfig(Section):
@@ -55,7 +48,7 @@ class TaskConfig(Section):
     table described by the keys below."""
     kind: Literal["classification", "choice", "regression"] = "classification"
     """Table only: what is predicted: one of the labels, one of the choices, or a number."""
-    text: list[str] = []
+    text: list[str] = Field([])
     """Table only: one or two column names, or templates such as `title: {title}`; at most one for
     kind `choice`."""
     label: str = "label"
@@ -63,7 +56,7 @@ class TaskConfig(Section):
     number."""
     labels: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = None
     """Table only: the label values in order; taken from the training split when not given."""
-    choices: list[str] = []
+    choices: list[str] = Field([])
     """Table only, kind `choice`: the columns or templates of the candidates."""
     metric: str | None = None
     """Metric that selects the best checkpoint; the task's own when not given."""
@@ -319,38 +312,6 @@ class Config(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-def all_keys(tree: type[Section] = Config) -> dict[str, FieldInfo]:
-    """Every dotted key with its field: `train.lr` -> FieldInfo (default, documentation)."""
-    found: dict[str, FieldInfo] = {}
-    for name, field in tree.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= {f"{name}.{key}": inner for key, inner in all_keys(field.annotation).items()}
-        else:
-            found[name] = field
-    return found
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a recipe must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise UserError(f"duplicate key '{key}'{key_node.start_mark}: keep one of them")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """What a YAML text says; raises `UserError` for duplicate keys and anything that is no YAML."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from None
-
-
 def recipe_names() -> list[str]:
     folder = resources.files("gpc_dist") / "recipes"
     return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
@@ -387,15 +348,7 @@ def recipe_tree(recipe: str) -> Any:
 
 def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Config:
     """The configuration of a nested mapping with dotted overrides on top; raises `UserError`."""
-    return apply(tree, parse_overrides(overrides or {}, list(all_keys())))
-
-
-def parse_overrides(overrides: dict[str, str], valid: Sequence[str]) -> dict[str, Any]:
-    """The values of dotted overrides given as YAML scalar text; raises `UserError` for a key that is not valid."""
-    for key in overrides:
-        if key not in valid:
-            raise UserError(unknown_key(key, valid))
-    return {key: parse_yaml(text, f"--{key}") if text else text for key, text in overrides.items()}
+    return apply(tree, parse_overrides(overrides or {}, list(all_keys(Config))))
 
 
 RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
@@ -419,32 +372,7 @@ def apply(tree: dict[str, Any], values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, list(all_keys()))) from None
-
-
-def unknown_key(key: str, valid: Sequence[str]) -> str:
-    """What to say about a key that is none of the valid ones: the nearest, and those of its section."""
-    close = difflib.get_close_matches(key, valid, n=1)
-    siblings = list(dict.fromkeys(k.split(".")[0] for k in valid))
-    for section in (key.split(".")[0], key.rpartition(".")[0]):
-        siblings = [k for k in valid if section and k.startswith(f"{section}.")] or siblings
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"unknown key '{key}'{hint} Valid keys: {', '.join(siblings)}"
-
-
-def explain(error: ValidationError, valid: Sequence[str]) -> str:
-    """What is wrong with a tree whose valid keys these are, one line for each problem."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(unknown_key(key, valid))
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = problem.get("input")
-            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-            lines.append(f"{key}: {message}{shown}" if key else message)
-    return "\n".join(lines)
+        raise UserError(explain(error, list(all_keys(Config)))) from None
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:

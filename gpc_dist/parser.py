@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gpc_dist import __version__, config
+from gpc_dist import __version__, config, schema
 from gpc_dist.shipped import SHIPPED, shipped_folder
 
 
@@ -324,7 +324,7 @@ def _count(text: str) -> int:
 def _settings_help() -> str:
     """Every configuration key with its default and its documentation."""
     lines = ["settings (--section.key VALUE):"]
-    for key, field in config.all_keys().items():
+    for key, field in schema.all_keys(config.Config).items():
         default = "none" if field.default is None else field.default
         lines.append(f"  --{key}  [{default}]")
         lines += [f"      {line}" for line in (field.description or "").splitlines()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist import cli
+from gpc_dist import cli, schema
 from gpc_dist.errors import EXIT_USAGE
 from tests.conftest import command
 
@@ -30,7 +30,7 @@ def test_help_names_every_command_and_every_key() -> None:
     for name in cli.COMMANDS:
         assert f"\n    {name} " in shown
     keys = command("train", "--help").stdout
-    for key in cli.config.all_keys():
+    for key in schema.all_keys(cli.config.Config):
         assert f"--{key} " in keys
 
 

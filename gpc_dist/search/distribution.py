@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_serializer, model_validator
 
-from gpc_dist.config import Section
+from gpc_dist.schema import Section
 
 Kind = Literal["choice", "grid", "uniform", "loguniform", "int", "logint"]
 

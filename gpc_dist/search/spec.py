@@ -13,9 +13,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gpc_dist import config
-from gpc_dist.config import Section, TrackingConfig
+from gpc_dist import schema
+from gpc_dist.config import RIVALS, Config, TrackingConfig
 from gpc_dist.errors import UserError
+from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
 from gpc_dist.shipped import shipped_folder, yaml_file, yaml_names
 
@@ -28,7 +29,7 @@ RESERVED = {
     "engine.ranks": "give `resources.ranks`",
     **{
         key: "give the search's own `tracking` section"
-        for key in config.all_keys()
+        for key in schema.all_keys(Config)
         if key.startswith("tracking.")
     },
 }
@@ -214,9 +215,9 @@ def check_seeds(given: Sequence[int]) -> None:
 
 
 def _check_key(key: str, where: str = "") -> None:
-    valid = list(config.all_keys())
+    valid = list(schema.all_keys(Config))
     if key not in valid:
-        raise ValueError(where + config.unknown_key(key, valid))
+        raise ValueError(where + schema.unknown_key(key, valid))
 
 
 def _reserved(key: str) -> str:
@@ -230,9 +231,9 @@ def search_names() -> list[str]:
 def all_keys() -> list[str]:
     """Every dotted key an override may have; those of the recipe stand under `settings.` and `space.`."""
     found: list[str] = []
-    for key in config.all_keys(SearchSpec):
+    for key in schema.all_keys(SearchSpec):
         if key in ("settings", "space"):
-            found += [f"{key}.{inner}" for inner in config.all_keys()]
+            found += [f"{key}.{inner}" for inner in schema.all_keys(Config)]
         else:
             found.append(key)
     return found
@@ -252,7 +253,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
         UserError: unknown search, invalid YAML, unknown or duplicate key, value out of range.
     """
     path = yaml_file("search", search, shipped_folder("tune"))
-    tree = config.parse_yaml(path.read_text(encoding="utf-8"), f"search {search}") or {}
+    tree = schema.parse_yaml(path.read_text(encoding="utf-8"), f"search {search}") or {}
     if not isinstance(tree, dict):
         raise UserError("a search is a mapping of: " + ", ".join(SearchSpec.model_fields))
     valid = all_keys()
@@ -270,7 +271,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
     try:
         return SearchSpec.model_validate(tree)
     except ValidationError as error:
-        raise UserError(config.explain(error, valid)) from None
+        raise UserError(schema.explain(error, valid)) from None
 
 
 def _parse(overrides: dict[str, str], valid: list[str]) -> dict[str, Any]:
@@ -281,7 +282,7 @@ def _parse(overrides: dict[str, str], valid: list[str]) -> dict[str, Any]:
             raise UserError(
                 f"'{key}' is a key of the recipe: fix it with --settings.{key}, or search it with --space.{key}"
             )
-    return config.parse_overrides(overrides, valid)
+    return schema.parse_overrides(overrides, valid)
 
 
 def _override(tree: dict[str, Any], key: str, value: Any, values: dict[str, Any]) -> None:
@@ -299,6 +300,6 @@ def _override(tree: dict[str, Any], key: str, value: Any, values: dict[str, Any]
 def _give_way(tree: dict[str, Any], name: str, values: dict[str, Any]) -> None:
     """Take out what the file says about a key given on the command line, or about one that excludes it."""
     for section in ("settings", "space"):
-        for other in (name, config.RIVALS.get(name)):
+        for other in (name, RIVALS.get(name)):
             if f"{section}.{other}" not in values:
                 (tree.get(section) or {}).pop(other, None)

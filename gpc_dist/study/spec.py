@@ -12,9 +12,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gpc_dist import config
-from gpc_dist.config import AdapterConfig, EncoderConfig, Section, TrackingConfig
+from gpc_dist import schema
+from gpc_dist.config import RIVALS, AdapterConfig, EncoderConfig, TrackingConfig
 from gpc_dist.errors import UserError
+from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
 from gpc_dist.search.spec import ResourcesConfig, check_keys, check_seeds
 from gpc_dist.shipped import shipped_folder, yaml_file, yaml_names
@@ -126,8 +127,8 @@ class StudySpec(Section):
         merged: dict[str, Any] = {}
         for each in common:
             for key, value in each.items():
-                if config.RIVALS.get(key) not in each:
-                    merged.pop(config.RIVALS.get(key, ""), None)
+                if RIVALS.get(key) not in each:
+                    merged.pop(RIVALS.get(key, ""), None)
                 merged[key] = value
         return merged
 
@@ -189,7 +190,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
         UserError: unknown study, invalid YAML, unknown or duplicate key, value out of range.
     """
     path = yaml_file("study", study, _shipped())
-    tree = config.parse_yaml(path.read_text(encoding="utf-8"), f"study {study}") or {}
+    tree = schema.parse_yaml(path.read_text(encoding="utf-8"), f"study {study}") or {}
     if not isinstance(tree, dict):
         raise UserError("a study is a mapping of: " + ", ".join(StudySpec.model_fields))
     tree.setdefault("name", path.stem)
@@ -197,7 +198,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     if isinstance(tracking, dict):
         tracking.setdefault("experiment", tree["name"])
     for key, text in (overrides or {}).items():
-        _override(tree, key, config.parse_yaml(text, f"--{key}") if text else text)
+        _override(tree, key, schema.parse_yaml(text, f"--{key}") if text else text)
     tree["tasks"] = {name: task or {} for name, task in _mapping(tree, "tasks").items()}
     tree["methods"] = {name: method or {} for name, method in _mapping(tree, "methods").items()}
     for task in tree["tasks"].values():
@@ -207,7 +208,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as error:
-        raise UserError(config.explain(error, _plain_keys())) from None
+        raise UserError(schema.explain(error, _plain_keys())) from None
 
 
 def _mapping(tree: dict[str, Any], section: str) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _mapping(tree: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def _plain_keys() -> list[str]:
-    return list(config.all_keys(StudySpec))
+    return list(schema.all_keys(StudySpec))
 
 
 _NAMED: dict[str, type[Section]] = {"tasks": TaskSpec, "methods": MethodSpec}
@@ -242,7 +243,7 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     elif (first == "settings" and rest) or key in _plain_keys():
         _set(tree, first, ".".join(rest), value)
     else:
-        raise UserError(config.unknown_key(key, [*_plain_keys(), "tasks.NAME.data", "methods.NAME.settings"]))
+        raise UserError(schema.unknown_key(key, [*_plain_keys(), "tasks.NAME.data", "methods.NAME.settings"]))
 
 
 def _set(tree: dict[str, Any], field: str, inner: str, value: Any) -> None:
@@ -250,5 +251,5 @@ def _set(tree: dict[str, Any], field: str, inner: str, value: Any) -> None:
         tree[field] = value
         return
     held = dict(tree.get(field) or {})
-    held.pop(config.RIVALS.get(inner, ""), None)  # the command line comes last
+    held.pop(RIVALS.get(inner, ""), None)  # the command line comes last
     tree[field] = held | {inner: value}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist import config
+from gpc_dist import schema
 from gpc_dist.errors import UserError
 from gpc_dist.search import space, spec
 from gpc_dist.shipped import SHIPPED, shipped_folder
@@ -36,7 +36,7 @@ def test_the_promised_searches_are_there() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    fields = config.all_keys(spec.SearchSpec)
+    fields = schema.all_keys(spec.SearchSpec)
     assert [key for key, field in fields.items() if not field.description] == []
 
 

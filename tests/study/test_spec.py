@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist import config
+from gpc_dist import schema
 from gpc_dist.errors import UserError
 from gpc_dist.search import space
 from gpc_dist.shipped import shipped_folder
@@ -49,7 +49,7 @@ def test_the_promised_studies_are_there() -> None:
 
 def test_every_key_is_documented() -> None:
     for tree in (spec.StudySpec, spec.TaskSpec, spec.MethodSpec):
-        fields = config.all_keys(tree)
+        fields = schema.all_keys(tree)
         missing = [key for key, field in fields.items() if not field.description]
         assert missing == []
 
