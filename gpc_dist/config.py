@@ -233,7 +233,7 @@ class EngineConfig(Section):
     """Keep only each layer's input and compute the layer again in the backward pass."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Most padded tokens (prompt included) a rank runs at once; a step that holds more is
-    accumulated over several passes."""
+    accumulated over several passes. CPU ranks also split a step where that saves padding."""
     ds_config: str | None = None
     """DeepSpeed JSON to start from: a packaged regime (zero0 ... zero3-offload) or a path; chosen
     from the keys above when not given."""

@@ -117,6 +117,7 @@ def share(
     world: int,
     micro_batch_tokens: int | None = None,
     prompt_tokens: int = 0,
+    pass_tokens: int | None = None,
 ) -> list[np.ndarray]:
     """The micro-batches that `rank` runs of a step.
 
@@ -132,22 +133,23 @@ def share(
             example may exceed it: the candidates of a choice stay together); one micro-batch per
             rank when not given.
         prompt_tokens: P, added to every row.
+        pass_tokens: a further pass is run where it saves more padded tokens than this on every rank; no more
+            passes than needed when not given.
     """
     order = _longest_first(indices, sizes)
     whole = sizes.padded_tokens(order, prompt_tokens)
-    cap = whole if micro_batch_tokens is None else micro_batch_tokens
+    cap = whole if micro_batch_tokens is None else min(micro_batch_tokens, whole)
     rounds = max(1, math.ceil(len(_cut(order, sizes, cap, prompt_tokens)) / world))
-    places = rounds * world
-    # The least cap that still fits the places makes their work as equal as whole examples allow.
-    low, high = 1, max(1, min(cap, whole))
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(order, sizes, middle, prompt_tokens)) <= places:
-            high = middle
-        else:
-            low = middle + 1
-    parts = _cut(order, sizes, high, prompt_tokens)
-    return _fill(parts, places)[rank::world]
+    parts = _equal(order, sizes, rounds * world, cap, prompt_tokens)
+    while pass_tokens is not None:
+        more = _equal(order, sizes, (rounds + 1) * world, cap, prompt_tokens)
+        saved = sum(sizes.padded_tokens(part, prompt_tokens) for part in parts) - sum(
+            sizes.padded_tokens(part, prompt_tokens) for part in more
+        )
+        if saved <= world * pass_tokens:
+            break
+        parts, rounds = more, rounds + 1
+    return _fill(parts, rounds * world)[rank::world]
 
 
 def evaluation_batches(
@@ -173,6 +175,19 @@ def _cut(order: np.ndarray, sizes: Sizes, cap: int, prompt_tokens: int = 0) -> l
         start = max(end, start + 1)
         cuts.append(start)
     return np.split(order, cuts)[:-1]
+
+
+def _equal(order: np.ndarray, sizes: Sizes, places: int, cap: int, prompt_tokens: int) -> list[np.ndarray]:
+    """As `_cut`, by the least cap whose parts are no more than these places: it makes their work as equal as whole
+    examples allow."""
+    low, high = 1, max(1, cap)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(order, sizes, middle, prompt_tokens)) <= places:
+            high = middle
+        else:
+            low = middle + 1
+    return _cut(order, sizes, high, prompt_tokens)
 
 
 def _fill(parts: list[np.ndarray], places: int) -> list[np.ndarray]:

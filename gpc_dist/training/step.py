@@ -23,6 +23,10 @@ from gpc_dist.training.evaluate import run_lanes
 from gpc_dist.training.objective import summed_loss
 from gpc_dist.training.session import Session
 
+PASS_TOKENS = 50
+"""A further pass costs a CPU as much time as 25 to 40 padded tokens. A GPU wants few and large passes, and under
+ZeRO-3 each of them gathers the encoder."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -85,6 +89,7 @@ def prepare(session: Session, works: Sequence[Work]) -> Step:
         world.size,
         session.config.engine.micro_batch_tokens,
         session.model.prompt_tokens,
+        PASS_TOKENS if world.device.type == "cpu" and session.config.engine.zero_stage < 3 else None,
     )
     passes = []
     for part in parts:

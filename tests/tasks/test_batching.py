@@ -135,6 +135,28 @@ def test_no_budget_means_as_few_rounds_as_possible() -> None:
     assert least <= rounds <= 1.3 * least + 1
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_further_pass_is_run_where_it_saves_padding(world: int) -> None:
+    """Eight lanes' batches, each of rows of one length: in one pass all are as long as the longest lane's."""
+    lengths = np.repeat([5, 8, 9, 12, 20, 21, 40, 60], 16)
+    sizes, prompt = Sizes(np.ones(128, np.int64), lengths), 10
+
+    def padded(parts: list[list[np.ndarray]]) -> int:
+        return sum(sizes.padded_tokens(micro, prompt) for part in parts for micro in part)
+
+    one = [share(np.arange(128), sizes, rank, world, None, prompt) for rank in range(world)]
+    several = [share(np.arange(128), sizes, rank, world, None, prompt, 50) for rank in range(world)]
+    assert sorted(np.concatenate([micro for part in several for micro in part])) == list(range(128))
+    assert len({len(part) for part in several}) == 1
+    assert padded(several) <= 1.15 * int((lengths + prompt).sum())
+    assert padded(one) - padded(several) > 50 * world * (len(several[0]) - 1)
+
+
+def test_rows_of_one_length_are_run_in_one_pass() -> None:
+    sizes = Sizes(np.ones(64, np.int64), np.full(64, 30))
+    assert len(share(np.arange(64), sizes, 0, 1, None, 10, 50)) == 1
+
+
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_evaluation_holds_every_example_once_for_any_world(world: int) -> None:
     sizes = make_sizes(777, most_rows=6)
