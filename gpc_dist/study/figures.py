@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gpc_dist.study.results import FinalRun, StudyResult
+from gpc_dist.study.results import FinalRun, StudyResult, TaskResult
 from gpc_dist.tracking.plots import COLOURS, INK, OTHERS, WIDTH, Plot, new_figure, over_seeds
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ _MOST_ACROSS = 4
 
 def plots(found: StudyResult) -> list[Plot]:
     """The plots for which the study has enough."""
-    reference = found.study.reference
+    study = found.study
     made = [
         Plot(
             "scores",
             "Scores",
             "On the official validation split: the mean over seeds, one standard deviation as a bar, each seed as a "
-            "small point. The dotted line is the majority baseline.",
+            "small point. The dotted line, where it is near enough, is the majority baseline.",
             lambda: _scores(found),
         )
     ]
@@ -32,7 +32,7 @@ def plots(found: StudyResult) -> list[Plot]:
         made.append(
             Plot(
                 "differences",
-                f"Difference from {reference}",
+                f"Difference from {study.reference}",
                 "Mean over seeds, minus that of the reference; the bar is the 95 % bootstrap interval over examples. "
                 "Where it crosses the line, the split is too small to tell the two apart.",
                 lambda: _differences(found),
@@ -44,14 +44,14 @@ def plots(found: StudyResult) -> list[Plot]:
             "spread",
             "How the search went",
             "Each point is a run of the search, by its best evaluation on the hold-out; beside them how many failed. "
-            "The dotted line is the majority baseline of the official split.",
+            "The dotted line, where it is near enough, is the majority baseline of the official split.",
             lambda: _spread(found),
         ),
         Plot(
             "curves",
             "Learning curves",
-            "Of the final runs, on the hold-out: mean and one standard deviation over seeds. Grey: the methods after "
-            f"the first {len(COLOURS)}.",
+            f"Of the final runs, on the hold-out: mean and one standard deviation over seeds. Black: {study.floor} "
+            f"(dotted) and {study.ceiling}. Grey: the methods after the first {len(COLOURS)}.",
             lambda: _curves(found),
         ),
     ]
@@ -88,9 +88,17 @@ def _scores(found: StudyResult) -> Figure:
                 scores = [run.score for run in result.runs]
                 axes.plot(scores, [line] * len(scores), ".", color=OTHERS, markersize=4)
                 axes.errorbar(result.mean, line, xerr=result.std or 0.0, fmt="o", color=COLOURS[0], capsize=2)  # type: ignore[arg-type]
-        axes.axvline(task.majority, color=INK, linewidth=1, dashes=(2, 3))
-        axes.set(title=task.name, xlabel=task.metric)
+        _majority(axes, task)
+        axes.set(xlabel=task.metric)
     return figure
+
+
+def _majority(axes: Axes, task: TaskResult) -> None:
+    """Name the baseline, and draw it where that does not squeeze what it is compared with."""
+    low, high = axes.get_xlim()
+    if low - (high - low) <= task.majority <= high + (high - low):
+        axes.axvline(task.majority, color=INK, linewidth=1, dashes=(2, 3))
+    axes.set_title(f"{task.name} (majority {task.majority:.3f})")
 
 
 def _differences(found: StudyResult) -> Figure:
@@ -115,8 +123,8 @@ def _spread(found: StudyResult) -> Figure:
                 if search.failed:
                     where = axes.get_yaxis_transform()
                     axes.text(0.01, line - 0.25, f"{search.failed} failed", transform=where, fontsize="small")
-        axes.axvline(task.majority, color=INK, linewidth=1, dashes=(2, 3))
-        axes.set(title=task.name, xlabel=f"hold-out {task.metric}")
+        _majority(axes, task)
+        axes.set(xlabel=f"hold-out {task.metric}")
     return figure
 
 
@@ -124,23 +132,26 @@ def _curves(found: StudyResult) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure, panels = _panels(len(found.tasks), 3.2, 3.2, share_y=False)
+    ends = [found.study.floor, found.study.ceiling]
+    between = [name for name in found.study.methods if name not in ends]
+    colours = dict(zip(between, COLOURS, strict=False)) | dict.fromkeys(ends, INK)
     named = {}
     for axes, task in zip(panels, found.tasks, strict=True):
-        for place, name in enumerate(found.study.methods):
+        for name in found.study.methods:
             runs = task.methods[name].runs if name in task.methods else []
             steps, mean, std = over_seeds(_evaluations(runs, task.metric))
             if not steps:
                 continue
-            first = place < len(COLOURS)
-            colour = COLOURS[place] if first else OTHERS
-            (line,) = axes.plot(steps, mean, color=colour, linewidth=1.5 if first else 0.7)
-            if first:
-                axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-                named[name] = line
+            if name not in colours:
+                axes.plot(steps, mean, color=OTHERS, linewidth=0.7, zorder=1)
+                continue
+            dotted = ":" if name == found.study.floor else "-"
+            (named[name],) = axes.plot(steps, mean, color=colours[name], linestyle=dotted, linewidth=1.5)
+            axes.fill_between(steps, mean - std, mean + std, color=colours[name], alpha=0.15, linewidth=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set(title=task.name, xlabel="step", ylabel=f"hold-out {task.metric}")
     if named:
-        columns = min(len(named), 6)
+        columns = min(len(named), 8)
         figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
     return figure
 
