@@ -19,9 +19,12 @@ from gpc_dist.study.results import (
     TaskResult,
     read_study,
 )
+from gpc_dist.study.searches import Configuration
 from gpc_dist.study.spec import StudySpec
 from gpc_dist.tracking.comparison import counted, show, show_number
 from gpc_dist.tracking.plots import write_png
+
+_PRIVATE = {"dir", "data_root", "tracking"}
 
 
 def write_report(study: StudySpec) -> list[Path]:
@@ -188,11 +191,23 @@ def _costs(found: StudyResult) -> Table:
     device = "GPU" if any(task.on_gpu for task in found.tasks) else "CPU"
     return Table(
         "Cost",
-        f"Seconds of {device} ranks; a run that shared its encoder with others is charged its part. A run that was "
-        "resumed counts from its last start only.",
+        f"Seconds of {device} ranks ({_machines(found)}); a run that shared its encoder with others is charged its "
+        "part. A run that was resumed counts from its last start only.",
         ["method", "task", "trained parameters", f"{device}-s of a run", f"{device}-s of the search"],
         lines,
     )
+
+
+def _machines(found: StudyResult) -> str:
+    kinds = []
+    for task in found.tasks:
+        for machine in task.machines:
+            gpus, cpus = (
+                f"{machine[count]} x {machine.get(kind, kind.upper())}" if count in machine else ""
+                for kind, count in (("gpu", "gpus"), ("cpu", "cpus"))
+            )
+            kinds.append(f"{gpus or cpus}, torch {machine['versions']['torch']}")
+    return "; ".join(dict.fromkeys(kinds))
 
 
 def _search(found: StudyResult) -> Table:
@@ -229,9 +244,10 @@ def _chosen(found: StudyResult) -> Table:
 
 
 def dump(found: StudyResult) -> dict[str, Any]:
-    """Every number of the report as plain values."""
+    """Every number of the report as plain values; a machine's folders and servers are left out, for a report is for
+    others."""
     return {
-        "study": found.study.model_dump(mode="json"),
+        "study": found.study.model_dump(mode="json", exclude=_PRIVATE),
         "missing": list(found.missing),
         "tasks": {task.name: _dump_task(task) for task in found.tasks},
         "means": {
@@ -251,6 +267,7 @@ def _dump_task(task: TaskResult) -> dict[str, Any]:
         "examples": task.examples,
         "majority": task.majority,
         "learnt": task.learnt,
+        "machines": list(task.machines),
         "methods": {
             name: {
                 "mean": result.mean,
@@ -262,7 +279,7 @@ def _dump_task(task: TaskResult) -> dict[str, Any]:
                 "run_cost_s": result.cost_s,
                 "covered": task.covered(name),
                 "difference": _dump_difference(task.differences.get(name)),
-                "configuration": result.configuration,
+                "configuration": _published(result.configuration),
                 "search": {
                     "values": list(result.search.values),
                     "failed": result.search.failed,
@@ -273,6 +290,12 @@ def _dump_task(task: TaskResult) -> dict[str, Any]:
             for name, result in task.methods.items()
         },
     }
+
+
+def _published(configuration: Configuration | None) -> Configuration | None:
+    if configuration is None:
+        return None
+    return {key: value for key, value in configuration.items() if key != "data.path"}
 
 
 def _dump_difference(difference: Difference | None) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from gpc_dist.tracking.records import Record, read_folder
 LEARNT = 0.03
 """By how much the ceiling must be better than the majority baseline for a task to count in means."""
 DRAWS = 1000
+_MACHINE = ("cpu", "cpus", "memory_gib", "gpu", "gpus", "python", "versions")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class TaskResult:
     """Mean score of the study's floor."""
     ceiling: float | None
     on_gpu: bool
+    machines: Sequence[Mapping[str, Any]]
+    """What is known of those that the final runs ran on."""
 
     @property
     def sign(self) -> int:
@@ -246,7 +250,19 @@ def _read_task(study: StudySpec, folder: TaskFolder, name: str) -> TaskResult | 
         floor=means.get(study.floor),
         ceiling=means.get(study.ceiling),
         on_gpu=any(record.on_gpu for record in records.values()),
+        machines=_machines(measured),
     )
+
+
+def _machines(runs: Sequence[Tried]) -> list[dict[str, Any]]:
+    """The different ones among those that these runs ran on."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        facts = files.read_json(run.folder.facts)
+        machine = {fact: facts[fact] for fact in _MACHINE if fact in facts}
+        if machine not in found:
+            found.append(machine)
+    return found
 
 
 def _records(folder: TaskFolder) -> dict[str, Record]:

@@ -49,6 +49,7 @@ def collect_facts(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **_user(),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        **_cpu(),
         "cpus": os.cpu_count() or 1,
         "memory_gib": _memory_gib(),
         **_gpus(),
@@ -68,6 +69,15 @@ def _user() -> dict[str, str]:
         return {"user": getpass.getuser()}
     except (KeyError, OSError):  # a container may run under an id without a name
         return {}
+
+
+def _cpu() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return {}
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0]} if names else {}
 
 
 def _memory_gib() -> float:

@@ -24,6 +24,7 @@ from gpc_dist.study.spec import StudySpec
 from gpc_dist.tracking.plots import write_png
 from gpc_dist.tracking.records import Record
 
+MACHINE = {"cpu": "Some CPU", "cpus": 2, "versions": {"torch": "2.13.0"}}
 METHODS = ("linear-probe", "prompt-tuning", "gpc", "fine-tuning")
 STUDY = StudySpec.model_validate(
     {"tasks": {"easy": {}, "hard": {}}, "methods": {name: {} for name in METHODS}}
@@ -37,7 +38,9 @@ def method(*scores: float, **search: Any) -> MethodResult:
         for seed, score in enumerate(scores, start=1)
     ]
     spread = {"values": [0.8, 0.7, 0.5], "failed": 1, "at_majority": 1, "cost_s": 12.0} | search
-    return MethodResult(SearchSpread(**spread), {"train.lr": 0.1} if scores else None, runs)
+    return MethodResult(
+        SearchSpread(**spread), {"train.lr": 0.1, "data.path": "/home/me/rte"} if scores else None, runs
+    )
 
 
 def task(name: str, means: dict[str, MethodResult], majority: float = 0.5) -> TaskResult:
@@ -48,7 +51,7 @@ def task(name: str, means: dict[str, MethodResult], majority: float = 0.5) -> Ta
         for key, result in known.items()
     }
     floor, ceiling = means["linear-probe"].mean, means["fine-tuning"].mean
-    return TaskResult(name, "accuracy", 100, majority, means, differences, floor, ceiling, False)
+    return TaskResult(name, "accuracy", 100, majority, means, differences, floor, ceiling, False, [MACHINE])
 
 
 EASY = task(
@@ -117,7 +120,7 @@ def test_a_method_that_failed_on_a_task_has_no_mean() -> None:
 def test_the_mean_difference_averages_the_draws_of_the_tasks() -> None:
     other = task("other", EASY.methods)
     flat = Difference(0.0, np.full(1001, 0.1))
-    other = TaskResult("o", "accuracy", 9, 0.5, EASY.methods, {"gpc": flat}, 0.6, 0.8, False)
+    other = TaskResult("o", "accuracy", 9, 0.5, EASY.methods, {"gpc": flat}, 0.6, 0.8, False, [])
     found = StudyResult(STUDY, [EASY, other], []).mean_difference("gpc")
     assert found is not None
     assert found.mean == pytest.approx((0.76 - 0.72) / 2)
@@ -162,3 +165,15 @@ def test_every_number_is_in_the_json() -> None:
     assert gpc["losses"] == pytest.approx({"1": 0.25, "2": 0.25, "3": 0.22})
     assert gpc["difference"]["mean"] == pytest.approx(0.04)
     assert dumped["means"]["gpc"]["score"] == pytest.approx(0.76)
+    assert dumped["tasks"]["easy"]["machines"] == [MACHINE]
+
+
+def test_the_report_names_the_machine_but_not_its_folders_and_servers() -> None:
+    study = StudySpec.model_validate(
+        STUDY.model_dump(mode="json")
+        | {"dir": "/home/me/s", "data_root": "/home/me", "tracking": {"uri": "http://me:secret@home:1"}}
+    )
+    found = StudyResult(study, [EASY], [])
+    shown = to_markdown("x", report.tables(found))
+    assert "Seconds of CPU ranks (2 x Some CPU, torch 2.13.0)" in shown
+    assert "home" not in json.dumps(report.dump(found)) + shown

@@ -23,6 +23,7 @@ def test_facts_are_json_and_complete() -> None:
     assert {"command", "host", "python", "cpus", "memory_gib", "versions"} <= facts.keys()
     assert {"gpc-dist", "torch", "mlflow"} <= facts["versions"].keys()
     assert facts["memory_gib"] > 0
+    assert facts.get("cpu", "x").strip()
 
 
 def test_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
