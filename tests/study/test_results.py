@@ -102,7 +102,7 @@ def test_the_share_of_the_distance() -> None:
     )
     assert error.covered("gpc") == pytest.approx(0.5)
     assert error.learnt
-    backwards = TaskResult("b", "accuracy", 9, 0.5, {"gpc": method(0.7, 0.7, 0.7)}, {}, 0.8, 0.7, False)
+    backwards = TaskResult("b", "accuracy", 9, 0.5, {"gpc": method(0.7, 0.7, 0.7)}, {}, 0.8, 0.7, False, [])
     assert backwards.covered("gpc") is None
 
 
