@@ -85,7 +85,7 @@ def test_a_task_that_fine_tuning_does_not_learn_is_marked_and_left_out_of_means(
 
 def test_without_the_ceiling_no_task_is_left_out() -> None:
     means = {key: value for key, value in HARD.methods.items() if key != "fine-tuning"}
-    hard = TaskResult("hard", "accuracy", 100, 0.5, means, {}, 0.5, None, False)
+    hard = TaskResult("hard", "accuracy", 100, 0.5, means, {}, 0.5, None, False, [])
     found = StudyResult(STUDY, [hard], [])
     assert hard.learnt is None
     assert found.mean("gpc") == pytest.approx(0.49)
@@ -97,9 +97,7 @@ def test_the_share_of_the_distance() -> None:
     assert EASY.covered("gpc") == pytest.approx((0.76 - 0.60) / (0.80 - 0.60))
     assert EASY.covered("linear-probe") == 0
     assert EASY.covered("fine-tuning") == pytest.approx(1)
-    error = TaskResult(
-        "e", "rmse", 9, 2.0, {"gpc": method(1.25, 1.25, 1.25)}, {}, floor=1.5, ceiling=1.0, on_gpu=False
-    )
+    error = TaskResult("e", "rmse", 9, 2.0, {"gpc": method(1.25, 1.25, 1.25)}, {}, 1.5, 1.0, False, [])
     assert error.covered("gpc") == pytest.approx(0.5)
     assert error.learnt
     backwards = TaskResult("b", "accuracy", 9, 0.5, {"gpc": method(0.7, 0.7, 0.7)}, {}, 0.8, 0.7, False, [])
