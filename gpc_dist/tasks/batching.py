@@ -143,9 +143,7 @@ def share(
     parts = _equal(order, sizes, rounds * world, cap, prompt_tokens)
     while pass_tokens is not None:
         more = _equal(order, sizes, (rounds + 1) * world, cap, prompt_tokens)
-        saved = sum(sizes.padded_tokens(part, prompt_tokens) for part in parts) - sum(
-            sizes.padded_tokens(part, prompt_tokens) for part in more
-        )
+        saved = _padded(parts, sizes, prompt_tokens) - _padded(more, sizes, prompt_tokens)
         if saved <= world * pass_tokens:
             break
         parts, rounds = more, rounds + 1
@@ -175,6 +173,10 @@ def _cut(order: np.ndarray, sizes: Sizes, cap: int, prompt_tokens: int = 0) -> l
         start = max(end, start + 1)
         cuts.append(start)
     return np.split(order, cuts)[:-1]
+
+
+def _padded(parts: list[np.ndarray], sizes: Sizes, prompt_tokens: int) -> int:
+    return sum(sizes.padded_tokens(part, prompt_tokens) for part in parts)
 
 
 def _equal(order: np.ndarray, sizes: Sizes, places: int, cap: int, prompt_tokens: int) -> list[np.ndarray]:
