@@ -133,8 +133,8 @@ def share(
             example may exceed it: the candidates of a choice stay together); one micro-batch per
             rank when not given.
         prompt_tokens: P, added to every row.
-        pass_tokens: a further pass is run where it saves more padded tokens than this on every rank; no more
-            passes than needed when not given.
+        pass_tokens: a further pass is run where it saves more padded tokens than this per rank; as few
+            passes as possible when not given.
     """
     order = _longest_first(indices, sizes)
     whole = sizes.padded_tokens(order, prompt_tokens)

@@ -49,7 +49,7 @@ def collect_facts(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **_user(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        **_cpu(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count() or 1,
         "memory_gib": _memory_gib(),
         **_gpus(),
@@ -71,13 +71,14 @@ def _user() -> dict[str, str]:
         return {}
 
 
-def _cpu() -> dict[str, str]:
+def cpu_name() -> str:
+    """Its product name where Linux tells one, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return {}
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": names[0]} if names else {}
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def _memory_gib() -> float:
