@@ -17,6 +17,7 @@ from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import Config
 from gpc_dist.engine import deepspeed_config, frozen
+from gpc_dist.engine.attention import keep_short_scores
 from gpc_dist.engine.distributed import World, encoder_dtype
 from gpc_dist.engine.hardware import return_freed_memory
 from gpc_dist.errors import UserError
@@ -114,6 +115,8 @@ def load_base(config: Config, world: World) -> Base:
     tokenizer = frozen.load_tokenizer(config.encoder)
     dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
     encoder = frozen.load_encoder(config.encoder, dtype, world)
+    if world.device.type == "cpu":
+        keep_short_scores(encoder.parts.layers)
     # under the name the user gave, not the folder it was found in on this machine
     identity = replace(identify(encoder.parts.encoder), path=config.encoder.path)
     parameters = frozen.count_parameters(encoder.parts)

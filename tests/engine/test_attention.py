@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import MT5Config, MT5EncoderModel, T5Config, T5EncoderModel
 
-from gpc_dist.engine.attention import share_position_bias
+from gpc_dist.engine.attention import keep_short_scores, share_position_bias
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 30,
@@ -72,3 +72,44 @@ def test_one_bias_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({bias.data_ptr() for bias in seen}) == 1
     # rows start where the CUDA kernel wants them, or it would make a copy in every layer
     assert all(stride % 16 == 0 for stride in seen[0].stride()[:-1])
+
+
+class Attending(torch.nn.Module):
+    """A layer of attention alone, which notes whether the fused kernel may be used."""
+
+    fused = True
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.fused = torch.backends.cuda.flash_sdp_enabled()
+        heads = states.unflatten(-1, (4, -1)).transpose(1, 2)
+        return (
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "autocast", "fused"),
+    [
+        (torch.bfloat16, 22, False, False),
+        (torch.bfloat16, 256, False, False),
+        (torch.bfloat16, 257, False, True),
+        (torch.float32, 22, False, True),
+        (torch.float32, 22, True, False),
+    ],
+)
+def test_short_rows_in_bf16_are_attended_to_without_the_fused_kernel(
+    dtype: torch.dtype, tokens: int, autocast: bool, fused: bool
+) -> None:
+    layers = torch.nn.ModuleList([Attending()])
+    keep_short_scores(layers)
+    states = torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = layers[0](states)
+    found.float().square().sum().backward()
+    assert layers[0].fused == fused
+    exact = states.detach().double().requires_grad_()
+    expected = Attending()(exact)
+    expected.square().sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(states.grad.double(), exact.grad, rtol=0.05, atol=0.1)  # type: ignore[union-attr]
+    assert torch.backends.cuda.flash_sdp_enabled()
