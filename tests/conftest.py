@@ -130,6 +130,7 @@ def command(
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Training loss of each step of a run."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    """Training loss of each step of a run, which may be going on: its last line may be half written."""
+    whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
+    lines = map(json.loads, whole.splitlines())
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
