@@ -100,7 +100,7 @@ class AdapterConfig(Section):
     uniform noise."""
     prompt_text: str | None = None
     """The sentence whose embeddings start the prompt with `prompt_init: text`."""
-    cell: Literal["recurrent", "gated", "residual"] = "residual"
+    cell: Literal["recurrent", "gated", "residual"] = "recurrent"
     """Rule that writes the next layer's prompt from the encoded and the previous prompt state."""
     cell_rank: int | None = Field(None, ge=1)
     """Rank of the cell's units; full `[H, H]` matrices when not given."""

@@ -85,7 +85,7 @@ def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
         yaml.safe_load((tmp_path / "runs" / f"tiny-{task}" / "config.yaml").read_text()) for task in range(2)
     ]
     assert [config["train"]["lr"] for config in configs] == [0.01, 0.05]
-    assert [config["adapter"]["cell"] for config in configs] == ["residual", "gated"]
+    assert [config["adapter"]["cell"] for config in configs] == ["recurrent", "gated"]
 
 
 def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:

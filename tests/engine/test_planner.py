@@ -197,7 +197,8 @@ def test_a_workload_is_described_from_configurations_alone() -> None:
     )
     # 64 positions leave 44 beside the prompt
     assert (found.tokens, found.prompt_tokens, found.row_tokens) == (44, 20, 64)
-    assert found.adapter == sum(found.adapter_tensors) == 20 * 32 + 2 * 32 * 32 + 2 * 32 + 2
+    prompt, cell, head = 20 * 32, 2 * 32 * 32 + 32, 2 * 32 + 2
+    assert found.adapter == sum(found.adapter_tensors) == prompt + cell + head
     assert found.passes.recomputed.at(8).saved < found.passes.kept.at(8).saved
 
 
