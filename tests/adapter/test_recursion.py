@@ -104,9 +104,9 @@ def test_residual_cell_starts_as_prompt_tuning_exactly(family: str) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "prompt"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_default_cell_starts_as_prompt_tuning(family: str, pooling: str) -> None:
+def test_residual_cell_starts_as_prompt_tuning_with_every_other_default(family: str, pooling: str) -> None:
     batch = batch_for(family)
-    default = AdapterConfig(prompt_tokens=P, pooling=pooling)
+    default = AdapterConfig(prompt_tokens=P, pooling=pooling, cell="residual")
     plain = default.model_copy(update={"method": "prompt-tuning"})
     first, other = (grafted(family, config, draw=False)(**batch) for config in (default, plain))
     torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-5)
