@@ -66,10 +66,11 @@ def test_preempted(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_pa
 
 
 def test_time_limit(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
-    # Slurm warns up to a minute early: 15 to 30 s after the start
-    steps = ("--train.steps", "1200")
-    job = start(slurm, long_recipe, tmp_path, "--time=1", "--signal=B:USR2@20", settings=steps)
-    found = slurm.wait(job, timeout_s=400)
+    # Slurm warns up to a minute early. At @60 that is 35 to 60 s after the start, of which a slow machine takes
+    # half to reach the first step
+    steps = ("--train.steps", "2500")
+    job = start(slurm, long_recipe, tmp_path, "--time=2", "--signal=B:USR2@60", settings=steps)
+    found = slurm.wait(job, timeout_s=600)
     assert found["JobState"] == "COMPLETED", log_of(tmp_path)
     assert int(found["Restarts"]) >= 1
     assert "stopped on request: requeued" in log_of(tmp_path)
@@ -78,7 +79,7 @@ def test_time_limit(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     same_run(tmp_path / "run", tmp_path / "alone")
-    recorded_once(tmp_path / "run", steps=1200)
+    recorded_once(tmp_path / "run", steps=2500)
 
 
 def test_a_killed_rank_ends_the_job_which_goes_on_from_the_last_checkpoint(

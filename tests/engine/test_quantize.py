@@ -44,8 +44,8 @@ def quantized(parts: EncoderParts) -> EncoderParts:
 
 
 def graft(parts: EncoderParts) -> GraftedEncoder:
-    """With an adapter whose logits are about 1, the same for every copy of an encoder."""
-    adapter = new_adapter(parts, AdapterConfig(prompt_tokens=8), outputs=3)
+    """With an adapter whose logits are about 1 and whose cell does nothing yet, equal for every copy of an encoder."""
+    adapter = new_adapter(parts, AdapterConfig(prompt_tokens=8, cell="residual"), outputs=3)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         adapter.head.linear.weight.normal_(std=parts.shape.hidden_size**-0.5, generator=generator)

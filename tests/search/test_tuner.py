@@ -92,7 +92,13 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
         space={},
         configurations=[{"train.lr": rate, "train.cell_lr": rate} for rate in (0.03, 0.02, 1e-9, 1e-10)],
         trials=None,
-        settings={"train.steps": 60, "train.eval_every": 20, "engine.zero_stage": 3},
+        # a cell that does nothing at the start: what cannot learn cannot be right by a lucky draw
+        settings={
+            "adapter.cell": "residual",
+            "train.steps": 60,
+            "train.eval_every": 20,
+            "engine.zero_stage": 3,
+        },
         scheduler={"name": "asha", "grace_steps": 20, "reduction_factor": 2},
     )
     search = tune(place, path)
@@ -103,7 +109,7 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
     assert len(results) == 4
     assert {(result["world_size"], result["zero_stage"]) for result in results} == {(2, 3)}
     ends = {number: read(path / "trial.json")["decision"] for number, path in trials(search).items()}
-    assert ends[0] == "completed"
+    assert "completed" in (ends[0], ends[1])
     stopped = [number for number, decision in ends.items() if decision == "stopped by scheduler"]
     assert stopped[-2:] == [2, 3]
     assert read(search / "result.json")["stopped"] == len(stopped)
