@@ -101,7 +101,8 @@ class AdapterConfig(Section):
     prompt_text: str | None = None
     """The sentence whose embeddings start the prompt with `prompt_init: text`."""
     cell: Literal["recurrent", "gated", "residual"] = "recurrent"
-    """Rule that writes the next layer's prompt from the encoded and the previous prompt state."""
+    """Rule that writes the next layer's prompt from the encoded and the previous prompt state. `residual` starts as
+    prompt tuning: the safer choice for prompts of 100 tokens, or where nothing is known (docs/method.md)."""
     cell_rank: int | None = Field(None, ge=1)
     """Rank of the cell's units; full `[H, H]` matrices when not given."""
     cell_per_layer: bool = False
