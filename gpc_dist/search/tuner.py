@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -186,6 +187,9 @@ def _connect() -> None:
 def pack_shape(spec: SearchSpec) -> Shape:
     """What a pack takes, and how many of them the cluster has room for.
 
+    Packs have no more lanes than the search's trials fill when they spread over all of them: a full pack beside idle
+    ones would take longer.
+
     Raises:
         MachineError: not for one.
     """
@@ -202,7 +206,8 @@ def pack_shape(spec: SearchSpec) -> Shape:
             f"cluster has {there.get('CPU', 0):g} CPU(s) and {there.get('GPU', 0):g} GPU(s): give a smaller "
             "--resources.ranks, --resources.cpus_per_rank or --resources.gpus_per_rank"
         )
-    return Shape(resources.ranks, resources.cpus_per_rank, gpus, resources.pack, room, str(Path.cwd()))
+    lanes = min(resources.pack, math.ceil(_trials(spec) / room))
+    return Shape(resources.ranks, resources.cpus_per_rank, gpus, lanes, room, str(Path.cwd()))
 
 
 def _concurrent(spec: SearchSpec, shape: Shape) -> int:
@@ -231,7 +236,13 @@ def draw(spec: SearchSpec) -> list[dict[str, Any]]:
 
 
 def _samples(spec: SearchSpec) -> int:
-    return (spec.trials or 1) * len(spec.seeds) if spec.algorithm == "optuna" else 1
+    return _trials(spec) if spec.algorithm == "optuna" else 1
+
+
+def _trials(spec: SearchSpec) -> int:
+    """All trials of a search."""
+    configurations = (spec.trials or 1) if spec.algorithm == "optuna" else len(draw(spec))
+    return configurations * len(spec.seeds)
 
 
 def _algorithm(spec: SearchSpec, metric: str, mode: str, concurrent: int) -> Searcher | SearchAlgorithm:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from tabulate import tabulate
 
 from gpc_dist.config import Config
@@ -10,6 +12,8 @@ from gpc_dist.search import space
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.searches import draw
 from gpc_dist.study.spec import StudySpec
+
+_Number = TypeVar("_Number", int, float)
 
 _NOTE = (
     "Hours are the planner's, a model, for steps of runs with an encoder each: packs take less. They leave out "
@@ -36,11 +40,14 @@ def describe(study: StudySpec, gpu: str | None) -> str:
         for method, drawn in draw(study, task).items():
             spec = SearchSpec(recipe=study.recipe_of(task), configurations=drawn, resources=study.resources)
             built = [space.trial_config(spec, each) for each in drawn]
-            runs = len(drawn) * len(study.search_seeds) + len(study.seeds)
-            steps = _steps(built, len(study.search_seeds), len(study.seeds))
+            seeds = (len(study.search_seeds), len(study.seeds))
+            runs = len(drawn) * seeds[0] + seeds[1]
+            known = [config.train.steps for config in built if config.train.steps is not None]
+            steps = _together(known, *seeds) if len(known) == len(built) else None
             hours = None
             if clock and steps is not None and not built[0].adapter.trains_encoder:
-                hours = steps * clock.step_s(built[0]) * study.resources.ranks / 3600
+                each = [count * clock.step_s(config) for count, config in zip(known, built, strict=True)]
+                hours = _together(each, *seeds) * study.resources.ranks / 3600
             all_steps += steps or 0
             all_hours += hours or 0.0
             shown = ["-" if steps is None else f"{steps:,}", "-" if hours is None else f"{hours:,.2f}"]
@@ -56,13 +63,10 @@ def describe(study: StudySpec, gpu: str | None) -> str:
     return table if gpu is None else f"{table}\n\n{_NOTE}"
 
 
-def _steps(built: list[Config], search_seeds: int, final_seeds: int) -> int | None:
-    """Of all runs of a method on a task, its longest configuration taken for the final runs; None for epochs."""
-    each = [config.train.steps for config in built]
-    known = [steps for steps in each if steps is not None]
-    if len(known) < len(each):
-        return None
-    return sum(known) * search_seeds + max(known) * final_seeds
+def _together(each: list[_Number], search_seeds: int, final_seeds: int) -> _Number:
+    """What all runs of a method on a task take, of what a run of each configuration takes; for the final runs that of
+    the costliest one."""
+    return sum(each) * search_seeds + max(each) * final_seeds
 
 
 class _Clock:
