@@ -187,8 +187,8 @@ def _connect() -> None:
 def pack_shape(spec: SearchSpec) -> Shape:
     """What a pack takes, and how many of them the cluster has room for.
 
-    Packs have no more lanes than the search's trials fill when they spread over all of them: a full pack beside idle
-    ones would take longer.
+    Packs have no more lanes than the trials need that run at once, spread over all packs: a full pack beside an empty
+    one would take longer.
 
     Raises:
         MachineError: not for one.
@@ -206,7 +206,8 @@ def pack_shape(spec: SearchSpec) -> Shape:
             f"cluster has {there.get('CPU', 0):g} CPU(s) and {there.get('GPU', 0):g} GPU(s): give a smaller "
             "--resources.ranks, --resources.cpus_per_rank or --resources.gpus_per_rank"
         )
-    lanes = min(resources.pack, math.ceil(_trials(spec) / room))
+    at_once = min(_trials(spec), resources.concurrent or math.inf)
+    lanes = min(resources.pack, math.ceil(at_once / room))
     return Shape(resources.ranks, resources.cpus_per_rank, gpus, lanes, room, str(Path.cwd()))
 
 

@@ -88,7 +88,9 @@ class _Clock:
         from gpc_dist.training.plan import choose, make_planner, reason
 
         train, data = config.train, config.data
-        key = repr((config.adapter, train.batch_size, train.batch_tokens, train.optimizer, data.max_length))
+        # where a prompt starts costs nothing, and whether the cell acts once more next to nothing
+        adapter = config.adapter.model_copy(update={"prompt_init": "vocab", "pooling": "mean"})
+        key = repr((adapter, train.batch_size, train.batch_tokens, train.optimizer, data.max_length))
         if key not in self._known:
             planner = make_planner(config, self._cluster.device, outputs=2)
             chosen = choose(planner, self._cluster, config.engine)

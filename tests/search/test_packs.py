@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from gpc_dist.search import packs
+from gpc_dist.search import packs, tuner
 from gpc_dist.search.packs import Packs, Shape, _Lane, _Pack
+from gpc_dist.search.spec import SearchSpec
 
 PATIENCE_S = 0.05
 
@@ -56,3 +57,28 @@ def test_a_round_does_not_wait_for_a_trial_that_left_while_it_joined() -> None:
         return await waiting
 
     assert asyncio.run(asyncio.wait_for(scenario(), 10)) == ["trial 0"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "lanes"),
+    [
+        ({"pack": 8}, 6),  # 12 trials on two cores
+        ({"pack": 4}, 4),
+        ({"pack": 8, "concurrent": 3}, 2),
+        ({"pack": 16, "ranks": 2}, 12),  # room for one pack
+    ],
+)
+def test_packs_have_the_lanes_that_trials_fill(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, int], lanes: int
+) -> None:
+    monkeypatch.setattr(tuner.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    spec = SearchSpec.model_validate(
+        {
+            "recipe": "demo",
+            "space": {"train.lr": {"loguniform": [0.001, 0.1]}},
+            "trials": 4,
+            "seeds": [0, 1, 2],
+            "resources": resources,
+        }
+    )
+    assert tuner.pack_shape(spec).lanes == lanes

@@ -79,7 +79,7 @@ def test_overrides_come_after_the_file(tmp_path: Path) -> None:
     assert (loaded.trials, loaded.resources.pack, list(loaded.tasks)) == (
         2,
         3,
-        ["sst2", "cola", "boolq", "rte"],
+        ["cola", "sst2", "boolq", "rte"],
     )
     assert "deep-prompt" not in loaded.methods
     found = loaded.settings_of("rte", "gpc")
