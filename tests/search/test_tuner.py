@@ -60,7 +60,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_a_packed_search(place: Path) -> None:
-    search = tune(place, write_search(place, seeds=[0, 1], trials=2))
+    # one pack takes the whole machine: trials spread over all packs there is room for
+    whole = {"pack": 4, "cpus_per_rank": os.cpu_count()}
+    search = tune(place, write_search(place, seeds=[0, 1], trials=2, resources=whole))
     found = trials(search)
     assert sorted(found) == [0, 1, 2, 3]
     records = [read(path / "trial.json") for path in found.values()]
