@@ -38,14 +38,16 @@ def all_keys(tree: type[Section]) -> dict[str, FieldInfo]:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; a recipe must not."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    # as they are written: a key beside a merge (`<<: *other`) may have another value than the merged one
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise UserError(f"duplicate key '{key}'{key_node.start_mark}: keep one of them")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+        scalars = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key in scalars:
+            if key.value in seen:
+                raise UserError(f"duplicate key '{key.value}'{key.start_mark}: keep one of them")
+            seen.add(key.value)
+        return node
 
 
 def parse_yaml(text: str, source: str) -> Any:

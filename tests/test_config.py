@@ -58,6 +58,7 @@ def recipe(tmp_path: Path, text: str) -> str:
         ("train: [1, 2]", "train"),
         ("- 1", "mapping of sections"),
         ("train: {lr: [}", "not valid YAML"),
+        ("? [train, lr]\n: 1", "not valid YAML"),
         ("train: {steps: 10, lr: -1}", "greater than 0 (given: -1)"),
         ("adapter: {prompt_init: text}", "needs adapter.prompt_text"),
         ("adapter: {method: linear-probe, pooling: prompt}", "needs a prompt, which adapter.method"),
@@ -70,6 +71,15 @@ def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> Non
     with pytest.raises(UserError) as error:
         config.load(recipe(tmp_path, text))
     assert message in str(error.value)
+
+
+def test_a_mapping_may_be_merged_into_another_which_has_the_last_word() -> None:
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, y: 4}"
+    assert schema.parse_yaml(text, "text") == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 1, "y": 3},
+        "c": {"x": 1, "y": 4},
+    }
 
 
 def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:

@@ -1,4 +1,4 @@
-"""Runs without training: folders written as a trainer writes them, and the stores they go to."""
+"""Runs and searches without training: folders as a trainer and a driver write them, and the stores they go to."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from gpc_dist import config, files
-from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.folder import RunFolder, SearchFolder, State, TrialFolder
+from gpc_dist.tracking.metrics import MetricLog
 
-# before anything imports mlflow, here and in the processes that tests start
-os.environ |= {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # servers that are down here stay so
-}
+from .searches import AddTrial, MakeSearch, decide
 
 REPOSITORY = Path(__file__).parents[2]
 
 MakeRun = Callable[..., RunFolder]
+Start = Callable[[RunFolder, str], "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -73,29 +72,31 @@ FACTS = {
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Iterator[Callable[[RunFolder, str], subprocess.Popen[str]]]:
-    """Starts a process that runs a script with `run` (RunFolder), `log` (MetricLog), `follower`.
+def trainer(tmp_path: Path) -> Iterator[Start]:
+    """Starts a process that runs a script with `run` (RunFolder), `log` (MetricLog), `follower`."""
+    yield from python_processes(
+        "import os, signal, sys, time\n"
+        "from gpc_dist import files\n"
+        "from gpc_dist.tracking.folder import RunFolder\n"
+        "from gpc_dist.tracking.follower import start\n"
+        "from gpc_dist.tracking.metrics import MetricLog\n"
+        "run = RunFolder(sys.argv[1])\n"
+        "run.write_status('running')\n"
+        "log = MetricLog(run.metrics)\n"
+        "follower = start(run.path)\n",
+        tmp_path,
+    )
 
-    Its working folder is `tmp_path`; its group of processes is its own, so that a test can send a
-    signal to it as a batch system does.
-    """
+
+def python_processes(prologue: str, place: Path) -> Iterator[Start]:
+    """Starts processes in `place` that run `prologue` and then a script, with a folder's path as their argument; ends
+    those that are left."""
     started = []
 
-    def start(run: RunFolder, script: str) -> subprocess.Popen[str]:
-        prologue = (
-            "import os, signal, sys, time\n"
-            "from gpc_dist import files\n"
-            "from gpc_dist.tracking.folder import RunFolder\n"
-            "from gpc_dist.tracking.follower import start\n"
-            "from gpc_dist.tracking.metrics import MetricLog\n"
-            "run = RunFolder(sys.argv[1])\n"
-            "run.write_status('running')\n"
-            "log = MetricLog(run.metrics)\n"
-            "follower = start(run.path)\n"
-        )
+    def start(folder: RunFolder, script: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", prologue + script, str(run)],
-            cwd=tmp_path,
+            [sys.executable, "-c", prologue + script, str(folder.path)],
+            cwd=place,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -110,6 +111,58 @@ def trainer(tmp_path: Path) -> Iterator[Callable[[RunFolder, str], subprocess.Po
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+@pytest.fixture
+def make_search(runs: Path, request: pytest.FixtureRequest) -> MakeSearch:
+    """Writes what stands in a search's folder before the first trial."""
+
+    def make(**keys: Any) -> SearchFolder:
+        search = SearchFolder(runs / request.node.name)
+        tree = {
+            "name": search.path.name,
+            "recipe": "rte",
+            "metric": "accuracy",
+            "mode": "max",
+            "space": {"train.lr": {"loguniform": [1e-4, 1e-2]}, "adapter.cell": {"choice": ["gated"]}},
+            "scheduler": {"name": "asha", "grace": 2, "brackets": None},
+            "tracking": {"experiment": "searches", "group": "night"},
+        }
+        files.write_text(search.config, yaml.safe_dump(tree | keys, sort_keys=False))
+        files.write_json(search.facts, {**FACTS, "command": "gpc-dist tune rte"})
+        search.write_status("running")
+        return search
+
+    return make
+
+
+@pytest.fixture
+def add_trial(make_run: MakeRun) -> AddTrial:
+    """Writes a trial: `accuracy` by step, how it ended and what the driver made of it."""
+
+    def add(
+        search: SearchFolder,
+        number: int,
+        accuracy: dict[int, float],
+        state: State = "finished",
+        decision: str = "completed",
+    ) -> TrialFolder:
+        trial = search.trial(f"t{number}")
+        # the trial's own word on the store does not count
+        make_run(trial.path, tracking__uri="sqlite:////nowhere/mlflow.db", tracking__experiment="other")
+        trial.write_status("running")
+        with MetricLog(trial.metrics) as log:
+            for step, value in accuracy.items():
+                log.append(step, {"val/accuracy": value})
+        files.write_text(trial.adapter / "adapter_config.json", f"adapter {number}")
+        if state == "finished":
+            files.write_json(trial.result, {"steps": max(accuracy), "step_ms": 5.0})
+        decide(trial, search, number, decision)
+        if state != "running":
+            trial.write_status(state, "SIGUSR2" if state == "stopped" else "")
+        return trial
+
+    return add
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,9 +16,7 @@ from gpc_dist.errors import MachineError, UserError
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.sync import mark_stale, sync_run
 
-from .conftest import MakeRun, free_port, wait_until
-
-StartTrainer = Callable[[RunFolder, str], "subprocess.Popen[str]"]
+from .conftest import MakeRun, Start, free_port, wait_until
 
 ENDING_S = 120  # generous: machines that run tests are busy
 
@@ -34,7 +31,7 @@ def recorded_steps(client: MlflowClient, run: RunFolder) -> list[int]:
 
 
 def test_run_is_recorded_while_it_goes_on_and_after_a_resume(
-    make_run: MakeRun, trainer: StartTrainer, tmp_path: Path
+    make_run: MakeRun, trainer: Start, tmp_path: Path
 ) -> None:
     run = make_run()
     client = MlflowClient(f"sqlite:///{run.path.parent}/mlflow.db")
@@ -80,7 +77,7 @@ def test_run_is_recorded_while_it_goes_on_and_after_a_resume(
     assert os.listdir(tmp_path) == []  # no mlruns, no mlflow.db: nothing beside the run folders
 
 
-def test_killed_trainer_is_recorded_as_killed(make_run: MakeRun, trainer: StartTrainer) -> None:
+def test_killed_trainer_is_recorded_as_killed(make_run: MakeRun, trainer: Start) -> None:
     run = make_run()
     # The forked child outlives the trainer with the pipe still open.
     process = trainer(
@@ -102,7 +99,7 @@ def test_killed_trainer_is_recorded_as_killed(make_run: MakeRun, trainer: StartT
 
 
 def test_server_that_is_down_is_the_followers_business_only(
-    make_run: MakeRun, trainer: StartTrainer, server_uri: str
+    make_run: MakeRun, trainer: Start, server_uri: str
 ) -> None:
     run = make_run(tracking__uri=f"http://me:hunter2@127.0.0.1:{free_port()}")
     process = trainer(

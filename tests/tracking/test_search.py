@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pandas as pd
 import pytest
-import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from gpc_dist import cli, files
 from gpc_dist.errors import UserError
-from gpc_dist.tracking.folder import SearchFolder, State, TrialFolder
 from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.tracking.search import SearchReplica
 from gpc_dist.tracking.sync import sync_search
 from gpc_dist.tracking.trial import TrialReplica
 
-from .conftest import FACTS, REPOSITORY, MakeRun, wait_until
-
-ENDING_S = 120  # generous: machines that run tests are busy
+from .searches import AddTrial, MakeSearch, children_of, decide, finish, parent_of, steps_of, store_of
 
 WRITES = (
     "create_logged_model",
@@ -44,83 +36,6 @@ WRITES = (
     "set_terminated",
     "update_run",
 )
-
-MakeSearch = Callable[..., SearchFolder]
-AddTrial = Callable[..., TrialFolder]
-StartDriver = Callable[[SearchFolder, str], "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def make_search(runs: Path, request: pytest.FixtureRequest) -> MakeSearch:
-    """Writes what stands in a search's folder before the first trial."""
-
-    def make(**keys: Any) -> SearchFolder:
-        search = SearchFolder(runs / request.node.name)
-        tree = {
-            "name": search.path.name,
-            "recipe": "rte",
-            "metric": "accuracy",
-            "mode": "max",
-            "space": {"train.lr": {"loguniform": [1e-4, 1e-2]}, "adapter.cell": {"choice": ["gated"]}},
-            "scheduler": {"name": "asha", "grace": 2, "brackets": None},
-            "tracking": {"experiment": "searches", "group": "night"},
-        }
-        files.write_text(search.config, yaml.safe_dump(tree | keys, sort_keys=False))
-        files.write_json(search.facts, {**FACTS, "command": "gpc-dist tune rte"})
-        search.write_status("running")
-        return search
-
-    return make
-
-
-@pytest.fixture
-def add_trial(make_run: MakeRun) -> AddTrial:
-    """Writes a trial: `accuracy` by step, how it ended and what the driver made of it."""
-
-    def add(
-        search: SearchFolder,
-        number: int,
-        accuracy: dict[int, float],
-        state: State = "finished",
-        decision: str = "completed",
-    ) -> TrialFolder:
-        trial = search.trial(f"t{number}")
-        # the trial's own word on the store does not count
-        make_run(trial.path, tracking__uri="sqlite:////nowhere/mlflow.db", tracking__experiment="other")
-        trial.write_status("running")
-        with MetricLog(trial.metrics) as log:
-            for step, value in accuracy.items():
-                log.append(step, {"val/accuracy": value})
-        files.write_text(trial.adapter / "adapter_config.json", f"adapter {number}")
-        if state == "finished":
-            files.write_json(trial.result, {"steps": max(accuracy), "step_ms": 5.0})
-        decide(trial, search, number, decision)
-        if state != "running":
-            trial.write_status(state, "SIGUSR2" if state == "stopped" else "")
-        return trial
-
-    return add
-
-
-def decide(trial: TrialFolder, search: SearchFolder, number: int, decision: str) -> None:
-    described = {
-        "search": search.path.name,
-        "trial": trial.path.name,
-        "number": number,
-        "seed_group": f"lr{number // 2}",
-        "settings": {"train.lr": 0.001 * (number + 1), "adapter.cell": "gated"},
-        "lane": number % 2,
-        "decision": decision,
-        "host": "node3",
-    }
-    files.write_json(trial.trial, described)
-
-
-def finish(search: SearchFolder, best: TrialFolder, value: float) -> None:
-    result = {"best_trial": best.path.name, "metric": "accuracy", "mode": "max", "best": value}
-    counts = {"trials": 4, "finished": 2, "stopped": 1, "failed": 1, "wall_s": 7.5}
-    files.write_json(search.result, result | counts)
-    search.write_status("finished")
 
 
 @pytest.fixture
@@ -143,62 +58,6 @@ def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     monkeypatch.syspath_prepend(tmp_path)
     return "name_serving"
-
-
-@pytest.fixture
-def driver() -> Iterator[StartDriver]:
-    """Starts a process that runs a script with `search` (SearchFolder) and `recorder`."""
-    started = []
-
-    def start(search: SearchFolder, script: str) -> subprocess.Popen[str]:
-        prologue = (
-            "import os, signal, sys, threading, time\n"
-            "from gpc_dist import files\n"
-            "from gpc_dist.tracking.folder import SearchFolder\n"
-            "from gpc_dist.tracking.metrics import MetricLog\n"
-            "from gpc_dist.tracking.search import start_recorder\n"
-            "search = SearchFolder(sys.argv[1])\n"
-            "search.write_status('running')\n"
-            "recorder = start_recorder(search.path, delay_s=0)\n"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", prologue + script, str(search)],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def store_of(search: SearchFolder) -> str:
-    return f"sqlite:///{search.path.parent}/mlflow.db"
-
-
-def parent_of(search: SearchFolder, uri: str | None = None) -> Run:
-    run_id = str(files.read_json(search.tracking)["run_id"])
-    return MlflowClient(uri or store_of(search)).get_run(run_id)
-
-
-def children_of(search: SearchFolder, uri: str | None = None) -> dict[str, Run]:
-    parent = parent_of(search, uri)
-    found = MlflowClient(uri or store_of(search)).search_runs(
-        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    )
-    by_trial = {run.data.tags["trial"]: run for run in found}
-    assert len(by_trial) == len(found), "a trial has one run"
-    return by_trial
-
-
-def steps_of(search: SearchFolder, run: Run, metric: str) -> list[int]:
-    history = MlflowClient(store_of(search)).get_metric_history(run.info.run_id, metric)
-    return sorted(point.step for point in history)
 
 
 def predictions(uri: str, model: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -377,77 +236,6 @@ def test_search_that_registers_nothing(make_search: MakeSearch, add_trial: AddTr
     finish(search, add_trial(search, 0, {1: 0.5}), 0.5)
     assert sync_search(search.path).complete
     assert "registered_model" not in parent_of(search).data.tags
-
-
-def test_killed_driver_and_resumed_search(
-    make_search: MakeSearch, add_trial: AddTrial, driver: StartDriver
-) -> None:
-    search = make_search()
-    add_trial(search, 0, {1: 0.5})
-    add_trial(search, 1, {1: 0.5, 2: 0.6}, "running", "running")
-    first = driver(search, "print(recorder.wait_for_run_id(120), flush=True)\nsignal.pause()\n")
-    assert first.stdout is not None
-    run_id = first.stdout.readline().strip()
-    tracking = search.trial("t1").tracking
-    wait_until(lambda: files.read_json(tracking).get("state") == "running", ENDING_S)
-    first.kill()
-    wait_until(lambda: files.read_json(search.tracking).get("state") == "killed", ENDING_S)
-    parent, children = parent_of(search), children_of(search)
-    assert (parent.info.run_id, parent.info.status) == (run_id, "KILLED")
-    assert "the search's process ended without a word" in parent.data.tags["gpc.reason"]
-    assert {trial: run.info.status for trial, run in children.items()} == {"t0": "FINISHED", "t1": "KILLED"}
-
-    second = driver(
-        search,
-        "trial = search.trial('t1')\n"
-        "trial.write_status('running')\n"
-        "with MetricLog(trial.metrics) as log:\n"
-        "    log.truncate_after(1)\n"
-        "    for step in (2, 3):\n"
-        "        log.append(step, {'val/accuracy': 0.8})\n"
-        "trial.write_status('finished')\n"
-        "files.write_json(search.result, {'best_trial': 't1', 'metric': 'accuracy', 'best': 0.8})\n"
-        "search.write_status('finished')\n"
-        f"state = recorder.finish({ENDING_S})\n"
-        "print(state.run_id, state.complete)\n",
-    )
-    assert second.communicate(timeout=ENDING_S)[0] == f"{run_id} True\n"
-    resumed = children_of(search)
-    assert {trial: run.info.run_id for trial, run in resumed.items()} == {
-        trial: run.info.run_id for trial, run in children.items()
-    }
-    assert (parent_of(search).info.status, resumed["t1"].info.status) == ("FINISHED", "FINISHED")
-    assert steps_of(search, resumed["t1"], "val/accuracy") == [1, 2, 3]
-
-
-def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial, driver: StartDriver) -> None:
-    search = make_search(register_as=None)
-    for number in range(64):
-        add_trial(search, number, {}, "running", "running")
-    process = driver(
-        search,
-        "def train(trial):\n"
-        "    with MetricLog(trial.metrics) as log:\n"
-        "        for step in range(20):\n"
-        "            log.append(step, {'train/loss': step / 10, 'val/accuracy': step / 100})\n"
-        "            time.sleep(0.2)\n"  # long enough for the recorder to meet them at it
-        "    trial.write_status('finished')\n"
-        "recorder.wait_for_run_id(120)\n"
-        "threads = [threading.Thread(target=train, args=(t,)) for t in search.begun_trials()]\n"
-        "for thread in threads: thread.start()\n"
-        "for thread in threads: thread.join()\n"
-        "search.write_status('finished')\n"
-        f"state = recorder.finish({ENDING_S})\n"
-        "print(state.complete)\n",
-    )
-    assert process.communicate(timeout=ENDING_S)[0] == "True\n"
-    assert "failed" not in search.tracking_log.read_text(), search.tracking_log.read_text()
-    children = children_of(search)
-    assert len(children) == 64
-    for child in children.values():
-        assert child.info.status == "FINISHED"
-        assert child.data.metrics["final/best"] == 0.19
-        assert steps_of(search, child, "train/loss") == list(range(20))
 
 
 def test_tracking_server_takes_a_whole_search(
