@@ -219,7 +219,10 @@ def test_an_experiment_says_what_its_folders_say(tmp_path: Path, monkeypatch: py
         compare("unknown")
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no earlier run has left a store
     write_run(tmp_path / "a", 0.7)
     assert cli.main(["compare", str(tmp_path)]) == 0
     said = capsys.readouterr().out
