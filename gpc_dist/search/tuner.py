@@ -150,6 +150,12 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
         raise UserError(
             f"{folder.path} holds a search already: go on with it by --resume, or give this one another --name"
         )
+    if not there and folder.trials.exists():
+        # which the trials of this one would take for their own, and go on from
+        raise UserError(
+            f"{folder.path} holds trials of a search whose {folder.config.name} is gone: remove the folder, or give "
+            "this one another --name"
+        )
     if resume and not there:
         raise UserError(f"{folder.path} holds no search to go on with: leave out --resume")
     if resume and folder.config.read_text(encoding="utf-8") != spec.to_yaml():

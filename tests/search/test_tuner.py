@@ -179,6 +179,17 @@ def test_a_search_that_was_killed_goes_on(place: Path) -> None:
     assert result["failed"] == 0
 
 
+def test_trials_left_by_another_search_are_not_taken_over(place: Path) -> None:
+    left = place / "searches" / "mine" / "trials" / "000" / "checkpoints"
+    left.mkdir(parents=True)
+    path = write_search(place)
+    for words in ((path,), (path, "--resume")):
+        done = command("tune", *words, cwd=place, PYTHONPATH=str(Path(__file__).parents[2]))
+        assert done.returncode == 2
+        assert "holds trials of a search whose search.yaml is gone: remove the folder" in done.stderr
+    assert [each.name for each in (place / "searches" / "mine").iterdir()] == ["trials"]
+
+
 def test_a_stopped_search_goes_on(place: Path) -> None:
     # evaluations are far apart: what is done between two of them is to be kept
     path = write_search(place, settings={"train.steps": 600, "train.eval_every": 300, "train.log_every": 25})
