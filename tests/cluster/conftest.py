@@ -146,7 +146,7 @@ def same_run(folder: Path, other: Path) -> None:
     assert steps == sorted(steps)
 
 
-def recorded_once(folder: Path, count: int = 1, steps: int = STEPS) -> None:
+def recorded_once(folder: Path, count: int = 1) -> None:
     """MLflow holds `count` runs beside the folder, finished, with each step of this one once."""
     from mlflow import MlflowClient
 
@@ -157,7 +157,7 @@ def recorded_once(folder: Path, count: int = 1, steps: int = STEPS) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
     state = json.loads((folder / "tracking.json").read_text())
     history = client.get_metric_history(state["run_id"], "train/loss")
-    assert sorted(point.step for point in history) == list(range(1, steps + 1))
+    assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
 
 
 def reached(folder: Path, step: int, timeout_s: float = 120) -> None:
