@@ -5,10 +5,11 @@ are `[B, P, H]`. The public text of arXiv 2304.05642 gives the mechanism (RNN-in
 remembering unit on `e`, a forgetting unit on `p`, one module for all layers) and not its
 equations; each class says which reading of it it is.
 
-The options `adapter.cell_units` (a unit that is left out adds nothing) and `adapter.cell_norm` are this project's; the
-rules below are written without them. With the second, `Cell(e, p)` is `rms(e) Rule(e / rms(e), p / rms(p))`: states of
-another size make the cell write the same at that size, so that the learning rate it needs does not depend
-on the size of an encoder's hidden states.
+The options `adapter.cell_units` (a unit that is left out adds nothing), `adapter.cell_norm` and `adapter.cell_scale`
+are this project's; the rules below are written without them. With a norm, `Cell(e, p)` is
+`rms(e) Rule(e / rms(e), p / rms(p))`: states of another size make the cell write the same at that size, so that the
+learning rate it needs does not depend on the size of an encoder's hidden states. With a scale, what the rule writes is
+brought to the size of `e` or to that of the text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gpc_dist.adapter.scale import rms
+from gpc_dist.adapter.scale import normed, rescaled, rms
 from gpc_dist.config import AdapterConfig
 
 
@@ -54,17 +55,29 @@ class Cell(nn.Module, ABC):
             return Unit(hidden_size, config.cell_rank, zero)
 
         self.norm = config.cell_norm
+        self.scale = config.cell_scale
         self.remember = None if config.cell_units == "forget" else unit()
         self.forget = None if config.cell_units == "remember" else unit()
 
-    def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        """The next prompt state `[B, P, H]` from the encoded and the previous one."""
-        written = self.rule(*self.read(encoded, previous))
-        return written * rms(encoded) if self.norm else written
+    def forward(self, encoded: Tensor, previous: Tensor, text_rms: Tensor | None = None) -> Tensor:
+        """The next prompt state `[B, P, H]` from the encoded and the previous one.
 
-    def read(self, encoded: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """`e` and `p` as the rule is given them."""
-        return (encoded / rms(encoded), previous / rms(previous)) if self.norm else (encoded, previous)
+        Args:
+            text_rms: the size `[B, 1, 1]` that `cell_scale: text` brings it to.
+        """
+        *states, size = self.read(encoded, previous)
+        written = self.rule(*states)
+        if self.scale == "prompt":
+            return rescaled(written, size)
+        if self.scale == "text":
+            assert text_rms is not None
+            return rescaled(written, text_rms)
+        return written * size if self.norm else written
+
+    def read(self, encoded: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`e` and `p` as the rule is given them, and `rms(e) [B, P, 1]`."""
+        size = rms(encoded)
+        return (encoded / size, normed(previous), size) if self.norm else (encoded, previous, size)
 
     @abstractmethod
     def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpc_dist.adapter.cell import CELLS
 from gpc_dist.adapter.head import Head
-from gpc_dist.adapter.scale import rescaled, rms, text_rms
+from gpc_dist.adapter.scale import text_rms
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 
@@ -152,13 +152,9 @@ class Adapter(nn.Module):
         """
         if (cell := self.cell_after(layer)) is not None:
             dtype = next(cell.parameters()).dtype
-            states = encoded.to(dtype)
-            written = cell(states, previous.to(dtype))
-            if self.config.cell_scale == "prompt":
-                written = rescaled(written, rms(states))
-            elif self.config.cell_scale == "text":
-                written = rescaled(written, text_rms(text, attention_mask).to(dtype))
-            return written.to(encoded.dtype)
+            scaled = self.config.cell_scale == "text"
+            size = text_rms(text, attention_mask).to(dtype) if scaled else None
+            return cell(encoded.to(dtype), previous.to(dtype), size).to(encoded.dtype)
         if self._fresh_after(layer):
             return self._deep[layer].to(encoded.dtype).expand(len(encoded), -1, -1)
         return encoded

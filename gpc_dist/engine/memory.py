@@ -229,7 +229,8 @@ class LiveStorages(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.operators += 1
+        if function.namespace != "prim":  # as which fake tensors are asked for their device
+            self.operators += 1
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._note(value.untyped_storage())

@@ -183,12 +183,13 @@ def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
         args[0].retain_grad()
         seen.states.append(args[0])
 
-    def writes(cell: nn.Module, args: tuple[Tensor, Tensor], _: Tensor) -> None:
+    def writes(cell: nn.Module, args: tuple[Any, ...], _: Tensor) -> None:
         after = len(seen.states) - 1
-        encoded, previous = (state.detach() for state in args)
+        encoded, previous = (state.detach() for state in args[:2])
         seen.encoded[after] = encoded
         if isinstance(cell, GatedCell):
-            seen.gates[after] = cell.gate(*cell.read(encoded, previous)).mean().item()
+            *states, _size = cell.read(encoded, previous)
+            seen.gates[after] = cell.gate(*states).mean().item()
 
     with ExitStack() as hooks:
         for layer in model.parts.layers:

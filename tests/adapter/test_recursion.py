@@ -121,7 +121,7 @@ class Recorder(nn.Module):
         self.shift = shift
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, encoded: Tensor, previous: Tensor) -> Tensor:
+    def forward(self, encoded: Tensor, previous: Tensor, _: Tensor | None) -> Tensor:
         self.seen.append((encoded, previous))
         return encoded + self.shift
 

@@ -52,6 +52,7 @@ def test_a_dry_run_takes_what_a_real_one_does(family: str, recompute: bool) -> N
     dry = on_paper(family, 5, recompute)
     assert dry.saved == pytest.approx(real.saved, rel=0.01)
     assert dry.peak == pytest.approx(real.peak, rel=0.01)
+    assert dry.operators == pytest.approx(real.operators, rel=0.01)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
