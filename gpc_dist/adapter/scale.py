@@ -16,7 +16,7 @@ def rms(states: Tensor) -> Tensor:
 
 
 def normed(states: Tensor) -> Tensor:
-    """`states [..., H]` with a root mean square of 1 at each position; one kernel on a GPU."""
+    """`states [..., H]` with a root mean square of 1 at each position."""
     return F.rms_norm(states, states.shape[-1:], eps=_EPSILON)
 
 
