@@ -2,8 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# one worker for each core; what tests share, one worker has (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest -n auto --no-loadscope-reorder
 
-.PHONY: setup demo test lint check bench clean
+.PHONY: setup demo test test-fast coverage lint check bench clean
 
 setup: $(READY)
 
@@ -21,7 +23,15 @@ demo: setup
 	$(BIN)/gpc-dist results runs/demo-linear-probe runs/demo-prompt-tuning runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# no process groups, no Ray, no Slurm, no browser
+test-fast: setup
+	$(PYTEST) -m 'not (slow or ray or slurm or browser)'
+
+# of all tests, in all their processes; MARKS='not slow' for fewer
+coverage: setup
+	$(PYTEST) -m '$(MARKS)' --cov --cov-report=term:skip-covered
 
 lint: setup
 	$(BIN)/ruff check .

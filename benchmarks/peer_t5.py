@@ -140,6 +140,8 @@ def make_step(args: argparse.Namespace, world_size: int) -> Any:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
+    if args.device == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # its shared-memory operator would be compiled first, for a minute
     deepspeed.init_distributed(dist_backend="nccl" if args.device == "cuda" else "gloo")
     config = ds_config(args, world_size)
     # must live while from_pretrained runs: weights are then born sharded

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from gpc_dist import cli
+from tests.rays import ray_cluster
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - its own 15 starves workers beside others
+# processes run this checkout, and can be held (see `holds`), wherever they are started
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), str(ROOT / "tests" / "holding"), os.environ.get("PYTHONPATH")])
+)
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+TOGETHER = {"tests/cluster": "slurm", "tests/search/test_tuner.py": "ray", "tests/study/test_run.py": "ray"}
+"""Files, or folders of them, that share what runs on this machine once."""
 
 WORDS = (
     "the a cat dog bird fish runs sleeps sings swims in on under over house garden river tree red green blue old "
@@ -25,12 +37,35 @@ WORDS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no worker begins it when the others have ended."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    order = ("slurm", "ray", "slow")
+    items.sort(key=lambda item: next((place for place, name in enumerate(order) if name in item.keywords), 9))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        """One worker has all tests of a file, which share its fixtures, or of the files that stand `TOGETHER`."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((group for place, group in TOGETHER.items() if file.startswith(place)), file)
+
+    return ByFile(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _holds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TESTS_HOLDS", str(tmp_path_factory.mktemp("holds")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -115,18 +150,26 @@ tracking: {{enabled: false}}
     return path
 
 
-def command(
-    *arguments: object, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run `gpc-dist` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "gpc_dist", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | environment,
-        timeout=300,
-    )
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store that has been used: a copy of it beside a run spares its exporter the first use."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[dict[str, str]]:
+    """Environment variables of a Ray cluster for all searches that leave it as it is."""
+    with ray_cluster() as environment:
+        yield environment
+
+
+def gpc(*words: object) -> int:
+    """Run `gpc-dist` in this process; returns its exit code."""
+    return cli.main([str(word) for word in words])
 
 
 def losses(folder: Path) -> dict[int, float]:

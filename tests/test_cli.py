@@ -11,7 +11,7 @@ import pytest
 
 from gpc_dist import cli, schema
 from gpc_dist.errors import EXIT_USAGE
-from tests.conftest import command
+from tests.processes import cold_command
 
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "mlflow", "sklearn", "scipy", "pandas"}
 
@@ -26,10 +26,10 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_names_every_command_and_every_key() -> None:
-    shown = command("--help").stdout
+    shown = cold_command("--help").stdout
     for name in cli.COMMANDS:
         assert f"\n    {name} " in shown
-    keys = command("train", "--help").stdout
+    keys = cold_command("train", "--help").stdout
     for key in schema.all_keys(cli.config.Config):
         assert f"--{key} " in keys
 
@@ -58,6 +58,6 @@ def test_results_of_a_folder_without_a_run(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_no_command_is_a_usage_error() -> None:
-    done = command()
+    done = cold_command()
     assert done.returncode == EXIT_USAGE
     assert "COMMAND" in done.stderr

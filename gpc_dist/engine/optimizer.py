@@ -131,24 +131,20 @@ def reduce_gradients(lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage
 
     One all-reduce of one flat float32 buffer (at stage 2 one reduction to each owner), whatever
     the number of lanes. Each lane has its own norm: a lane never feels another one's gradients.
+    The squares of all tensors are summed in one order at every stage, so that clipping rounds alike.
     """
     world = lanes[0].world
+    parameters = [p for lane in lanes for p in lane.named.values()]
     if zero_stage == 2 and lanes[0].partitioned:
-        squares = _reduce_to_owners(lanes, world)
-        tail = world.sum(torch.cat([numbers, squares]))
+        _reduce_to_owners(lanes, world)
+        tail = world.sum(torch.cat([numbers, _squares(parameters, numbers)]))
         sums, squares = tail[: len(numbers)], tail[len(numbers) :]
     else:
-        parameters = [p for lane in lanes for p in lane.named.values()]
         flat = world.sum(torch.cat([_flat_gradients(parameters), numbers]))
         _set_gradients(parameters, flat)
-        sums = flat[len(flat) - len(numbers) :]
-        squares = torch.stack(
-            [
-                torch.stack([p.grad.square().sum() for p in lane.named.values()]).sum()  # type: ignore[union-attr]
-                for lane in lanes
-            ]
-        )
-    return Reduced(sums.tolist(), squares.sqrt().tolist())
+        sums, squares = flat[len(flat) - len(numbers) :], _squares(parameters, numbers)
+    of_lanes = squares.split([len(lane.named) for lane in lanes])
+    return Reduced(sums.tolist(), torch.stack([each.sum() for each in of_lanes]).sqrt().tolist())
 
 
 def send_updates(lanes: Sequence[LaneOptimizer]) -> None:
@@ -167,8 +163,8 @@ def send_updates(lanes: Sequence[LaneOptimizer]) -> None:
                 parameter.copy_(values)
 
 
-def _reduce_to_owners(lanes: Sequence[LaneOptimizer], world: World) -> Tensor:
-    """Sum each gradient on its owner only; returns this rank's part of each lane's squared norm [K]."""
+def _reduce_to_owners(lanes: Sequence[LaneOptimizer], world: World) -> None:
+    """Sum each gradient on its owner, and drop it elsewhere."""
     for owner in range(world.size):
         owned = _owned_by(owner, lanes)
         if owned:
@@ -179,12 +175,12 @@ def _reduce_to_owners(lanes: Sequence[LaneOptimizer], world: World) -> Tensor:
             else:
                 for parameter in owned:
                     parameter.grad = None
-    squares = torch.zeros(len(lanes), device=world.device)
-    for k, lane in enumerate(lanes):
-        for name, parameter in lane.named.items():
-            if lane.owner[name] == world.rank and parameter.grad is not None:
-                squares[k] += parameter.grad.square().sum()
-    return squares
+
+
+def _squares(parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
+    """Squared norm of each gradient, 0 where this rank has none; as `numbers` in dtype and place."""
+    nothing = numbers.new_zeros(())
+    return torch.stack([nothing if p.grad is None else p.grad.square().sum() for p in parameters])
 
 
 def _owned_by(owner: int, lanes: Iterable[LaneOptimizer]) -> list[torch.nn.Parameter]:

@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_t5.py"
 
 
+@pytest.mark.slow
 def test_the_cpu_twin_compares_all_sides(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     out = tmp_path / "found.json"

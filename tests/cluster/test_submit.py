@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.cluster.conftest import SlurmLab, job_of, reached, same_run
-from tests.conftest import command, losses
+from gpc_dist.errors import EXIT_USAGE
+from tests.cluster.conftest import HELD, SlurmLab, job_of, same_run
+from tests.conftest import gpc, losses
+from tests.holds import Hold
+from tests.processes import TIMEOUT_S, command, on_ranks
+
+pytestmark = pytest.mark.slurm
 
 
 def test_two_nodes_give_the_losses_of_two_ranks(slurm: SlurmLab, superglue: Path, tmp_path: Path) -> None:
@@ -19,7 +25,7 @@ def test_two_nodes_give_the_losses_of_two_ranks(slurm: SlurmLab, superglue: Path
         *("--train.steps", 6, "--train.batch_size", 8, "--train.log_every", 1, "--engine.zero_stage", 3),
         *("--engine.device", "cpu", "--tracking.enabled", "false"),
     ]
-    here = command("train", "rte", *settings, "--engine.ranks", 2, "--run.dir", tmp_path / "here")
+    here = on_ranks(2, "train", "rte", *settings, "--run.dir", tmp_path / "here")
     assert here.returncode == 0, here.stderr
     done = command(
         "submit", "train", "rte", "--nodes", 2, "--follow", *settings, "--run.dir", "there", cwd=tmp_path
@@ -51,12 +57,14 @@ def test_a_submission_is_kept_as_it_was(slurm: SlurmLab, tiny_recipe: Path, tmp_
     assert re.search(rf"tiny +{job} +finished +100 % +accuracy", table), table
 
 
-def test_an_array_of_seeds(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_an_array_of_seeds(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path, mlflow_store: Path) -> None:
     from mlflow import MlflowClient
 
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_store, tmp_path / "runs" / "mlflow.db")
     done = command(
         *("submit", "train", tiny_recipe, "--seeds", "0-3", "--ranks-per-node", 1),
-        *("--tracking.enabled", "true"),
+        *("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -89,16 +97,19 @@ def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
 
 
 def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "tiny"
+
     def submit() -> str:
-        done = command("submit", "train", long_recipe, "--nodes", 2, "--train.steps", 100000, cwd=tmp_path)
+        done = command("submit", "train", long_recipe, "--nodes", 2, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return job_of(done.stdout)
 
+    first = Hold(folder, HELD)
     job = submit()
     again = command("submit", "train", long_recipe, cwd=tmp_path)
     assert again.returncode == 2
     assert f"has job {job}" in again.stderr
-    reached(tmp_path / "runs" / "tiny", 100)
+    first.wait()
     shown = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"tiny +{job} +running +node\[01-02\]", shown), shown
     cancelled = command("cancel", "runs/tiny", cwd=tmp_path)
@@ -108,11 +119,12 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
     assert re.search(rf"tiny +{job} +stopped", shown), shown
     assert "SIGTERM at step" in shown
     # submitted again, the run goes on
-    before = max(losses(tmp_path / "runs" / "tiny"))
+    second = Hold(folder, max(losses(folder)) + 1)
     job = submit()
-    reached(tmp_path / "runs" / "tiny", before + 1)
+    second.wait()
     command("cancel", job)
     slurm.wait(job)
+    assert sorted(losses(folder)) == list(range(1, max(losses(folder)) + 1))
 
 
 @pytest.mark.parametrize(
@@ -142,13 +154,17 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
     ],
 )
 def test_what_cannot_run_is_not_submitted(
-    slurm: SlurmLab, tmp_path: Path, words: list[str], said: str
+    slurm: SlurmLab,
+    tmp_path: Path,
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     before = slurm.call("squeue", "--noheader", "--states=all", "--format=%i")
-    done = command("submit", "train", *words, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    assert gpc("submit", "train", *words) == EXIT_USAGE
+    assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert slurm.call("squeue", "--noheader", "--states=all", "--format=%i") == before
 

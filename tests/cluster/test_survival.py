@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -13,8 +13,18 @@ import pytest
 
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.state import TrackingState
-from tests.cluster.conftest import ROOT, SlurmLab, reached, recorded_once, same_run
-from tests.conftest import command
+from tests.cluster.conftest import HELD, SlurmLab, recorded_once, same_run
+from tests.conftest import ROOT
+from tests.holds import Hold
+from tests.processes import command, wait_until
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(autouse=True)
+def _store(tmp_path: Path, mlflow_store: Path) -> None:
+    shutil.copy(mlflow_store, tmp_path / "mlflow.db")
+
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 NODES = ("--nodes=2", "--ntasks-per-node=1")
@@ -44,8 +54,9 @@ def log_of(folder: Path) -> str:
 
 
 def test_requeued_by_hand(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    hold = Hold(tmp_path / "run", HELD)
     job = start(slurm, long_recipe, tmp_path)
-    reached(tmp_path / "run", 150)
+    hold.wait(lambda: log_of(tmp_path))
     slurm.call("scontrol", "requeue", job)
     found = slurm.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
@@ -54,9 +65,10 @@ def test_requeued_by_hand(slurm: SlurmLab, long_recipe: Path, undisturbed: Path,
 
 
 def test_preempted(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    hold = Hold(tmp_path / "run", HELD)
     job = start(slurm, long_recipe, tmp_path, "--partition=spot")
-    reached(tmp_path / "run", 150)
-    other = slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", cwd=tmp_path)
+    hold.wait(lambda: log_of(tmp_path))
+    other = slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=tmp_path)
     slurm.wait(other)
     found = slurm.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
@@ -67,14 +79,9 @@ def test_preempted(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_pa
 
 def test_time_limit(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     # Slurm looks at time limits twice a minute and warns up to a minute early: 35 to 60 s after the start at @60
+    hold = Hold(tmp_path / "run", HELD)
     job = start(slurm, long_recipe, tmp_path, "--time=2", "--signal=B:USR2@60")
-    reached(tmp_path / "run", 150)
-    held = ranks_of(tmp_path)  # until the warning, which a fast machine would be done before
-    for rank in held:
-        rank.suspend()
-    slurm.wait_for(job, lambda _: "asked to stop" in log_of(tmp_path), timeout_s=90)
-    for rank in held:
-        rank.resume()
+    hold.wait(lambda: log_of(tmp_path))  # which lasts until the warning
     found = slurm.wait(job)
     assert found["JobState"] == "COMPLETED", log_of(tmp_path)
     assert int(found["Restarts"]) >= 1
@@ -86,12 +93,11 @@ def test_time_limit(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_p
 def test_a_killed_rank_ends_the_job_which_goes_on_from_the_last_checkpoint(
     slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
+    hold = Hold(tmp_path / "run", HELD)
     job = start(slurm, long_recipe, tmp_path)
-    reached(tmp_path / "run", 250)
-    killed_s = time.time()
+    hold.wait(lambda: log_of(tmp_path))
     ranks_of(tmp_path)[1].kill()
-    slurm.wait_for(job, lambda found: found["Restarts"] == "1", timeout_s=60)
-    assert time.time() - killed_s < 60
+    slurm.wait_for(job, lambda found: found["Restarts"] == "1")  # although rank 0 would wait for ever
     found = slurm.wait(job)
     assert found["JobState"] == "COMPLETED", log_of(tmp_path)
     assert "failure 1: requeued" in log_of(tmp_path)
@@ -102,10 +108,12 @@ def test_a_killed_rank_ends_the_job_which_goes_on_from_the_last_checkpoint(
 def test_a_stuck_rank_ends_the_job_within_the_timeout(
     slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
+    hold = Hold(tmp_path / "run", HELD)
     job = start(slurm, long_recipe, tmp_path, settings=("--engine.timeout_s", "10"))
-    reached(tmp_path / "run", 250)
+    hold.wait(lambda: log_of(tmp_path))
     os.kill(ranks_of(tmp_path)[1].pid, signal.SIGSTOP)
-    slurm.wait_for(job, lambda found: found["Restarts"] == "1", timeout_s=60)
+    hold.release()
+    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
     found = slurm.wait(job)
     assert found["JobState"] == "COMPLETED", log_of(tmp_path)
     assert "did not answer for 10 s (engine.timeout_s)" in log_of(tmp_path)
@@ -113,8 +121,9 @@ def test_a_stuck_rank_ends_the_job_within_the_timeout(
 
 
 def test_a_dead_node(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    hold = Hold(tmp_path / "run", HELD)
     job = start(slurm, long_recipe, tmp_path)
-    reached(tmp_path / "run", 250)
+    hold.wait(lambda: log_of(tmp_path))
     slurm.down("--node", "node02")
     slurm.wait_for(job, lambda found: found["Restarts"] == "1")
     slurm.up()
@@ -144,11 +153,9 @@ def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     run = RunFolder(tmp_path / "run")
-    job = start(slurm, long_recipe, tmp_path, settings=("--train.steps", "100000"))
-    deadline = time.monotonic() + 120
-    while TrackingState.load(run).run_id is None:
-        assert time.monotonic() < deadline, log_of(tmp_path)
-        time.sleep(0.5)
+    Hold(run.path, HELD)
+    job = start(slurm, long_recipe, tmp_path)
+    wait_until(lambda: TrackingState.load(run).run_id is not None, failed=lambda: log_of(tmp_path))
     slurm.call("scancel", job)
     assert slurm.wait(job)["JobState"] == "CANCELLED"
     # Slurm may have ended the follower before it could tell MLflow

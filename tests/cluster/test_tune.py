@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from gpc_dist.errors import EXIT_USAGE
 from tests.cluster.conftest import SlurmLab, job_of
-from tests.conftest import command
+from tests.conftest import gpc
+from tests.holds import Hold
+from tests.processes import command, wait_until
+
+pytestmark = pytest.mark.slurm
 
 
 def write_search(place: Path, recipe: Path, steps: int, ranks: int = 2) -> None:
@@ -27,21 +31,27 @@ def write_search(place: Path, recipe: Path, steps: int, ranks: int = 2) -> None:
 
 def test_a_requeued_search_over_two_nodes(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
     """Nodes of two CPUs: the ranks of a pack do not fit on one."""
-    write_search(tmp_path, tiny_recipe, steps=80)
+    write_search(tmp_path, tiny_recipe, steps=40)
+    search = tmp_path / "searches" / "mine"
+    hold, guard = holds(search)
     done = command("submit", "tune", "mine.yaml", "--nodes", 2, "--cpus-per-rank", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "mine.yaml").write_text("recipe: changed")  # too late to matter
-    job, search = job_of(done.stdout), tmp_path / "searches" / "mine"
-    wait_for_a_step(search)
+    job = job_of(done.stdout)
+    hold.wait(lambda: log_of(search))
     slurm.call("scontrol", "requeue", job)
+    wait_until(lambda: "ended by Slurm" in log_of(search))
+    hold.release()
+    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
+    guard.release()
     shown = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"mine +{job} ", shown), shown
-    found = slurm.wait(job, timeout_s=400)
+    found = slurm.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(search)
     result = json.loads((search / "result.json").read_text())
     assert (result["trials"], result["finished"], result["failed"]) == (4, 4, 0)
     for path in search.glob("trials/*"):
-        assert steps_of(path) == [20, 40, 60, 80]
+        assert steps_of(path) == [10, 20, 30, 40]
         assert json.loads((path / "result.json").read_text())["world_size"] == 2
     shown = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"mine +{job} +finished +4 of 4 trials +accuracy [\d.]+ \(trial 00\d\)", shown), shown
@@ -50,31 +60,34 @@ def test_a_requeued_search_over_two_nodes(slurm: SlurmLab, tiny_recipe: Path, tm
 def test_a_cancelled_search_goes_on_when_it_is_submitted_again(
     slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
 ) -> None:
-    write_search(tmp_path, tiny_recipe, steps=80, ranks=1)
+    write_search(tmp_path, tiny_recipe, steps=40, ranks=1)
+    search = tmp_path / "searches" / "mine"
+    hold, guard = holds(search)
     words = ["submit", "tune", "mine.yaml", "--nodes", 1, "--cpus-per-rank", 2]
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    job, search = job_of(done.stdout), tmp_path / "searches" / "mine"
-    wait_for_a_step(search)
+    hold.wait(lambda: log_of(search))
+    job = job_of(done.stdout)
     done = command("cancel", "searches/mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    slurm.wait(job, timeout_s=120)
+    wait_until(lambda: "ended by Slurm" in log_of(search))
+    hold.release()
+    slurm.wait(job)
+    guard.release()
     assert not (search / "result.json").exists()
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = slurm.wait(job_of(done.stdout), timeout_s=400)
+    found = slurm.wait(job_of(done.stdout))
     assert found["JobState"] == "COMPLETED", log_of(search)
     result = json.loads((search / "result.json").read_text())
     assert (result["trials"], result["finished"], result["failed"]) == (4, 4, 0)
     for path in search.glob("trials/*"):
-        assert steps_of(path) == [20, 40, 60, 80]
+        assert steps_of(path) == [10, 20, 30, 40]
 
 
-def wait_for_a_step(search: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not any(path.stat().st_size for path in search.glob("trials/*/metrics.jsonl")):
-        assert time.monotonic() < deadline, log_of(search)
-        time.sleep(0.2)
+def holds(search: Path) -> tuple[Hold, Hold]:
+    """The first trial is held until the job was asked to end; the last one, lest it be done before it hears of it."""
+    return Hold(search / "trials" / "000", 20), Hold(search / "trials" / "003", 20)
 
 
 def steps_of(trial: Path) -> list[int]:
@@ -99,9 +112,14 @@ def log_of(search: Path) -> str:
     ],
 )
 def test_what_cannot_run_is_not_submitted(
-    slurm: SlurmLab, tmp_path: Path, words: list[str], said: str
+    slurm: SlurmLab,
+    tmp_path: Path,
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    done = command("submit", "tune", *words, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert gpc("submit", "tune", *words) == EXIT_USAGE
+    assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpc_dist import cli
 from gpc_dist.adapter.families import EncoderParts, locate
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
 from gpc_dist.config import AdapterConfig, EncoderConfig, build
@@ -23,7 +22,7 @@ from gpc_dist.engine.frozen import encoder_path, load_encoder, place
 from gpc_dist.engine.quantize import QuantizedLinear, quantize_layer
 from gpc_dist.errors import UserError
 from tests.adapter.encoders import batch_for, tiny
-from tests.conftest import losses
+from tests.conftest import gpc, losses
 
 SENTENCES = [
     "The cat sat on the mat.",
@@ -235,10 +234,6 @@ def test_a_matrix_with_an_empty_row_stays_finite() -> None:
 def test_an_unknown_kind_is_not_taken_for_int8() -> None:
     with pytest.raises(ValueError, match="int3"):
         quantize_layer(nn.Sequential(nn.Linear(2, 2)), "int3")
-
-
-def gpc(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

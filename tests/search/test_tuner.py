@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 
-from tests.conftest import command, losses
+from gpc_dist import cli
+from gpc_dist.errors import EXIT_USAGE
+from gpc_dist.tracking.folder import SearchFolder
+from tests.conftest import gpc, losses
+from tests.holds import Hold
+from tests.processes import command, start, start_call, wait_until
+from tests.rays import workers_in
+from tests.tracking.searches import children_of, parent_of
+
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_recipe: Path) -> Path:
+def place(tmp_path: Path, tiny_recipe: Path, mlflow_store: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(tiny_recipe.read_text())
+    (tmp_path / "searches").mkdir()
+    shutil.copy(mlflow_store, tmp_path / "searches" / "mlflow.db")
     return tmp_path
 
 
@@ -38,16 +45,16 @@ def write_search(place: Path, **keys: Any) -> Path:
         },
         "trials": 4,
         "resources": {"pack": 4},
+        "tracking": {"enabled": False},
     }
     path = place / "mine.yaml"
     path.write_text(yaml.safe_dump(search | keys))
     return path
 
 
-def tune(place: Path, *words: object) -> Path:
-    done = command("tune", *words, cwd=place, PYTHONPATH=str(Path(__file__).parents[2]))
+def tune(place: Path, environment: dict[str, str], *words: object) -> Path:
+    done = command("tune", *words, cwd=place, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    (place / "said").write_text(done.stdout)
     return place / "searches" / "mine"
 
 
@@ -59,10 +66,11 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def test_a_packed_search(place: Path) -> None:
+def test_a_packed_search(place: Path, shared_ray: dict[str, str]) -> None:
     # one pack takes the whole machine: trials spread over all packs there is room for
     whole = {"pack": 4, "cpus_per_rank": os.cpu_count()}
-    search = tune(place, write_search(place, seeds=[0, 1], trials=2, resources=whole))
+    path = write_search(place, seeds=[0, 1], trials=2, resources=whole, tracking={"enabled": True})
+    search = tune(place, shared_ray, path)
     found = trials(search)
     assert sorted(found) == [0, 1, 2, 3]
     records = [read(path / "trial.json") for path in found.values()]
@@ -78,6 +86,11 @@ def test_a_packed_search(place: Path) -> None:
     best = found[int(result["best_trial"])]
     evaluated = json.loads(command("evaluate", best / "adapter").stdout)
     assert evaluated["metrics"]["accuracy"] == pytest.approx(result["best"])
+    # all of it is in MLflow
+    parent, children = parent_of(SearchFolder(search)), children_of(SearchFolder(search))
+    assert parent.info.status == "FINISHED"
+    assert sorted(name.rpartition("_")[2] for name in children) == ["00000", "00001", "00002", "00003"]
+    assert {child.info.status for child in children.values()} == {"FINISHED"}
     # a trial is the run that its configuration makes alone
     done = command("train", found[3] / "config.yaml", "--run.dir", place / "alone")
     assert done.returncode == 0, done.stderr
@@ -86,7 +99,7 @@ def test_a_packed_search(place: Path) -> None:
     torch.testing.assert_close(list(mine.values()), list(theirs.values()), rtol=1e-3, atol=1e-5)
 
 
-def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
+def test_ranks_and_more_trials_than_lanes(place: Path, shared_ray: dict[str, str]) -> None:
     """The two that learn come first, so that ASHA stops the two that cannot."""
     path = write_search(
         place,
@@ -103,10 +116,8 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
         },
         scheduler={"name": "asha", "grace_steps": 20, "reduction_factor": 2},
     )
-    search = tune(place, path)
-    running = set(map(int, re.findall(r"(\d+) RUNNING", (place / "said").read_text())))
-    assert running <= {1, 2}
-    assert running
+    search = tune(place, shared_ray, path)
+    assert most_at_once(trials(search)) == 2
     results = [read(path / "result.json") for path in trials(search).values()]
     assert len(results) == 4
     assert {(result["world_size"], result["zero_stage"]) for result in results} == {(2, 3)}
@@ -121,117 +132,31 @@ def test_ranks_and_more_trials_than_lanes(place: Path) -> None:
         assert max(losses(folder)) < 60
 
 
-def test_trials_of_other_shapes_go_to_another_pack(place: Path) -> None:
+def most_at_once(trials: dict[int, Path]) -> int:
+    """Trials that were trained at the same time."""
+    begun_or_ended = []
+    for path in trials.values():
+        times = [json.loads(line)["time_s"] for line in (path / "metrics.jsonl").open()]
+        begun_or_ended += [(times[0], 1), (times[-1], -1)]
+    running = itertools.accumulate(change for _, change in sorted(begun_or_ended))
+    return max(running)
+
+
+def test_trials_of_other_shapes_go_to_another_pack(place: Path, shared_ray: dict[str, str]) -> None:
     space = {"adapter.prompt_tokens": {"grid": [4, 6]}, "train.lr": {"grid": [0.01, 0.02]}}
     path = write_search(place, space=space, algorithm="grid", trials=None, settings={"train.steps": 8})
-    search = tune(place, path)
+    search = tune(place, shared_ray, path)
     records = [read(path / "trial.json") for path in trials(search).values()]
     assert {record["decision"] for record in records} == {"completed"}
     lanes = [(record["settings"]["adapter.prompt_tokens"], record["lane"]) for record in records]
     assert sorted(lanes) == [(4, 0), (4, 1), (6, 0), (6, 1)]
 
 
-def test_a_search_that_was_killed_goes_on(place: Path) -> None:
-    path = write_search(
-        place,
-        settings={"train.steps": 1600, "train.eval_every": 100, "train.log_every": 100},
-        resources={"pack": 2},
-        scheduler={"name": "asha", "grace_steps": 200, "reduction_factor": 2},
-    )
-    driver = start(place, path)
-    search = place / "searches" / "mine"
-    wait(
-        lambda: (
-            sum(reached(p) >= 300 for p in trials(search).values()) >= 1
-            if (search / "trials").exists()
-            else False
-        )
-    )
-    before = {number: reached(path) for number, path in trials(search).items()}
-    driver.kill()
-    driver.wait()
-    wait(
-        lambda: (
-            not [
-                p
-                for p in psutil.process_iter(["cmdline"])
-                if str(search) in " ".join(p.info["cmdline"] or [])
-            ]
-        )
-    )
-    done = command("tune", path, cwd=place)
-    assert done.returncode == 2
-    assert "holds a search already: go on with it by --resume" in done.stderr
-    tune(place, path, "--resume")
-    found = trials(search)
-    assert sorted(found) == [0, 1, 2, 3]
-    for number, step in before.items():
-        assert reached(found[number]) >= step
-    for path in found.values():
-        steps = [
-            line["step"]
-            for line in map(json.loads, (path / "metrics.jsonl").open())
-            if "val/accuracy" in line
-        ]
-        assert steps == list(range(100, max(steps) + 1, 100))
-    result = read(search / "result.json")
-    assert result["finished"] + result["stopped"] == 4
-    assert result["failed"] == 0
-
-
-def test_trials_left_by_another_search_are_not_taken_over(place: Path) -> None:
-    left = place / "searches" / "mine" / "trials" / "000" / "checkpoints"
-    left.mkdir(parents=True)
-    path = write_search(place)
-    for words in ((path,), (path, "--resume")):
-        done = command("tune", *words, cwd=place, PYTHONPATH=str(Path(__file__).parents[2]))
-        assert done.returncode == 2
-        assert "holds trials of a search whose search.yaml is gone: remove the folder" in done.stderr
-    assert [each.name for each in (place / "searches" / "mine").iterdir()] == ["trials"]
-
-
-def test_a_stopped_search_goes_on(place: Path) -> None:
-    # evaluations are far apart: what is done between two of them is to be kept
-    path = write_search(place, settings={"train.steps": 600, "train.eval_every": 300, "train.log_every": 25})
-    driver = start(place, path)
-    search = place / "searches" / "mine"
-    wait(lambda: (search / "trials").exists() and any(reached(p) >= 100 for p in trials(search).values()))
-    driver.send_signal(signal.SIGTERM)  # which Ray would take for itself
-    out, said = driver.communicate(timeout=120)
-    assert driver.returncode == 75, out + said
-    assert "stopped by SIGTERM; go on with" in said
-    assert read(search / "status.json")["state"] == "stopped"
-    for trial in trials(search).values():
-        assert saved(trial) >= reached(trial)
-    tune(place, search / "search.yaml", "--resume")
-    assert {max(losses(path)) for path in trials(search).values()} == {600}
-
-
-def test_a_trial_whose_ranks_die_is_tried_again(place: Path) -> None:
-    path = write_search(
-        place,
-        settings={"train.steps": 1200, "train.eval_every": 100, "train.log_every": 100},
-        trials=1,
-        resources={},
-        retries=1,
-    )
-    driver = start(place, path)
-    search = place / "searches" / "mine"
-    wait(lambda: (search / "trials" / "000").exists() and reached(search / "trials" / "000") >= 300)
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        if "ray::Rank" in " ".join(process.cmdline()):
-            process.kill()
-    out, said = driver.communicate(timeout=200)
-    assert driver.returncode == 0, out + said
-    assert max(losses(search / "trials" / "000")) == 1200
-    assert read(search / "trials" / "000" / "trial.json")["decision"] == "completed"
-
-
-def test_a_trial_that_fails_does_not_end_the_search(place: Path) -> None:
+def test_a_trial_that_fails_does_not_end_the_search(place: Path, shared_ray: dict[str, str]) -> None:
     space = {"train.lr": {"grid": [0.01, 1e30]}}
     settings = {"train.steps": 24, "train.clip_norm": None, "train.warmup": 0}
     path = write_search(place, space=space, algorithm="grid", trials=None, settings=settings)
-    done = command("tune", path, cwd=place)
+    done = command("tune", path, cwd=place, **shared_ray)
     assert done.returncode == 0, done.stderr
     assert "trial 001 failed: the loss was not finite" in done.stdout
     search = place / "searches" / "mine"
@@ -245,7 +170,110 @@ def test_a_trial_that_fails_does_not_end_the_search(place: Path) -> None:
     assert read(search / "result.json")["failed"] == 1
 
 
-def test_population_based_training_copies_the_better(place: Path) -> None:
+def test_a_search_that_was_killed_goes_on(place: Path, shared_ray: dict[str, str]) -> None:
+    path = write_search(
+        place,
+        settings={"train.steps": 24, "train.eval_every": 4, "train.log_every": 4},
+        resources={"pack": 2},
+        scheduler={"name": "asha", "grace_steps": 8, "reduction_factor": 2},
+    )
+    search = place / "searches" / "mine"
+    hold = Hold(search / "trials" / "000", 12)
+    driver = start("tune", path, cwd=place)
+    hold.wait(lambda: driver.stdout + driver.stderr)
+    before = {number: reached(path) for number, path in trials(search).items()}
+    assert before[0] == 12
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not workers_in(place))
+    done = command("tune", path, cwd=place)
+    assert done.returncode == EXIT_USAGE
+    assert "holds a search already: go on with it by --resume" in done.stderr
+    tune(place, shared_ray, path, "--resume")
+    found = trials(search)
+    assert sorted(found) == [0, 1, 2, 3]
+    for number, step in before.items():
+        assert reached(found[number]) >= step
+    for path in found.values():
+        steps = [
+            line["step"]
+            for line in map(json.loads, (path / "metrics.jsonl").open())
+            if "val/accuracy" in line
+        ]
+        assert steps == list(range(4, max(steps) + 1, 4))
+    result = read(search / "result.json")
+    assert result["finished"] + result["stopped"] == 4
+    assert result["failed"] == 0
+
+
+def test_trials_left_by_another_search_are_not_taken_over(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    left = place / "searches" / "mine" / "trials" / "000" / "checkpoints"
+    left.mkdir(parents=True)
+    path = str(write_search(place))
+    for words in ((path,), (path, "--resume")):
+        assert gpc("tune", *words) == EXIT_USAGE
+        said = capsys.readouterr().err
+        assert "holds trials of a search whose search.yaml is gone: remove the folder" in said
+    assert [each.name for each in (place / "searches" / "mine").iterdir()] == ["trials"]
+
+
+def tune_and_note(words: list[str], note: Path) -> int:
+    """`gpc-dist tune` that leaves a note once Ray Tune knows that it is to stop."""
+    kill = os.kill
+
+    def kill_and_note(pid: int, number: int) -> None:
+        kill(pid, number)  # its own process: Python has run Tune's handler when this returns
+        note.touch()
+
+    os.kill = kill_and_note
+    return cli.main(["tune", *words])
+
+
+def test_a_stopped_search_goes_on(
+    place: Path, shared_ray: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # evaluations are far apart: what is done between two of them is to be kept
+    path = write_search(place, settings={"train.steps": 60, "train.eval_every": 30, "train.log_every": 5})
+    search = place / "searches" / "mine"
+    hold = Hold(search / "trials" / "000", 10)
+    monkeypatch.chdir(place)
+    driver = start_call(tune_and_note, [str(path)], place / "note")
+    hold.wait(lambda: driver.stdout + driver.stderr)
+    driver.send_signal(signal.SIGTERM)  # which Ray would take for itself
+    wait_until((place / "note").exists)
+    hold.release()
+    assert driver.wait() == 75, driver.stdout + driver.stderr
+    assert "stopped by SIGTERM; go on with" in driver.stderr
+    assert read(search / "status.json")["state"] == "stopped"
+    for trial in trials(search).values():
+        assert saved(trial) >= reached(trial)
+    tune(place, shared_ray, search / "search.yaml", "--resume")
+    assert {max(losses(path)) for path in trials(search).values()} == {60}
+
+
+def test_a_trial_whose_ranks_die_is_tried_again(place: Path, shared_ray: dict[str, str]) -> None:
+    path = write_search(
+        place,
+        settings={"train.steps": 24, "train.eval_every": 4, "train.log_every": 2},
+        trials=1,
+        resources={},
+        retries=1,
+    )
+    trial = place / "searches" / "mine" / "trials" / "000"
+    hold = Hold(trial, 14)
+    driver = start("tune", path, cwd=place, **shared_ray)
+    hold.wait(lambda: driver.stdout + driver.stderr)
+    (rank,) = workers_in(place, "ray::Rank")
+    rank.kill()
+    assert driver.wait() == 0, driver.stdout + driver.stderr
+    assert max(losses(trial)) == 24
+    assert read(trial / "trial.json")["decision"] == "completed"
+
+
+def test_population_based_training_copies_the_better(place: Path, shared_ray: dict[str, str]) -> None:
     space = {"train.lr": {"loguniform": [1e-6, 1e-1]}}
     path = write_search(
         place,
@@ -254,7 +282,7 @@ def test_population_based_training_copies_the_better(place: Path) -> None:
         settings={"train.steps": 48, "train.schedule": "constant", "train.eval_every": 4},
         seed=3,
     )
-    search = tune(place, path)
+    search = tune(place, shared_ray, path)
     assert {max(losses(path)) for path in trials(search).values()} == {48}
     copied = [path for path in trials(search).values() if (path / "started-from").exists()]
     assert copied
@@ -263,17 +291,6 @@ def test_population_based_training_copies_the_better(place: Path) -> None:
         steps = [line["step"] for line in lines if "train/loss" in line]
         # a copy of a trial that is further on leaves out the steps between
         assert steps == sorted(set(steps))
-
-
-def start(place: Path, path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gpc_dist", "tune", str(path)],
-        cwd=place,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
 
 
 def reached(path: Path) -> int:
@@ -285,14 +302,9 @@ def saved(path: Path) -> int:
     return max(int(state.name.removeprefix("step-")) for state in (path / "checkpoints").glob("step-*"))
 
 
-def wait(ready: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-def test_trials_that_train_their_encoder_begin_from_a_fresh_one(place: Path) -> None:
+def test_trials_that_train_their_encoder_begin_from_a_fresh_one(
+    place: Path, shared_ray: dict[str, str]
+) -> None:
     """One after the other, in the room of one pack."""
     fixed = {"adapter.method": "fine-tuning", "train.steps": 4, "train.encoder_lr": 1e-2}
     path = write_search(
@@ -302,7 +314,7 @@ def test_trials_that_train_their_encoder_begin_from_a_fresh_one(place: Path) -> 
         trials=2,
         resources={"pack": 1, "concurrent": 1},
     )
-    found = trials(tune(place, path))
+    found = trials(tune(place, shared_ray, path))
     assert losses(found[0]) == losses(found[1])
     words = [word for key, value in fixed.items() for word in (f"--{key}", value)]
     done = command("train", place / "recipe.yaml", *words, "--run.dir", place / "alone")

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from gpc_dist.errors import UserError
+from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.study.folder import StudyFolder
 from gpc_dist.study.results import read_study
 from gpc_dist.study.run import new_tasks, run_study
 from gpc_dist.study.spec import StudySpec, load
-from tests.conftest import command
+from tests.conftest import gpc
+from tests.holds import Hold
+from tests.processes import command, start, wait_until
+from tests.rays import workers_in
 
-ROOT = str(Path(__file__).parents[2])
 METHODS = {
     "prompt-tuning": {"space": {"train.lr": [1e-2, 1e-3]}},
     "gpc": {"space": {"train.lr": [1e-2, 1e-3], "train.cell_lr": [3e-4]}},
@@ -55,14 +52,15 @@ def place(tmp_path: Path, tiny_recipe: Path) -> Path:
     return tmp_path
 
 
-def test_a_study_that_was_killed_goes_on_and_reports(place: Path) -> None:
+@pytest.mark.ray
+def test_a_study_that_was_killed_goes_on_and_reports(place: Path, shared_ray: dict[str, str]) -> None:
     study = place / "studies" / "mine"
     with pytest.raises(UserError, match="holds no task that was measured on its official validation split"):
         read_study(
             StudySpec.model_validate(yaml.safe_load((place / "mine.yaml").read_text()) | {"dir": study})
         )
     kill_in_the_middle(place, study)
-    done = command("study", "mine.yaml", cwd=place, PYTHONPATH=ROOT)
+    done = command("study", "mine.yaml", cwd=place, **shared_ray)
     assert done.returncode == 0, done.stdout + done.stderr
 
     # of the space of two values each is tried once, and the better one has the better hold-out
@@ -102,7 +100,7 @@ def test_a_study_that_was_killed_goes_on_and_reports(place: Path) -> None:
 
     # nothing is measured or trained again
     before = {path: path.stat().st_mtime_ns for path in study.rglob("*.json") if path.parent.name != "report"}
-    done = command("study", "mine.yaml", cwd=place, PYTHONPATH=ROOT)
+    done = command("study", "mine.yaml", cwd=place, **shared_ray)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match="holds another study, or this one with other values"):
@@ -132,45 +130,29 @@ def method_of(trial: Path) -> str:
 
 def kill_in_the_middle(place: Path, study: Path) -> None:
     """End the driver while the first search trains, and wait for its processes to end."""
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "gpc_dist", "study", "mine.yaml"],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": ROOT},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not any(study.glob("tasks/cats/search-packed/trials/*/checkpoints/step-*")):
-        assert driver.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    hold = Hold(study / "tasks" / "cats" / "search-packed" / "trials" / "000", 30)
+    driver = start("study", "mine.yaml", cwd=place)
+    hold.wait(lambda: driver.stdout + driver.stderr)
     driver.kill()
     driver.wait()
-    while any(is_ray_of(process, place) for process in psutil.process_iter()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: not workers_in(place))
 
 
-def is_ray_of(process: psutil.Process, place: Path) -> bool:
-    """Whether it is one of Ray's workers, which work where the driver did."""
-    try:
-        return "ray::" in " ".join(process.cmdline()) and process.cwd() == str(place)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return False
-
-
-def test_what_a_study_will_run(place: Path) -> None:
-    done = command("study", "mine.yaml", "--dry-run", cwd=place, PYTHONPATH=ROOT)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+def test_what_a_study_will_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert gpc("study", "mine.yaml", "--dry-run") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cats", "gpc", "2", "5", "480"] in lines
     assert lines[-1] == ["together", "10", "960"]
     assert not (place / "studies").exists()
 
 
-def test_data_that_cannot_be_read_are_said_before_anything_is_trained(place: Path) -> None:
-    words = ("--tasks.cats.settings.data.path", str(place / "nowhere"))
-    done = command("study", "mine.yaml", *words, cwd=place, PYTHONPATH=ROOT)
-    assert done.returncode == 2
-    assert "nowhere" in done.stderr
+def test_data_that_cannot_be_read_are_said_before_anything_is_trained(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert gpc("study", "mine.yaml", "--tasks.cats.settings.data.path", place / "nowhere") == EXIT_USAGE
+    assert "nowhere" in capsys.readouterr().err
     assert not (place / "studies").exists()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +17,9 @@ import yaml
 from gpc_dist import config, files
 from gpc_dist.tracking.folder import RunFolder, SearchFolder, State, TrialFolder
 from gpc_dist.tracking.metrics import MetricLog
+from tests.processes import free_port, wait_until
 
 from .searches import AddTrial, MakeSearch, decide
-
-REPOSITORY = Path(__file__).parents[2]
 
 MakeRun = Callable[..., RunFolder]
 Start = Callable[[RunFolder, str], "subprocess.Popen[str]"]
@@ -97,7 +94,6 @@ def python_processes(prologue: str, place: Path) -> Iterator[Start]:
         process = subprocess.Popen(
             [sys.executable, "-c", prologue + script, str(folder.path)],
             cwd=place,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -177,24 +173,11 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log").open("wb") as output:
         server = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, start_new_session=True)
     try:
-        wait_until(lambda: _answers(f"{uri}/health"), timeout_s=180)  # machines that run tests are busy
+        wait_until(lambda: _answers(f"{uri}/health"))
         yield uri
     finally:
         os.killpg(server.pid, signal.SIGKILL)  # with its workers, and without their long farewell
         server.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def _answers(url: str) -> bool:

@@ -15,10 +15,11 @@ from gpc_dist import files
 from gpc_dist.errors import MachineError, UserError
 from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.sync import mark_stale, sync_run
+from tests.processes import TIMEOUT_S, free_port, wait_until
 
-from .conftest import MakeRun, Start, free_port, wait_until
+from .conftest import MakeRun, Start
 
-ENDING_S = 120  # generous: machines that run tests are busy
+pytestmark = pytest.mark.slow
 
 
 def value_of(run: RunFolder, key: str) -> object:
@@ -39,16 +40,16 @@ def test_run_is_recorded_while_it_goes_on_and_after_a_resume(
         run,
         "log.append(1, {'train/loss': 1.0})\n"
         "log.append(2, {'train/loss': 0.9})\n"
-        "print(follower.wait_for_run_id(120), flush=True)\n"
+        "print(follower.wait_for_run_id(300), flush=True)\n"
         "signal.signal(signal.SIGUSR2, lambda *_: None)\n"
         "signal.pause()\n"
         "run.write_status('stopped', 'SIGUSR2')\n"
-        f"state = follower.finish({ENDING_S})\n"
+        f"state = follower.finish({TIMEOUT_S})\n"
         "print(state.run_id, state.complete)\n",
     )
     assert first.stdout is not None
     run_id = first.stdout.readline().strip()
-    wait_until(lambda: value_of(run, "steps") == {"train/loss": 2}, ENDING_S)
+    wait_until(lambda: value_of(run, "steps") == {"train/loss": 2})
     assert client.get_run(run_id).info.status == "RUNNING"
     (follower,) = psutil.Process(first.pid).children()
     assert follower.nice() == min(os.nice(0) + 10, 19)
@@ -58,7 +59,7 @@ def test_run_is_recorded_while_it_goes_on_and_after_a_resume(
         follower.send_signal(number)  # as a batch system does, which knows nothing of roles
     first.send_signal(signal.SIGUSR2)
     assert first.stdout.read() == f"{run_id} True\n"
-    assert first.wait(ENDING_S) == 0
+    assert first.wait(TIMEOUT_S) == 0
     assert client.get_run(run_id).info.status == "KILLED"
     assert client.get_run(run_id).data.tags["gpc.state"] == "stopped"
 
@@ -69,9 +70,9 @@ def test_run_is_recorded_while_it_goes_on_and_after_a_resume(
         "    log.append(step, {'train/loss': 0.8})\n"
         "files.write_json(run.result, {'steps': 3})\n"
         "run.write_status('finished')\n"
-        f"print(follower.finish({ENDING_S}).run_id)\n",
+        f"print(follower.finish({TIMEOUT_S}).run_id)\n",
     )
-    assert second.communicate(timeout=ENDING_S)[0] == f"{run_id}\n"
+    assert second.communicate(timeout=TIMEOUT_S)[0] == f"{run_id}\n"
     assert client.get_run(run_id).info.status == "FINISHED"
     assert recorded_steps(client, run) == [1, 2, 3]
     assert os.listdir(tmp_path) == []  # no mlruns, no mlflow.db: nothing beside the run folders
@@ -83,13 +84,13 @@ def test_killed_trainer_is_recorded_as_killed(make_run: MakeRun, trainer: Start)
     process = trainer(
         run,
         "log.append(1, {'train/loss': 1.0})\n"
-        "follower.wait_for_run_id(120)\n"
+        "follower.wait_for_run_id(300)\n"
         "log.append(2, {'train/loss': 0.9})\n"
         "if os.fork() != 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "while run.read_status().state == 'running': time.sleep(0.1)\n",
     )
-    assert process.wait(ENDING_S) == -signal.SIGKILL
-    wait_until(lambda: value_of(run, "state") == "killed", ENDING_S)
+    assert process.wait(TIMEOUT_S) == -signal.SIGKILL
+    wait_until(lambda: value_of(run, "state") == "killed")
     client = MlflowClient(f"sqlite:///{run.path.parent}/mlflow.db")
     found = client.get_run(str(value_of(run, "run_id")))
     assert found.info.status == "KILLED"
@@ -106,15 +107,13 @@ def test_server_that_is_down_is_the_followers_business_only(
         run,
         "log.append(1, {'train/loss': 1.0})\n"
         "print(follower.pid, flush=True)\n"
-        "deadline = time.monotonic() + 120\n"
-        "while not run.tracking.exists() and time.monotonic() < deadline: time.sleep(0.1)\n"
+        "while not run.tracking.exists(): time.sleep(0.1)\n"
         "run.write_status('finished')\n"
-        "began = time.monotonic()\n"
         "state = follower.finish(0.5)\n"
-        "assert time.monotonic() - began < 5\n"
+        "os.kill(follower.pid, 0)\n"  # which goes on, and was not waited for
         "assert not state.complete and state.run_id is None\n",
     )
-    output, _ = process.communicate(timeout=ENDING_S)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     pid, warning = output.split("\n", 1)
     assert "MLflow has not taken everything within 0.5 s" in warning
@@ -125,7 +124,7 @@ def test_server_that_is_down_is_the_followers_business_only(
     with pytest.raises(UserError, match="being recorded by another process"):
         sync_run(run.path)
     os.kill(int(pid), signal.SIGKILL)  # the job's end; nobody asks a follower then
-    wait_until(lambda: not psutil.pid_exists(int(pid)), ENDING_S)
+    wait_until(lambda: not psutil.pid_exists(int(pid)))
 
     with pytest.raises(MachineError, match="did not take the run"):
         sync_run(run.path)

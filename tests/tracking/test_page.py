@@ -99,6 +99,7 @@ def rendered(browser: str, page: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.browser
 def test_a_browser_shows_and_sorts_it(browser: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     text = make_page(search(tmp_path / "runs", 24), page)
@@ -123,6 +124,7 @@ def test_a_browser_shows_and_sorts_it(browser: str, tmp_path: Path) -> None:
     assert len({tuple(pixel) for pixel in picture[::20, ::20].reshape(-1, picture.shape[2]).tolist()}) > 20
 
 
+@pytest.mark.browser
 def test_text_is_text(browser: str, tmp_path: Path) -> None:
     for number in range(2):
         run = write_run(

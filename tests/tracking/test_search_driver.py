@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from gpc_dist import files
+from tests.processes import TIMEOUT_S, wait_until
 
-from .conftest import Start, python_processes, wait_until
+from .conftest import Start, python_processes
 from .searches import AddTrial, MakeSearch, children_of, parent_of, steps_of
 
-ENDING_S = 120  # generous: machines that run tests are busy
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -37,13 +38,13 @@ def test_killed_driver_and_resumed_search(
     search = make_search()
     add_trial(search, 0, {1: 0.5})
     add_trial(search, 1, {1: 0.5, 2: 0.6}, "running", "running")
-    first = driver(search, "print(recorder.wait_for_run_id(120), flush=True)\nsignal.pause()\n")
+    first = driver(search, "print(recorder.wait_for_run_id(300), flush=True)\nsignal.pause()\n")
     assert first.stdout is not None
     run_id = first.stdout.readline().strip()
     tracking = search.trial("t1").tracking
-    wait_until(lambda: files.read_json(tracking).get("state") == "running", ENDING_S)
+    wait_until(lambda: files.read_json(tracking).get("state") == "running")
     first.kill()
-    wait_until(lambda: files.read_json(search.tracking).get("state") == "killed", ENDING_S)
+    wait_until(lambda: files.read_json(search.tracking).get("state") == "killed")
     parent, children = parent_of(search), children_of(search)
     assert (parent.info.run_id, parent.info.status) == (run_id, "KILLED")
     assert "the search's process ended without a word" in parent.data.tags["gpc.reason"]
@@ -60,10 +61,10 @@ def test_killed_driver_and_resumed_search(
         "trial.write_status('finished')\n"
         "files.write_json(search.result, {'best_trial': 't1', 'metric': 'accuracy', 'best': 0.8})\n"
         "search.write_status('finished')\n"
-        f"state = recorder.finish({ENDING_S})\n"
+        f"state = recorder.finish({TIMEOUT_S})\n"
         "print(state.run_id, state.complete)\n",
     )
-    assert second.communicate(timeout=ENDING_S)[0] == f"{run_id} True\n"
+    assert second.communicate(timeout=TIMEOUT_S)[0] == f"{run_id} True\n"
     resumed = children_of(search)
     assert {trial: run.info.run_id for trial, run in resumed.items()} == {
         trial: run.info.run_id for trial, run in children.items()
@@ -78,21 +79,25 @@ def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial,
         add_trial(search, number, {}, "running", "running")
     process = driver(
         search,
+        "met = threading.Event()\n"  # the recorder meets them while they write
         "def train(trial):\n"
         "    with MetricLog(trial.metrics) as log:\n"
         "        for step in range(20):\n"
         "            log.append(step, {'train/loss': step / 10, 'val/accuracy': step / 100})\n"
-        "            time.sleep(0.2)\n"  # long enough for the recorder to meet them at it
+        "            if step == 9: met.wait()\n"
         "    trial.write_status('finished')\n"
-        "recorder.wait_for_run_id(120)\n"
-        "threads = [threading.Thread(target=train, args=(t,)) for t in search.begun_trials()]\n"
+        "recorder.wait_for_run_id(300)\n"
+        "trials = search.begun_trials()\n"
+        "threads = [threading.Thread(target=train, args=(t,)) for t in trials]\n"
         "for thread in threads: thread.start()\n"
+        "while not any(files.read_json(t.tracking).get('steps') for t in trials): time.sleep(0.1)\n"
+        "met.set()\n"
         "for thread in threads: thread.join()\n"
         "search.write_status('finished')\n"
-        f"state = recorder.finish({ENDING_S})\n"
+        f"state = recorder.finish({TIMEOUT_S})\n"
         "print(state.complete)\n",
     )
-    assert process.communicate(timeout=ENDING_S)[0] == "True\n"
+    assert process.communicate(timeout=TIMEOUT_S)[0] == "True\n"
     assert "failed" not in search.tracking_log.read_text(), search.tracking_log.read_text()
     children = children_of(search)
     assert len(children) == 64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mlflow import MlflowClient
 from gpc_dist.config import TrackingConfig
 from gpc_dist.tracking.store import redact, tracking_uri, ui_command
 from gpc_dist.tracking.sync import sync_run
+from tests.processes import start_call
 
 from .conftest import MakeRun
 
@@ -40,18 +40,13 @@ def test_redact() -> None:
     assert redact(text) == "postgresql://***@db/mlflow and https://host/a@b"
 
 
+@pytest.mark.slow
 def test_four_runs_share_the_first_use_of_a_store(tmp_path: Path, make_run: MakeRun) -> None:
     folders = [make_run(tmp_path / "runs" / f"seed{seed}") for seed in range(4)]
     for folder in folders:
         folder.write_status("finished")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow"])  # imported once, and nothing of it used yet
-    processes = [context.Process(target=sync_run, args=(folder.path,)) for folder in folders]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=90)
-    assert [process.exitcode for process in processes] == [0] * 4
+    started = [start_call(sync_run, folder.path) for folder in folders]
+    assert [each.wait() for each in started] == [0] * 4
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("gpc-dist")
     assert experiment is not None

@@ -1,14 +1,7 @@
-"""Run a pack as a search does, on the ranks this is started as: `python -m tests.training.packed FILE`.
-
-FILE holds {"first": [...], "then": {"after": name, "step": s, "join": [...], "leave": name}}: runs as recipe and
-settings, and what happens once a run has been evaluated at a step.
-"""
+"""A pack, run as a search does, on the ranks of the process that calls it."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from gpc_dist import config
@@ -18,7 +11,12 @@ from gpc_dist.training.pack import Pack
 
 
 def run_pack(plan: dict[str, Any]) -> list[Event]:
-    """All events until the pack is empty."""
+    """All events until the pack is empty.
+
+    Args:
+        plan: {"runs": {name: [recipe, settings]}, "first": [name], "then": [{"after": name, "step": s, "join": [name],
+            "leave": [name]}]}: what happens once a run has been evaluated at a step.
+    """
     configs = {name: config.load(*run) for name, run in plan["runs"].items()}
     first = configs[plan["first"][0]]
     world = join(first.engine)
@@ -38,7 +36,3 @@ def run_pack(plan: dict[str, Any]) -> list[Event]:
                         pack.join(name, configs[name], ["gpc-dist"])
     world.leave()
     return found
-
-
-if __name__ == "__main__":
-    run_pack(json.loads(Path(sys.argv[1]).read_text()))

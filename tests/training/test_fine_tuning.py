@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer
 
-from gpc_dist import cli, config
+from gpc_dist import config
 from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach
 from gpc_dist.adapter.families import locate
 from gpc_dist.engine.distributed import World
@@ -27,16 +27,12 @@ from gpc_dist.tasks import EpochPlan, encode, make_task, read_part
 from gpc_dist.training.inference import Predictor
 from gpc_dist.training.pack import Pack
 from tests.adapter.encoders import FAMILIES, batch_for, randomise, tiny
-from tests.conftest import command, losses
+from tests.conftest import gpc, losses
 from tests.training import test_ranks
 
 METHOD = ("--adapter.method", "fine-tuning", "--train.encoder_lr", 1e-3, "--train.lr", 1e-2)
 ARRANGEMENTS = [(1, 0), (2, 0), (2, 1), (2, 2)]
 """Ranks and ZeRO stage."""
-
-
-def gpc(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def train(recipe: Path, folder: Path, ranks: int = 1, stage: int = 0, *more: object) -> Path:
@@ -166,6 +162,7 @@ def test_gradients_of_every_family_are_the_plain_encoders(family: str) -> None:
 # -- ranks and resumption --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS[1:])
 def test_losses_do_not_depend_on_ranks_or_stage(
     runs: dict[tuple[int, int], Path], arrangement: tuple[int, int]
@@ -175,6 +172,7 @@ def test_losses_do_not_depend_on_ranks_or_stage(
     assert losses(runs[arrangement]) == pytest.approx(reference, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrangement", [(1, 0), (2, 0), (2, 2)])
 def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
     runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, arrangement: tuple[int, int]
@@ -194,6 +192,7 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
 # -- what comes of it ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_folder_holds_head_and_encoder_and_gives_the_reported_metric(
     runs: dict[tuple[int, int], Path], tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +209,7 @@ def test_the_folder_holds_head_and_encoder_and_gives_the_reported_metric(
     assert printed["metrics"] == pytest.approx(result["metrics"]["best"])
 
 
+@pytest.mark.slow
 def test_a_loaded_folder_predicts_with_the_tuned_weights(
     runs: dict[tuple[int, int], Path], tiny_encoder: Path
 ) -> None:
@@ -228,16 +228,18 @@ def test_a_loaded_folder_predicts_with_the_tuned_weights(
     torch.testing.assert_close(torch.tensor([p.probabilities for p in found]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_damaged_folder_is_refused(runs: dict[tuple[int, int], Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_damaged_folder_is_refused(
+    runs: dict[tuple[int, int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from safetensors.torch import save_file
 
     shutil.copytree(runs[1, 0] / "adapter", tmp_path / "adapter")
     tensors = weights(runs[1, 0])
     del tensors["encoder.embeddings.weight"]
     save_file(tensors, tmp_path / "adapter" / "adapter.safetensors")
-    done = command("evaluate", tmp_path / "adapter", "--engine.device", "cpu")
-    assert done.returncode == EXIT_USAGE
-    assert "encoder.embeddings.weight stands on one side only" in done.stderr
+    assert gpc("evaluate", tmp_path / "adapter", "--engine.device", "cpu") == EXIT_USAGE
+    assert "encoder.embeddings.weight stands on one side only" in capsys.readouterr().err
 
 
 def test_it_learns_and_leaves_the_checkpoint_and_what_others_read_of_it_as_they_were(
@@ -263,6 +265,7 @@ def test_it_learns_and_leaves_the_checkpoint_and_what_others_read_of_it_as_they_
     )
 
 
+@pytest.mark.slow
 def test_bf16_multiplies_in_bf16_and_keeps_float32_weights(
     runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path
 ) -> None:
@@ -300,6 +303,7 @@ def test_what_counts_with_a_frozen_encoder_says_so(
     assert "a frozen encoder: give another adapter.method" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_notebook_is_told_where_to_go(runs: dict[tuple[int, int], Path], tiny_encoder: Path) -> None:
     encoder = AutoModel.from_pretrained(tiny_encoder)
     with pytest.raises(UserError, match="gpc-dist train"):

@@ -12,12 +12,13 @@ import torch
 
 from gpc_dist.adapter.store import read_card
 from gpc_dist.engine.distributed import World
+from gpc_dist.errors import EXIT_USAGE
 from gpc_dist.tasks import collate
 from gpc_dist.training.inference import adapter_config, open_adapter
 from gpc_dist.training.inspect import inspect
 from gpc_dist.training.objective import summed_loss
 from gpc_dist.training.session import Session
-from tests.conftest import command
+from tests.conftest import gpc
 
 
 @pytest.fixture(scope="module", params=["residual", "gated"])
@@ -26,8 +27,7 @@ def adapter(
 ) -> Path:
     run = tmp_path_factory.mktemp("runs") / request.param
     words = ("--adapter.cell", request.param, "--train.cell_lr", 0.03, "--run.dir", run)
-    done = command("train", tiny_recipe, *words)
-    assert done.returncode == 0, done.stderr
+    assert gpc("train", tiny_recipe, *words) == 0
     return run / "adapter"
 
 
@@ -110,23 +110,25 @@ def test_the_cell_is_seen_after_every_layer_but_the_last(session: Session) -> No
         assert each.gate is None or 0 < each.gate < 1
 
 
-def test_the_command_writes_figures_and_a_plot(adapter: Path, tmp_path: Path) -> None:
+def test_the_command_writes_figures_and_a_plot(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("--json", tmp_path / "x.json", "--png", tmp_path / "x.png", "--engine.device", "cpu")
     other = tmp_path / "other" / "adapter"
     shutil.copytree(adapter, other)
-    done = command("inspect", adapter, other, "--examples", 8, *words)
-    assert done.returncode == 0, done.stderr
+    assert gpc("inspect", adapter, other, "--examples", 8, *words) == 0
     found = json.loads((tmp_path / "x.json").read_text())["adapters"]
     assert list(found) == [str(adapter), str(other)]
     assert len(found[str(adapter)]) == 4
     assert found[str(adapter)] == found[str(other)]
-    assert str(other) in done.stdout
+    assert str(other) in capsys.readouterr().out
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
-def test_an_adapter_without_a_prompt_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_a_prompt_is_refused(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("--adapter.method", "linear-probe", "--train.steps", 1, "--run.dir", tmp_path)
-    assert command("train", tiny_recipe, *words).returncode == 0
-    done = command("inspect", tmp_path / "adapter")
-    assert done.returncode == 2
-    assert "has no prompt to inspect: its adapter.method is linear-probe" in done.stderr
+    assert gpc("train", tiny_recipe, *words) == 0
+    assert gpc("inspect", tmp_path / "adapter") == EXIT_USAGE
+    assert "has no prompt to inspect: its adapter.method is linear-probe" in capsys.readouterr().err

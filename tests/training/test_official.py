@@ -12,7 +12,7 @@ from gpc_dist.tasks import judged, metrics
 from gpc_dist.tasks.example import Example
 from gpc_dist.training.inference import Predictor
 from gpc_dist.training.official import evaluate_official
-from tests.conftest import command
+from tests.conftest import gpc
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,7 @@ def runs(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     found = []
     for number, method in enumerate(("gpc", "fine-tuning", "linear-probe")):
         words = ("--adapter.method", method, "--run.dir", place / method, "--data.limit_eval", 5 + number)
-        done = command("train", tiny_recipe, *words, "--data.holdout", 0.2)
-        assert done.returncode == 0, done.stderr
+        assert gpc("train", tiny_recipe, *words, "--data.holdout", 0.2) == 0
         found.append(place / method)
     return found
 

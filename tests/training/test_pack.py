@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import command, losses
+from tests.conftest import gpc, losses
+from tests.processes import call_on_ranks, on_ranks
 from tests.training.packed import run_pack
 
+pytestmark = pytest.mark.slow
+
 RUNS: dict[str, dict[str, str]] = {
-    "residual": {"train.steps": "100", "adapter.cell": "residual", "train.lr": "0.02"},
+    "residual": {"train.steps": "50", "adapter.cell": "residual", "train.lr": "0.02"},
     "prompt": {
-        "train.steps": "48",
+        "train.steps": "24",
         "adapter.method": "prompt-tuning",
         "train.lr": "0.05",
         "train.schedule": "constant",
@@ -27,16 +27,16 @@ RUNS: dict[str, dict[str, str]] = {
         "train.batch_size": "5",
     },
     "gated": {
-        "train.steps": "60",
+        "train.steps": "30",
         "adapter.cell": "gated",
         "adapter.cell_rank": "3",
         "train.clip_norm": "0.1",
         "train.weight_decay": "0.3",
-        "train.eval_every": "10",
+        "train.eval_every": "5",
         "run.seed": "1",
     },
     "per-layer": {
-        "train.steps": "40",
+        "train.steps": "20",
         "adapter.cell_per_layer": "true",
         "adapter.prompt_init": "uniform",
         "data.limit_train": "30",
@@ -51,7 +51,7 @@ def settings(name: str, folder: Path, zero_stage: int) -> dict[str, str]:
     return RUNS[name] | {
         "run.dir": str(folder / name),
         "engine.zero_stage": str(zero_stage),
-        "train.eval_every": RUNS[name].get("train.eval_every", "20"),
+        "train.eval_every": RUNS[name].get("train.eval_every", "10"),
     }
 
 
@@ -61,8 +61,8 @@ def plan(recipe: Path, folder: Path, zero_stage: int) -> dict[str, Any]:
         "runs": {name: [str(recipe), settings(name, folder, zero_stage)] for name in RUNS},
         "first": ["residual", "prompt"],
         "then": [
-            {"after": "residual", "step": 20, "join": ["gated"]},
-            {"after": "prompt", "step": 48, "join": ["per-layer"]},
+            {"after": "residual", "step": 10, "join": ["gated"]},
+            {"after": "prompt", "step": 24, "join": ["per-layer"]},
         ],
     }
 
@@ -74,27 +74,22 @@ def both(
     """Folders of the runs packed, and alone."""
     ranks, stage = request.param
     packed, alone = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("alone")
-    file = packed / "plan.json"
-    file.write_text(json.dumps(plan(tiny_recipe, packed, stage)))
-    script = (
-        "import sys; from gpc_dist.engine.launch import start_ranks; "
-        f"sys.exit(start_ranks([sys.executable, '-m', 'tests.training.packed', {str(file)!r}], {ranks}, True))"
-    )
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": paths},
-    )
+    done = call_on_ranks(ranks, run_pack, plan(tiny_recipe, packed, stage))
     assert done.returncode == 0, done.stderr
     for name in RUNS:
-        words = [word for key, value in settings(name, alone, stage).items() for word in (f"--{key}", value)]
-        done = command("train", tiny_recipe, *words, "--engine.ranks", ranks)
+        done = on_ranks(ranks, "train", tiny_recipe, *words_of(settings(name, alone, stage)))
         assert done.returncode == 0, done.stderr
     return packed, alone
+
+
+def words_of(settings: dict[str, str]) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def run_alone(recipe: Path, folder: Path, **settings: str) -> dict[int, float]:
+    """Losses of a run in this process."""
+    assert gpc("train", recipe, "--run.dir", folder, *words_of(settings)) == 0
+    return losses(folder)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -134,9 +129,7 @@ def test_a_lane_that_fails_fails_alone(tiny_recipe: Path, tmp_path: Path) -> Non
     assert failed.name == "bad"
     assert "the loss was not finite" in failed.failure
     assert json.loads((tmp_path / "bad" / "status.json").read_text())["state"] == "failed"
-    done = command("train", tiny_recipe, "--run.dir", tmp_path / "alone")
-    assert done.returncode == 0
-    mine, theirs = losses(tmp_path / "good"), losses(tmp_path / "alone")
+    mine, theirs = losses(tmp_path / "good"), run_alone(tiny_recipe, tmp_path / "alone")
     torch.testing.assert_close(list(mine.values()), list(theirs.values()), rtol=1e-4, atol=1e-6)
 
 
@@ -149,20 +142,15 @@ def test_a_pack_learns_from_and_selects_on_the_parts_a_run_alone_does(
         for name, seed in (("one", "0"), ("two", "1"))
     }
     run_pack({"runs": runs, "first": ["one", "two"], "then": []})
-    words = [word for key, value in held_out.items() for word in (f"--{key}", value)]
-    assert command("train", tiny_recipe, *words, "--run.dir", tmp_path / "alone").returncode == 0
+    theirs = run_alone(tiny_recipe, tmp_path / "alone", **held_out)
     facts = [
         json.loads((tmp_path / name / "facts.json").read_text())["dataset"]
         for name in ("one", "two", "alone")
     ]
     assert facts[0] == facts[1] == facts[2]
     assert facts[0]["validation_examples"] == 14
-    torch.testing.assert_close(
-        list(losses(tmp_path / "one").values()),
-        list(losses(tmp_path / "alone").values()),
-        rtol=1e-4,
-        atol=1e-6,
-    )
+    mine = losses(tmp_path / "one")
+    torch.testing.assert_close(list(mine.values()), list(theirs.values()), rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_left_goes_on_alone_and_back_in_a_pack(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -179,8 +167,9 @@ def test_a_run_that_left_goes_on_alone_and_back_in_a_pack(tiny_recipe: Path, tmp
     assert json.loads((tmp_path / "mine" / "result.json").read_text())["steps"] == 8
     more = run_pack(plan | {"first": ["mine"], "then": []})
     assert [event.step for event in more] == [12, 16, 20, 24]
-    done = command("train", tiny_recipe, "--run.dir", tmp_path / "alone", "--train.steps", 24)
-    assert done.returncode == 0
-    mine, theirs = losses(tmp_path / "mine"), losses(tmp_path / "alone")
+    mine, theirs = (
+        losses(tmp_path / "mine"),
+        run_alone(tiny_recipe, tmp_path / "alone", **{"train.steps": "24"}),
+    )
     assert sorted(mine) == list(range(1, 25))
     torch.testing.assert_close(list(mine.values()), list(theirs.values()), rtol=1e-4, atol=1e-6)

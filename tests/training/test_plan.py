@@ -15,7 +15,8 @@ from gpc_dist.engine.hardware import find_device
 from gpc_dist.engine.timing import Cluster
 from gpc_dist.errors import UserError
 from gpc_dist.training import plan
-from tests.conftest import command, losses
+from tests.conftest import losses
+from tests.processes import command
 
 
 def test_a_plan_is_printed_and_written(
@@ -70,6 +71,7 @@ def test_every_lm_adapted_t5_is_a_known_shape() -> None:
     assert (found.hidden_size, found.num_hidden_layers) == (1024, 24)
 
 
+@pytest.mark.slow
 def test_train_takes_the_recommendation(tiny_recipe: Path, tmp_path: Path) -> None:
     done = command("train", tiny_recipe, "--run.dir", tmp_path, "--engine.ranks", 2, "--engine.plan", "auto")
     assert done.returncode == 0, done.stderr

@@ -6,26 +6,31 @@ Every run is a real one: processes with gloo, DeepSpeed where something is shard
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.conftest import command, losses
+from gpc_dist import cli
+from gpc_dist.adapter.fingerprint import fingerprint_files
+from tests.conftest import losses
+from tests.holds import Hold
+from tests.processes import call_on_ranks, cold_start, on_ranks
+
+pytestmark = pytest.mark.slow
 
 ARRANGEMENTS = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (1, 3)]
 """Ranks and ZeRO stage."""
 
 
 def train(recipe: Path, folder: Path, ranks: int, stage: int, *more: object) -> Path:
-    done = command(
-        "train", recipe, "--run.dir", folder, "--engine.ranks", ranks, "--engine.zero_stage", stage, *more
-    )
+    done = on_ranks(ranks, "train", recipe, "--run.dir", folder, "--engine.zero_stage", stage, *more)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -75,10 +80,13 @@ def test_result_says_what_was_run(runs: dict[tuple[int, int], Path], arrangement
     assert result["metrics"]["best"].keys() >= {"accuracy"}
 
 
-def test_stages_0_to_2_on_equal_ranks_make_the_same_adapter(runs: dict[tuple[int, int], Path]) -> None:
-    zero, one = (load_file(last_state(runs[2, s]) / "trained.safetensors") for s in (0, 1))
-    assert zero.keys() == one.keys()
-    assert all(zero[name].equal(one[name]) for name in zero)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_0_to_2_on_equal_ranks_make_the_same_adapter(
+    runs: dict[tuple[int, int], Path], stage: int
+) -> None:
+    zero, other = (load_file(last_state(runs[2, s]) / "trained.safetensors") for s in (0, stage))
+    assert zero.keys() == other.keys()
+    assert all(zero[name].equal(other[name]) for name in zero)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -118,12 +126,47 @@ def test_resume_on_other_ranks_and_stages(
     assert steps == sorted(steps)
 
 
-def test_the_frozen_weights_are_the_checkpoints(
+def train_and_keep_shards(recipe: Path, run: Path, folder: Path) -> None:
+    """On a rank: train, then write this rank's part of every sharded weight, and the token table."""
+    from gpc_dist.training import run as training
+
+    bases = []
+
+    def load_and_note(*arguments: Any) -> Any:
+        bases.append(load_base(*arguments))
+        return bases[-1]
+
+    load_base, training.load_base = training.load_base, load_and_note
+    assert cli.main(["train", str(recipe), "--run.dir", str(run), "--engine.zero_stage", "3"]) == 0
+    (base,) = bases
+    shards = {name: p.ds_tensor.clone() for name, p in base.parts.encoder.named_parameters()}
+    table = base.parts.token_embeddings.weight.detach().clone()
+    save_file(shards | {TABLE: table}, folder / f"{os.environ['RANK']}.safetensors")
+
+
+TABLE = "embeddings.word_embeddings.weight"
+
+
+def test_sharded_weights_are_the_checkpoints_after_training(
+    tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    before = (tiny_encoder / "model.safetensors").read_bytes()
+    done = call_on_ranks(2, train_and_keep_shards, tiny_recipe, tmp_path / "run", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tiny_encoder / "model.safetensors").read_bytes() == before
+    original = load_file(tiny_encoder / "model.safetensors")
+    parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert parts[0].keys() == {name for name in original if not name.startswith("pooler.")}
+    assert all(torch.equal(part.pop(TABLE), original[TABLE]) for part in parts)
+    for name, first in parts[0].items():
+        assert len(first) == -(-original[name].numel() // 2), name  # half of it, not all
+        whole = torch.cat([first, parts[1][name]])[: original[name].numel()]
+        assert torch.equal(whole, original[name].flatten()), name
+
+
+def test_an_adapter_names_its_encoder_by_the_files_hash(
     runs: dict[tuple[int, int], Path], tiny_encoder: Path
 ) -> None:
-    """Nothing writes the encoder's file, and the adapter names it by its hash."""
-    from gpc_dist.adapter.fingerprint import fingerprint_files
-
     card = json.loads((runs[2, 3] / "adapter" / "adapter_config.json").read_text())
     assert card["encoder"]["sha256"] == fingerprint_files([tiny_encoder / "model.safetensors"])
 
@@ -138,95 +181,68 @@ def test_an_adapter_folder_holds_trained_tensors_and_nothing_else(
     assert 0 < header < 1024
 
 
+# -- stopped and killed: ranks that the program has started itself ---------------------------------------
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_stops_with_state_saved_and_the_run_goes_on(
-    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, number: signal.Signals
+    tiny_recipe: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpc_dist", "train", str(tiny_recipe), "--run.dir", str(folder)]
-        + ["--engine.ranks", "2", "--train.steps", "100000", "--train.schedule", "constant"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
+    hold = Hold(folder, 3)
+    process = cold_start("train", tiny_recipe, "--run.dir", folder, "--engine.ranks", 2)
+    hold.wait()
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == 75, said
     assert f"stopped by {number.name}" in said
-    step = max(losses(folder))
-    assert last_state(folder).name == f"step-{step:08d}"
+    assert sorted(losses(folder)) == [1, 2, 3, 4]
+    assert last_state(folder).name == "step-00000004"
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
-    train(tiny_recipe, folder, 1, 0, "--train.steps", step + 2, "--train.schedule", "constant")
-    assert sorted(losses(folder)) == list(range(1, step + 3))
+    train(tiny_recipe, folder, 1, 0)
+    assert sorted(losses(folder)) == list(range(1, 13))
 
 
-def test_a_stop_does_not_wait_for_an_evaluation(tiny_recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
-    rows = (tiny_data / "validation.jsonl").read_text()
-    (tmp_path / "many.jsonl").write_text(rows * 400)  # seconds of evaluation
-    words = ["--engine.ranks", "2", "--data.validation", str(tmp_path / "many.jsonl"), "--train.steps", "8"]
-    words += ["--train.eval_batch_tokens", "256"]
-    alone = train(tiny_recipe, tmp_path / "alone", 2, 0, *words[2:])
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["val/accuracy"]) for line in lines if "val/accuracy" in line]
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpc_dist", "train", str(tiny_recipe), "--run.dir", str(folder), *words],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=0) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    hold = Hold(folder, 4)  # after which it evaluates
+    process = cold_start("train", tiny_recipe, "--run.dir", folder, "--engine.ranks", 2)
+    hold.wait()
     process.terminate()
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == 75, said
     assert "SIGTERM" in said
-    assert "val/accuracy" not in (folder / "metrics.jsonl").read_text()
-    train(tiny_recipe, folder, 2, 0, *words[2:])
-    assert losses(folder) == losses(alone)
-    evaluations = [
-        [
-            (line["step"], line["val/accuracy"])
-            for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            if "val/accuracy" in line
-        ]
-        for run in (folder, alone)
-    ]
-    assert evaluations[0] == evaluations[1]
-    assert len(evaluations[0]) == 2
-    adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (folder, alone)]
+    assert sorted(losses(folder)) == [1, 2, 3, 4]
+    assert evaluations(folder) == []
+    train(tiny_recipe, folder, 2, 0)
+    assert losses(folder) == losses(runs[2, 0])
+    assert evaluations(folder) == evaluations(runs[2, 0])
+    assert len(evaluations(folder)) == 3
+    adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (folder, runs[2, 0])]
     assert adapters[0] == adapters[1]
 
 
 def test_a_killed_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpc_dist", "train", str(tiny_recipe), "--run.dir", str(folder)]
-        + ["--engine.ranks", "2", "--train.steps", "100000"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {
-        dict(
-            entry.split("=", 1)
-            for entry in Path(f"/proc/{child}/environ").read_text().split("\0")
-            if "=" in entry
-        )["RANK"]: int(child)
-        for child in children
-    }
-    subprocess.run(["kill", "-9", str(ranks["1"])], check=True)
-    _, said = process.communicate(timeout=60)
+    hold = Hold(tmp_path / "run", 3)
+    process = cold_start("train", tiny_recipe, "--run.dir", tmp_path / "run", "--engine.ranks", 2)
+    hold.wait()
+    ranks = {each.environ()["RANK"]: each for each in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    hold.release()
+    _, said = process.communicate()
     assert process.returncode != 0
     assert "signal SIGKILL" in said
+    assert not ranks["0"].is_running()
+
+
+# -- what else changes nothing ---------------------------------------------------------------------------
 
 
 def test_more_ranks_than_examples_in_a_step(tiny_recipe: Path, tmp_path: Path) -> None:

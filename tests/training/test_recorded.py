@@ -9,16 +9,25 @@ import pandas as pd
 import pytest
 
 from gpc_dist import cli
-from tests.conftest import command
+from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.tracking.state import TrackingState
+from tests.holds import Hold
+from tests.processes import TIMEOUT_S, cold_start, wait_until
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "run"
-    done = command(
-        "train", tiny_recipe, "--run.dir", folder, "--tracking.enabled", "true", "--engine.ranks", 2
-    )
-    assert done.returncode == 0, done.stderr
+    hold = Hold(folder, 11)
+    recorded = ("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S)
+    process = cold_start("train", tiny_recipe, "--run.dir", folder, *recorded, "--engine.ranks", 2)
+    hold.wait()
+    wait_until(lambda: TrackingState.load(RunFolder(folder)).run_id)  # for which its end would not wait long
+    hold.release()
+    _, said = process.communicate()
+    assert process.returncode == 0, said
     return folder
 
 

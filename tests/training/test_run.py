@@ -10,15 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from gpc_dist import cli, config, schema
+from gpc_dist import config, schema
 from gpc_dist.engine import checkpoint
 from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.training.lane_run import saved_state
-from tests.conftest import losses
-
-
-def gpc(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
+from tests.conftest import gpc, losses
 
 
 @pytest.fixture(scope="module")

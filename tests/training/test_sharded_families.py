@@ -18,7 +18,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.conftest import WORDS, command, losses
+from tests.conftest import WORDS, losses
+from tests.processes import on_ranks
+
+pytestmark = pytest.mark.slow
 
 SMALL: dict[str, Any] = {"vocab_size": len(WORDS) + 5}
 BERT_LIKE = SMALL | {
@@ -61,8 +64,7 @@ def test_sharded_and_whole_give_the_same_losses(
     for ranks, stage in ((1, 0), (2, 3)):
         run = tmp_path / f"{ranks}-{stage}"
         arguments = ("--encoder.path", folder, "--run.dir", run, "--train.steps", 5)
-        arrangement = ("--engine.ranks", ranks, "--engine.zero_stage", stage)
-        done = command("train", tiny_recipe, *arguments, *arrangement)
+        done = on_ranks(ranks, "train", tiny_recipe, *arguments, "--engine.zero_stage", stage)
         assert done.returncode == 0, done.stderr
         found.append(losses(run))
     assert found[1] == pytest.approx(found[0], rel=2e-4)

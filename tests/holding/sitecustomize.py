@@ -1,0 +1,38 @@
+"""Holds a run of the program at a step, for a test. Python imports this at its start: the folder is on PYTHONPATH.
+
+The file that `tests.holds.Hold` puts down is renamed when the step is logged, and the run waits until that one is
+removed, or until it is asked to stop. A step that is made again, by a run that goes on, is not held.
+"""
+
+import os
+import time
+from pathlib import Path
+
+if "TESTS_HOLDS" in os.environ:
+    from gpc_dist.tracking.metrics import MetricLog
+    from gpc_dist.training.stop import StopRequest
+
+    append, handle = MetricLog.append, StopRequest._handle
+    asked = []
+
+    def append_and_hold(self, step, metrics, time_s=None):
+        append(self, step, metrics, time_s)
+        if self._path.name != "metrics.jsonl":
+            return
+        waiting = Path(
+            os.environ["TESTS_HOLDS"], f"{str(self._path.parent.absolute()).replace('/', '%')}@{step}"
+        )
+        held = waiting.with_name(f"{waiting.name}.held")
+        try:
+            waiting.rename(held)
+        except FileNotFoundError:
+            return
+        while held.exists() and not asked:
+            time.sleep(0.01)
+
+    def handle_and_note(self, number, frame):
+        handle(self, number, frame)
+        asked.append(number)
+
+    MetricLog.append = append_and_hold
+    StopRequest._handle = handle_and_note

@@ -1,0 +1,22 @@
+"""What the processes of the tests have imported when they start; see `processes`. Importing it starts nothing.
+
+Ray is left out: it reads its environment variables when it is imported.
+"""
+
+import os
+from importlib import import_module
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+for name in (
+    "deepspeed",
+    "gpc_dist.cluster.submit",
+    "gpc_dist.training.bench",
+    "gpc_dist.training.inference",
+    "gpc_dist.training.run",
+    "mlflow",
+    "sklearn.metrics",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert",
+):
+    import_module(name)

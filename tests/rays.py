@@ -1,0 +1,63 @@
+"""Ray on this machine, for searches that need no cluster of their own, and the processes that work for a search."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from tests.processes import free_port, wait_until
+
+
+@contextmanager
+def ray_cluster() -> Iterator[dict[str, str]]:
+    """A Ray cluster with this machine's cores, which ends with the block: environment variables that lead to it."""
+    port = free_port()
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+        words += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--include-dashboard=false"]
+        words += ["--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"]
+        ray = subprocess.Popen(
+            words,
+            env=os.environ | secret,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_until(lambda: _answers(port))
+            yield secret | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        finally:
+            ray.terminate()
+            ray.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(ray.pid, signal.SIGKILL)
+
+
+def workers_in(place: Path, kind: str = "ray::") -> list[psutil.Process]:
+    """Ray's workers that work in this folder, as those of a search do where it was started.
+
+    Args:
+        kind: what their names begin with: `ray::Rank` for the ranks of packs.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if " ".join(process.cmdline()).startswith(kind) and process.cwd() == str(place):
+                found.append(process)
+    return found
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
