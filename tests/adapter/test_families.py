@@ -199,10 +199,16 @@ def test_a_model_without_a_number_of_layers_is_refused() -> None:
         attach(model)  # type: ignore[arg-type]
 
 
-def test_a_probe_leaves_no_hook_behind() -> None:
+def test_a_probe_leaves_no_hook_behind_and_the_callers_generator_alone() -> None:
     parts = locate(tiny("mpnet"))
+    state = torch.get_rng_state()
     probe(parts)
+    assert torch.equal(torch.get_rng_state(), state)
     assert not any(layer._forward_hooks for layer in parts.layers)
+    failing = locate(Fails())
+    with pytest.raises(UserError, match="language unknown"):
+        probe(failing)
+    assert not any(layer._forward_hooks for layer in failing.layers)
 
 
 # -- positions -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+import gpc_dist
 from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach, store
 from gpc_dist.adapter.families import locate
 from gpc_dist.adapter.fingerprint import identify
@@ -74,6 +75,10 @@ def test_the_card_tells_the_method_the_encoder_and_the_task(tmp_path: Path) -> N
     assert (card.adapter, card.shape, card.outputs) == (graft.adapter.config, graft.parts.shape, 5)
     assert card.encoder == identity
     assert card.task == {"labels": ["ja", "não"]}
+    written = json.loads((tmp_path / "adapter" / CARD).read_text())
+    assert (written["format"], written["gpc_dist"]) == (1, gpc_dist.__version__)
+    save_adapter(tmp_path / "adapter", graft.adapter, identity)
+    assert read_card(tmp_path / "adapter").task == {}
 
 
 def test_a_card_from_before_a_key_existed_means_what_cells_were_then(tmp_path: Path) -> None:
