@@ -233,11 +233,11 @@ def test_states_of_zeros_have_finite_gradients(cell: str, scale: str) -> None:
 def test_the_scale_of_the_text_is_a_mean_over_its_tokens_in_float32_or_better(
     dtype: torch.dtype, kept: torch.dtype
 ) -> None:
-    states = torch.tensor([[[3.0, 4.0], [6.0, 8.0], [99.0, 99.0]], [[1.0, 1.0]] * 3], dtype=dtype)
-    found = text_rms(states, torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    states = torch.tensor([[[3.0, 4.0], [6.0, 8.0], [99.0, 99.0]]] * 3, dtype=dtype)
+    found = text_rms(states, torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]))
     assert found.dtype == kept
     # roots of 25/2 and 100/2; a row without text has none
-    expected = torch.tensor([[[(12.5**0.5 + 50**0.5) / 2]], [[0.0]]], dtype=kept)
+    expected = torch.tensor([[[(12.5**0.5 + 50**0.5) / 2]], [[12.5**0.5]], [[0.0]]], dtype=kept)
     torch.testing.assert_close(found, expected)
 
 

@@ -54,7 +54,7 @@ def test_training_mode_keeps_the_encoder_in_eval_mode() -> None:
     graft, batch = grafted(encoder, options("gated")), batch_for("bert")
     expected = graft(**batch)
     for mode in (True, False):
-        graft.train(mode)
+        assert graft.train(mode) is graft
         assert graft.adapter.training is mode
         assert not any(module.training for module in graft.encoder.modules())
         assert torch.equal(graft(**batch), expected)

@@ -305,6 +305,16 @@ def test_pickled_weights_are_told_apart_without_being_unpickled(tmp_path: Path) 
     assert fingerprint_files([tmp_path / "a.bin"]) != fingerprint_files([tmp_path / "b.bin"])
 
 
+def test_a_folder_of_pickled_weights_is_known_by_its_files(tmp_path: Path) -> None:
+    from gpc_dist.adapter.fingerprint import fingerprint_files
+
+    encoder = tiny("bert")
+    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
+    assert identify(encoder, tmp_path).sha256 == fingerprint_files([tmp_path / "pytorch_model.bin"])
+    saved = saved_encoder(tmp_path)  # safetensors files come first
+    assert identify(saved).sha256 == fingerprint_files([tmp_path / "model.safetensors"])
+
+
 def test_random_weights_are_known_by_their_values_whatever_folders_lie_around(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
