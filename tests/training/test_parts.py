@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -289,6 +290,7 @@ def test_optimizer_state_and_from_stage_2_on_gradients_have_one_owner(stage: int
         step_of(lanes, [drawn(list(made.parameters()), world.rank)], stage)
         inner = lanes[0].inner
         assert inner is not None
+        assert all(group["params"] for group in inner.param_groups)
         named = lanes[0].named.items()
         return {n for n, p in named if p in inner.state}, {n for n, p in named if p.grad is not None}
 
@@ -328,6 +330,7 @@ def test_adafactor_is_that_of_its_paper_with_a_given_rate() -> None:
         steps=1, optimizer="adafactor", lr=0.3, cell_lr=0.1, weight_decay=0.01, clip_norm=None
     )
     (made,), lanes = lanes_of([config], ALONE, 0)
+    assert lanes[0].factor == 1.0
     names, start = zip(*((n, p.detach().clone()) for n, p in made.named_parameters()), strict=True)
     steps = [drawn(start, step) for step in range(4)]
     for gradients in steps:
@@ -373,14 +376,23 @@ def test_training_goes_on_bit_for_bit_on_any_ranks_and_stage(
     assert all(f"param/{name}" in taken for name, _ in expected.named_parameters())
     kept = copy.deepcopy(taken)
 
-    def resumed(world: World) -> Adapter:
+    def resumed(world: World) -> tuple[Adapter, set[str], dict[str, Tensor]]:
         made = adapter(seed=5)
         lane = LaneOptimizer(made, config, world, after[1])
         lane.load(taken)
+        held = {n for n, p in lane.named.items() if lane.inner and p in lane.inner.state}
+        again = lane.state()
         take_steps(lane, [2, 3], after[1])
-        return made
+        return made, held, again
 
-    for made in on_ranks(after[0], resumed):
+    every = expected.state_dict().keys()
+    ranks = on_ranks(after[0], resumed)
+    for made, _, _ in ranks:
         for name, parameter in made.named_parameters():
             assert torch.equal(parameter, expected.get_parameter(name)), name
-    assert all(torch.equal(kept[key], value) for key, value in taken.items())
+    holders = after[0] if after[1] == 0 else 1
+    assert Counter(name for _, held, _ in ranks for name in held) == dict.fromkeys(every, holders)
+    assert ranks[0][2].keys() == kept.keys()
+    for key, value in kept.items():
+        assert torch.equal(taken[key], value), key
+        assert torch.equal(ranks[0][2][key], value), key
