@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gpc_dist.adapter.cell import CELLS, Unit
 from gpc_dist.adapter.lane import Adapter, EncoderShape
+from gpc_dist.adapter.scale import text_rms
 from gpc_dist.errors import UserError
 
 from .encoders import randomise
@@ -202,6 +203,42 @@ def test_a_recurrent_cell_uses_both_units_from_the_start_and_stays_in_bounds() -
     assert not torch.allclose(written_by(made, encoded + 1, previous), written)
     assert not torch.allclose(written_by(made, encoded, previous + 1), written)
     assert written_by(made, 100 * encoded, previous).abs().max() <= 1
+
+
+def test_a_recurrent_cell_starts_without_bias_and_deep_prompts_small() -> None:
+    assert not adapter("recurrent").cell[0].bias.any()
+    shape = EncoderShape(layers=4, hidden_size=64, embedding_size=64)
+    deep = Adapter(options("deep-prompt", prompt_tokens=50), shape, 2).prompt.deep
+    assert deep.shape == (3, 50, 64)
+    assert deep.std().item() == pytest.approx(0.02, rel=0.05)
+    assert abs(deep.mean().item()) < 0.001
+
+
+@pytest.mark.parametrize("scale", ["none", "prompt", "text"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_of_zeros_have_finite_gradients(cell: str, scale: str) -> None:
+    made = adapter(cell, cell_norm=True, cell_scale=scale)
+    encoded, previous = (torch.zeros(2, P, H, requires_grad=True) for _ in range(2))
+    written = written_by(made, encoded, previous)
+    assert written.isfinite().all()
+    written.sum().backward()
+    for tensor in (encoded, previous, *made.cell.parameters()):
+        assert tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_the_scale_of_the_text_is_a_mean_over_its_tokens_in_float32_or_better(
+    dtype: torch.dtype, kept: torch.dtype
+) -> None:
+    states = torch.tensor([[[3.0, 4.0], [6.0, 8.0], [99.0, 99.0]]] * 3, dtype=dtype)
+    found = text_rms(states, torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]))
+    assert found.dtype == kept
+    # roots of 25/2 and 100/2; a row without text has none
+    expected = torch.tensor([[[(12.5**0.5 + 50**0.5) / 2]], [[12.5**0.5]], [[0.0]]], dtype=kept)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("zero", [False, True])

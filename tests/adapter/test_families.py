@@ -77,11 +77,23 @@ def test_the_probe_works_in_the_encoders_dtype(dtype: torch.dtype) -> None:
     probe(locate(tiny("mpnet").to(dtype)))
 
 
-@pytest.mark.parametrize("family", REFUSED)
+PROMPTLESS = {
+    "big_bird": "pads the sequence to whole blocks",
+    "canine": "downsamples characters",
+    "fnet": "has no attention mask",
+    "funnel": "pools the sequence between blocks",
+    "longformer": "needs global positions of its own",
+    "perceiver": "latents hold no prompt",
+    "reformer": "hashed attention",
+    "xlnet": "two streams of states",
+}
+
+
+@pytest.mark.parametrize("family", sorted(PROMPTLESS.keys() | REFUSED.keys()))
 def test_a_family_that_cannot_hold_a_prompt_is_refused_with_the_reason(family: str) -> None:
     config = transformers.CONFIG_MAPPING[family]()  # the name is one of transformers'
     with pytest.raises(
-        UserError, match=f"encoder family '{family}' cannot hold a prompt: .*{REFUSED[family][-20:]}"
+        UserError, match=f"encoder family '{family}' cannot hold a prompt: .*{PROMPTLESS[family]}"
     ):
         attach(SimpleNamespace(config=config))
 
@@ -187,10 +199,16 @@ def test_a_model_without_a_number_of_layers_is_refused() -> None:
         attach(model)  # type: ignore[arg-type]
 
 
-def test_a_probe_leaves_no_hook_behind() -> None:
+def test_a_probe_leaves_no_hook_behind_and_the_callers_generator_alone() -> None:
     parts = locate(tiny("mpnet"))
+    state = torch.get_rng_state()
     probe(parts)
+    assert torch.equal(torch.get_rng_state(), state)
     assert not any(layer._forward_hooks for layer in parts.layers)
+    failing = locate(Fails())
+    with pytest.raises(UserError, match="language unknown"):
+        probe(failing)
+    assert not any(layer._forward_hooks for layer in failing.layers)
 
 
 # -- positions -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel
 
-from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
+from gpc_dist.adapter import AdapterConfig, attach
 
 from .encoders import FAMILIES, batch_for, tiny
 from .grafts import METHODS, gradients, grafted, options, read_states, trained
@@ -54,7 +54,7 @@ def test_training_mode_keeps_the_encoder_in_eval_mode() -> None:
     graft, batch = grafted(encoder, options("gated")), batch_for("bert")
     expected = graft(**batch)
     for mode in (True, False):
-        graft.train(mode)
+        assert graft.train(mode) is graft
         assert graft.adapter.training is mode
         assert not any(module.training for module in graft.encoder.modules())
         assert torch.equal(graft(**batch), expected)
@@ -73,7 +73,9 @@ def test_the_encoder_itself_stays_what_it_was(family: str) -> None:
     assert not any(layer._forward_hooks for layer in graft.parts.layers)
     assert torch.equal(encoder(**batch).last_hidden_state, plain)
     assert not torch.allclose(graft(**batch), grafted_outputs, atol=1e-3)  # the cell has gone with the hooks
-    assert all(torch.equal(p, weights[name]) for name, p in encoder.named_parameters() if name in weights)
+    after = dict(encoder.named_parameters())
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(p, weights[name]) for name, p in after.items())
 
 
 @pytest.mark.parametrize("family", ["albert", "t5"])
@@ -117,6 +119,19 @@ def test_float32_adapter_on_a_bf16_encoder_comes_close_to_float32(family: str, m
         assert distance(gradient, exact[name]) < 0.1, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_the_encoders_matrix_products_in_another_type(dtype: torch.dtype) -> None:
+    graft, batch = grafted("bert", options("gated")), batch_for("bert")
+    expected, seen = graft(**batch), []
+    query = graft.parts.layers[0].attention.self.query
+    query.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    graft.autocast = dtype
+    outputs = graft(**batch)
+    assert seen == [dtype]
+    assert outputs.dtype == torch.float32
+    assert 0 < distance(outputs, expected) < 0.02
+
+
 def test_a_new_adapter_goes_to_its_encoders_device() -> None:
     # the linear probe: the one method whose start reads no embedding, which a meta tensor does not have
     graft = attach(tiny("bert").to("meta"), AdapterConfig(method="linear-probe"))
@@ -125,6 +140,6 @@ def test_a_new_adapter_goes_to_its_encoders_device() -> None:
 
 def test_lanes_of_a_new_graft_are_modules_that_move_with_it() -> None:
     graft = grafted("bert", options("residual"))
-    assert isinstance(graft, GraftedEncoder)
     graft.to(torch.float64)
-    assert {p.dtype for p in graft.parameters()} == {torch.float64}
+    assert {n: p.dtype for n, p in trained(graft).items()} == dict.fromkeys(trained(graft), torch.float64)
+    assert {p.dtype for p in graft.encoder.parameters()} == {torch.float64}

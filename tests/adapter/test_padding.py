@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gpc_dist.adapter.head import Head
 
 from .encoders import FAMILIES, P, batch_for, tiny
-from .grafts import grafted, options
+from .grafts import grafted, options, read_states
 from .reference import cell_rule, run_layers, with_prompt
 
 METHODS = ["gated", "text-scale", "deep-prompt"]
@@ -80,6 +80,14 @@ def test_a_head_that_pools_the_prompt_reads_the_mean_of_its_last_states(family: 
     states = run_layers(tiny(family), inputs, P, cell_rule(graft.adapter, batch["attention_mask"]))
     expected = graft.adapter.head.linear(states[:, :P].mean(1))
     torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gpc", "linear-probe"])
+@torch.no_grad()
+def test_a_head_that_pools_the_first_token_reads_its_state_alone(method: str) -> None:
+    graft, batch = grafted("bert", options("gated", pooling="first", method=method)), batch_for("bert")
+    expected = graft.adapter.head.linear(read_states(graft, batch)[:, 0])
+    torch.testing.assert_close(graft(**batch), expected, rtol=1e-6, atol=1e-6)
 
 
 def states_and_mask() -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -13,9 +14,11 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from gpc_dist.adapter import GraftedEncoder, store
+import gpc_dist
+from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach, store
+from gpc_dist.adapter.families import locate
 from gpc_dist.adapter.fingerprint import identify
-from gpc_dist.adapter.store import CARD, WEIGHTS, load_adapter, read_card, save_adapter
+from gpc_dist.adapter.store import CARD, WEIGHTS, load_adapter, load_encoder, read_card, save_adapter
 from gpc_dist.errors import UserError
 
 from .encoders import FAMILIES, batch_for, tiny, tiny_config
@@ -52,7 +55,10 @@ def test_an_adapter_of_every_family_finds_its_encoder_again(tmp_path: Path, fami
 def test_a_folder_holds_the_trained_tensors_and_a_header(tmp_path: Path, method: str) -> None:
     graft = grafted("bert", config_of(method))
     graft.save_pretrained(tmp_path / "adapter")
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == sorted([CARD, WEIGHTS])
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter.safetensors",
+        "adapter_config.json",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]  # no temporary folder stays
     weights = (tmp_path / "adapter" / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(weights[:8], "little")
@@ -69,6 +75,10 @@ def test_the_card_tells_the_method_the_encoder_and_the_task(tmp_path: Path) -> N
     assert (card.adapter, card.shape, card.outputs) == (graft.adapter.config, graft.parts.shape, 5)
     assert card.encoder == identity
     assert card.task == {"labels": ["ja", "não"]}
+    written = json.loads((tmp_path / "adapter" / CARD).read_text())
+    assert (written["format"], written["gpc_dist"]) == (1, gpc_dist.__version__)
+    save_adapter(tmp_path / "adapter", graft.adapter, identity)
+    assert read_card(tmp_path / "adapter").task == {}
 
 
 def test_a_card_from_before_a_key_existed_means_what_cells_were_then(tmp_path: Path) -> None:
@@ -79,6 +89,74 @@ def test_a_card_from_before_a_key_existed_means_what_cells_were_then(tmp_path: P
         del card["adapter"][key]
     (tmp_path / "adapter" / CARD).write_text(json.dumps(card))
     assert load_adapter(tmp_path / "adapter")[0].config == graft.adapter.config
+
+
+# -- a fine-tuned encoder ----------------------------------------------------------------------------------
+
+
+def fine_tuned(family: str, seed: int) -> Adapter:
+    """An adapter that has taken the encoder of a seed."""
+    parts = locate(tiny(family, seed))
+    adapter = Adapter(AdapterConfig(method="fine-tuning"), parts.shape, 3, seed)
+    adapter.take_encoder(parts.encoder, parts.token_embeddings)
+    return adapter
+
+
+@pytest.mark.parametrize("family", ["albert", "bert", "t5"])
+def test_a_fine_tuned_encoder_is_saved_and_given_to_another_one_bit_for_bit(
+    tmp_path: Path, family: str
+) -> None:
+    adapter = fine_tuned(family, seed=0)
+    plain = {name: p.detach().clone() for name, p in tiny(family).named_parameters()}
+    save_adapter(tmp_path / "adapter", adapter, identify(tiny(family)))
+    loaded, card = load_adapter(tmp_path / "adapter")
+    assert card.adapter.trains_encoder
+    assert sorted(name for name, _ in loaded.named_parameters()) == ["head.linear.bias", "head.linear.weight"]
+    assert torch.equal(loaded.head.linear.weight, adapter.head.linear.weight)
+    other = fine_tuned(family, seed=1)
+    load_encoder(tmp_path / "adapter", other)
+    found = dict(other.named_parameters())
+    assert sum(p.numel() for n, p in found.items() if n.startswith("encoder.")) == sum(
+        p.numel() for p in plain.values()
+    )
+    for name, parameter in adapter.named_parameters():
+        assert torch.equal(parameter, found[name]) is not name.startswith("head."), name
+    assert torch.equal(other.encoder["embeddings"].weight, tiny(family).get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [({"num_hidden_layers": 2}, "layer.2.attention"), ({"hidden_size": 16}, "size mismatch|must match")],
+)
+def test_weights_of_another_encoder_are_refused_by_name(
+    tmp_path: Path, sizes: dict[str, int], name: str
+) -> None:
+    adapter = fine_tuned("bert", seed=0)
+    save_adapter(tmp_path / "adapter", adapter, identify(tiny("bert")))
+    parts = locate(tiny("bert", **sizes))
+    other = Adapter(AdapterConfig(method="fine-tuning"), parts.shape, 3)
+    other.take_encoder(parts.encoder, parts.token_embeddings)
+    with pytest.raises(UserError, match=f"{WEIGHTS} cannot be loaded into its encoder: .*({name})"):
+        load_encoder(tmp_path / "adapter", other)
+
+
+def test_a_fine_tuned_encoder_from_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    adapter = fine_tuned("bert", seed=0)
+    save_adapter(tmp_path / "adapter", adapter, identify(tiny("bert")))
+    for damage in (cut(WEIGHTS, 2000), lambda folder: (folder / WEIGHTS).unlink()):
+        damage(tmp_path / "adapter")
+        with pytest.raises(UserError, match=f"{WEIGHTS} cannot be loaded into its encoder"):
+            load_encoder(tmp_path / "adapter", adapter)
+
+
+@pytest.mark.parametrize("way", ["attach", "from_pretrained"])
+def test_fine_tuning_has_nothing_to_attach(tmp_path: Path, way: str) -> None:
+    save_adapter(tmp_path / "adapter", fine_tuned("bert", seed=0), identify(tiny("bert")))
+    with pytest.raises(UserError, match="'fine-tuning' has nothing to attach to a frozen encoder"):
+        if way == "attach":
+            attach(tiny("bert"), AdapterConfig(method="fine-tuning"))
+        else:
+            GraftedEncoder.from_pretrained(tmp_path / "adapter", tiny("bert"))
 
 
 # -- the encoder it belongs to ---------------------------------------------------------------------------
@@ -153,6 +231,68 @@ def test_a_fingerprint_sees_values_names_and_shapes(tmp_path: Path, change: str)
     assert prints[0] != prints[2]
 
 
+def test_a_fingerprint_is_that_of_adapters_saved_long_ago(tmp_path: Path) -> None:
+    """SHA-256 over the tensors by name: name, type, shape, and the first 4 KiB of the values."""
+    from safetensors.torch import save_file
+
+    from gpc_dist.adapter.fingerprint import fingerprint_files, fingerprint_tensors
+
+    large, small = torch.arange(2000.0), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    save_file({"small": small, "large": large}, tmp_path / "one.safetensors", metadata={"format": "pt"})
+    content = (
+        b"large F32 [2000]" + large.numpy().tobytes()[:4096] + b"small F32 [2, 3]" + small.numpy().tobytes()
+    )
+    expected = hashlib.sha256(content).hexdigest()
+    assert fingerprint_files([tmp_path / "one.safetensors"]) == expected
+    beyond = large.clone()
+    beyond[1023] += 1
+    save_file({"large": beyond}, tmp_path / "a.safetensors")
+    save_file({"small": small}, tmp_path / "b.safetensors")
+    shards = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    assert fingerprint_files(shards) == fingerprint_files(shards[::-1]) != expected
+    beyond[1023:1025] += torch.tensor([-1.0, 1.0])
+    save_file({"large": beyond}, tmp_path / "a.safetensors")
+    assert fingerprint_files(shards) == expected
+
+    layer = torch.nn.Linear(3, 2)
+    layer.weight.data.copy_(small)
+    layer.register_parameter("large", torch.nn.Parameter(large.bfloat16()))
+    parts = [("bias", layer.bias), ("large", large.bfloat16()[:1024].float()), ("weight", small)]
+    shapes = {"bias": b"[2]", "large": b"[2000]", "weight": b"[2, 3]"}
+    content = b"".join(n.encode() + b" " + shapes[n] + t.detach().numpy().tobytes() for n, t in parts)
+    assert fingerprint_tensors(layer) == hashlib.sha256(content).hexdigest()
+
+
+def test_an_encoder_of_the_hub_is_known_by_its_files_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpc_dist.adapter.fingerprint import fingerprint_files
+
+    cached = tmp_path / "models--someone--small"
+    commit = "c0ffee" + 34 * "0"
+    tiny("bert").save_pretrained(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    encoder = AutoModel.from_pretrained("someone/small", cache_dir=tmp_path)
+    unknown = identify(encoder)  # the cache that is looked into is another one
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = identify(encoder)
+    for identity in (unknown, found):
+        assert identity.path == "someone/small"
+        assert (identity.model_type, identity.hidden_size, identity.layers) == ("bert", 32, 3)
+    assert found.sha256 == fingerprint_files([cached / "snapshots" / commit / "model.safetensors"])
+    assert unknown.sha256 == identify(tiny("bert")).sha256
+
+
+def test_the_files_of_a_given_folder_come_before_those_the_encoder_names(tmp_path: Path) -> None:
+    encoder = saved_encoder(tmp_path / "one")
+    saved_encoder(tmp_path / "two", seed=1)
+    two = identify(AutoModel.from_pretrained(tmp_path / "two"))
+    assert identify(encoder, tmp_path / "two").sha256 == two.sha256 != identify(encoder).sha256
+    assert identify(encoder, tmp_path / "two").path == str(tmp_path / "one")
+    assert two.revision is None
+
+
 def test_pickled_weights_are_told_apart_without_being_unpickled(tmp_path: Path) -> None:
     from gpc_dist.adapter.fingerprint import fingerprint_files
 
@@ -163,6 +303,16 @@ def test_pickled_weights_are_told_apart_without_being_unpickled(tmp_path: Path) 
     for name, value in (("a", 1.0), ("b", 2.0)):
         torch.save({"w": torch.full((4,), value), "trap": Trap()}, tmp_path / f"{name}.bin")
     assert fingerprint_files([tmp_path / "a.bin"]) != fingerprint_files([tmp_path / "b.bin"])
+
+
+def test_a_folder_of_pickled_weights_is_known_by_its_files(tmp_path: Path) -> None:
+    from gpc_dist.adapter.fingerprint import fingerprint_files
+
+    encoder = tiny("bert")
+    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
+    assert identify(encoder, tmp_path).sha256 == fingerprint_files([tmp_path / "pytorch_model.bin"])
+    saved = saved_encoder(tmp_path)  # safetensors files come first
+    assert identify(saved).sha256 == fingerprint_files([tmp_path / "model.safetensors"])
 
 
 def test_random_weights_are_known_by_their_values_whatever_folders_lie_around(

@@ -34,6 +34,36 @@ def test_single_examples_are_drawn_unless_they_share_a_text_or_a_question() -> N
     assert [unit.tolist() for unit in units(examples)] == [[0, 2], [1], [3, 4]]
 
 
+def test_a_source_and_a_group_of_one_name_are_two_things() -> None:
+    examples = [
+        Example(0, (), 1, source=2),
+        Example(1, (), 1, group=2),
+        Example(2, (), 1),
+        Example(3, (), 1, group=0, source=0),
+        Example(4, (), 1, group=1, source=0),
+    ]
+    assert [unit.tolist() for unit in units(examples)] == [[0], [1], [2], [3, 4]]
+
+
+def test_every_unit_is_as_likely_and_a_seed_fixes_the_draws() -> None:
+    drawn = draw_units(7, 4000)
+    assert drawn.shape == (4000, 7)
+    counts = np.bincount(drawn.flatten(), minlength=7)
+    assert len(counts) == 7
+    np.testing.assert_allclose(counts / drawn.size, 1 / 7, rtol=0.05)
+    assert len(np.unique(drawn, axis=0)) > 3900
+    np.testing.assert_array_equal(draw_units(7, 4000, seed=0), drawn)
+    assert not np.array_equal(draw_units(7, 4000, seed=1), drawn)
+
+
+@pytest.mark.parametrize(("level", "ends"), [(None, (2.5, 97.5)), (0.9, (5.0, 95.0)), (0.5, (25.0, 75.0))])
+def test_the_ends_of_an_interval_leave_the_same_share_on_both_sides(
+    level: float | None, ends: tuple[float, float]
+) -> None:
+    values = RANDOM.permutation(np.arange(101.0))
+    assert interval(values, *([] if level is None else [level])) == pytest.approx(ends)
+
+
 def test_accuracy_f1_and_matthews_of_a_draw_are_those_of_the_drawn_examples() -> None:
     examples, decisions = classes(40)
     targets = np.array([example.target for example in examples])

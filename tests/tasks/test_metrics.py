@@ -41,9 +41,40 @@ def test_regression_metrics() -> None:
     assert m.rmse(right, said) == pytest.approx((18 / 4) ** 0.5)
 
 
-def test_a_constant_has_no_correlation() -> None:
-    right = examples(1.0, 2.0, 3.0)
-    assert m.pearson(right, np.full(3, 2.0)) == m.spearman(right, np.full(3, 2.0)) == 0.0
+@pytest.mark.parametrize(
+    ("right", "said"), [((1.0, 2.0, 3.0), (2.0, 2.0, 2.0)), ((2.0, 2.0), (1.0, 3.0)), ((1.0,), (1.0,))]
+)
+def test_a_constant_and_a_single_number_have_no_correlation(
+    right: tuple[float, ...], said: tuple[float, ...]
+) -> None:
+    assert m.pearson(examples(*right), np.array(said)) == 0.0
+    assert m.spearman(examples(*right), np.array(said)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("right", "said", "pearson"),
+    [
+        ((1.0, 2.0), (5.0, 7.0), 1.0),
+        ((1.0, 2.0), (7.0, 6.5), -1.0),
+        ((0.0, 0.5, 0.5), (0.0, 0.25, 0.25), 1.0),
+    ],
+)
+def test_two_numbers_and_numbers_below_one_have_a_correlation(
+    right: tuple[float, ...], said: tuple[float, ...], pearson: float
+) -> None:
+    assert m.pearson(examples(*right), np.array(said)) == pytest.approx(pearson)
+    assert m.spearman(examples(*right), np.array(said)) == pytest.approx(pearson)
+
+
+@pytest.mark.parametrize("metric", [m.accuracy, m.multirc_exact_match, m.record_f1, m.record_exact_match])
+@pytest.mark.parametrize("count", [1, 3])
+def test_decisions_that_do_not_match_the_examples_in_number_are_an_error(
+    metric: m.Metric, count: int
+) -> None:
+    meta = {"candidates": ("a b", "c"), "answers": ("c",)}
+    two = [Example(n, (("p", "q"),) * 2, (1,), group=n, meta=meta) for n in range(2)]
+    with pytest.raises(ValueError, match="is (shorter|longer) than"):
+        metric(two, np.zeros(count, dtype=int))
 
 
 def test_multirc() -> None:
@@ -55,6 +86,7 @@ def test_multirc() -> None:
     # all answers: TP 3, FP 0, FN 1; questions (0, 0) and (1, 0) of three are whole
     assert m.multirc_f1(answers, said) == pytest.approx(6 / 7)
     assert m.multirc_exact_match(answers, said) == pytest.approx(2 / 3)
+    assert m.multirc_f1(examples(0, 0), np.array([0, 0])) == 0.0
 
 
 def test_record() -> None:
@@ -71,6 +103,59 @@ def test_record() -> None:
     for decision, f1, exact in ((0, 1.0, 1.0), (1, 1.0, 1.0), (2, 2 / 4, 0.0)):
         assert m.record_f1([query], np.array([decision])) == pytest.approx(f1)
         assert m.record_exact_match([query], np.array([decision])) == exact
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("A cat, an owl and THE dog", "cat owl and dog"),
+        ("Anna's theatre at the a.m.", "annas theatre at am"),
+        ("  The \t end\n", "end"),
+        ("the", ""),
+    ],
+)
+def test_normal_form_of_an_answer(text: str, normal: str) -> None:
+    assert m.normalize_answer(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("candidate", "answers", "f1"),
+    [
+        ("New York City", ("York",), 2 * (1 / 3) * 1 / (1 / 3 + 1)),
+        ("York", ("New York City",), 0.5),
+        # a word counts as often as both say it: 2 of 4 and 2 of 2
+        ("la la la land", ("la la", "land"), 2 * (2 / 4) * 1 / (2 / 4 + 1)),
+        ("Oslo", ("Rome", "Paris"), 0.0),
+        ("The", ("a",), 0.0),  # no word is left of either
+    ],
+)
+def test_f1_of_a_chosen_entity(candidate: str, answers: tuple[str, ...], f1: float) -> None:
+    meta = {"candidates": ("none", candidate), "answers": answers}
+    assert m.record_f1([Example(0, (("p", "q"),) * 2, (1,), meta=meta)], np.array([1])) == pytest.approx(f1)
+
+
+def test_record_is_the_mean_over_queries() -> None:
+    meta = {"candidates": ("Rome", "Oslo"), "answers": ("Oslo",)}
+    queries = [Example(n, (("p", "q"),) * 2, (1,), meta=meta) for n in range(4)]
+    for metric in (m.record_f1, m.record_exact_match):
+        assert metric(queries, np.array([1, 0, 0, 0])) == 0.25
+
+
+def test_metrics_of_a_table_and_its_main_one() -> None:
+    assert {kind: list(named) for kind, named in m.TABLE_METRICS.items()} == {
+        "classification": ["accuracy", "f1_macro", "matthews"],
+        "choice": ["accuracy"],
+        "regression": ["pearson", "spearman", "rmse"],
+    }
+    right, said = examples(0, 0, 1, 1, 2), np.array([0, 0, 0, 1, 1])
+    assert m.TABLE_METRICS["classification"]["accuracy"](right, said) == 0.6
+    numbers = examples(1.0, 2.0, 3.0, 4.0), np.array([1.0, 3.0, 2.0, 8.0])
+    found = {name: metric(*numbers) for name, metric in m.TABLE_METRICS["regression"].items()}
+    assert found == {
+        "pearson": pytest.approx(10 / 145**0.5),
+        "spearman": pytest.approx(0.8),
+        "rmse": pytest.approx((18 / 4) ** 0.5),
+    }
 
 
 def make_task(**changes: object) -> Task:
@@ -95,8 +180,13 @@ def test_score_reports_every_metric_and_the_average_where_wanted() -> None:
     right = examples(0, 1, 1)
     scores = make_task().score(right, LOGITS)
     assert scores == {"accuracy": pytest.approx(2 / 3), "f1_macro": pytest.approx(2 / 3)}
-    averaged = make_task(averaged=True, main_metric="average").score(right, LOGITS)
-    assert averaged["average"] == pytest.approx(2 / 3)
+    # one class never said: accuracy 1/3, F1 of 0 and 1/2
+    averaged = make_task(averaged=True, main_metric="average").score(examples(1, 1, 0), [LOGITS[0]] * 3)
+    assert averaged == {
+        "accuracy": pytest.approx(1 / 3),
+        "f1_macro": pytest.approx(1 / 4),
+        "average": pytest.approx(7 / 24),
+    }
 
 
 def test_predictions_carry_labels_and_probabilities() -> None:
