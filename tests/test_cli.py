@@ -13,7 +13,8 @@ from gpc_dist import cli, schema
 from gpc_dist.errors import EXIT_USAGE
 from tests.processes import cold_command
 
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "mlflow", "sklearn", "scipy", "pandas"}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "mlflow", "ray"}
+HEAVY |= {"matplotlib", "numpy", "pandas", "scipy", "sklearn"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"]])
@@ -37,10 +38,11 @@ def test_help_names_every_command_and_every_key() -> None:
 def test_init_copies_files_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["init", str(tmp_path / "work")]) == 0
     recipes = sorted((tmp_path / "work" / "recipes").glob("*.yaml"))
-    assert len(recipes) >= 11
+    assert [recipe.stem for recipe in recipes] == cli.config.recipe_names()
     for recipe in recipes:
-        cli.config.load(str(recipe))
-    assert (tmp_path / "work" / "ds_configs" / "zero3.json").is_file()
+        assert cli.config.load(str(recipe)) == cli.config.load(recipe.stem)
+    for file in ("ds_configs/zero3.json", "slurm/train.sbatch", "tune/demo.yaml", "tune/studies/minilm.yaml"):
+        assert (tmp_path / "work" / file).is_file()
     assert cli.main(["init", str(tmp_path / "work")]) == EXIT_USAGE
     assert "already has" in capsys.readouterr().err
 

@@ -55,7 +55,7 @@ def recipe(tmp_path: Path, text: str) -> str:
         ("train:\n  lr: 1\n  lr: 2", "duplicate key 'lr'"),
         ("train: {learning_rate: 1}", "unknown key 'train.learning_rate'"),
         ("trian: {lr: 1}", "Valid keys: run, encoder, task"),
-        ("train: [1, 2]", "train"),
+        ("train: [1, 2]", "train: Input should be a valid dictionary"),
         ("- 1", "mapping of sections"),
         ("train: {lr: [}", "not valid YAML"),
         ("? [train, lr]\n: 1", "not valid YAML"),
@@ -85,7 +85,14 @@ def test_a_mapping_may_be_merged_into_another_which_has_the_last_word() -> None:
 def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:
     with pytest.raises(UserError) as error:
         config.build({}, {"engine.zero": "3"})
-    assert all(key in str(error.value) for key in schema.all_keys(config.Config) if key.startswith("engine."))
+    _, _, listed = str(error.value).partition("Valid keys: ")
+    assert listed.split(", ") == [key for key in schema.all_keys(config.Config) if key.startswith("engine.")]
+    assert {"engine.zero_stage", "engine.ranks", "engine.dtype"} <= set(listed.split(", "))
+
+
+def test_the_promised_regimes_are_there() -> None:
+    offloaded = {"zero3-offload-cpu", "zero3-offload-nvme"}
+    assert {f"zero{stage}" for stage in range(4)} | offloaded <= set(deepspeed_config.regimes())
 
 
 @pytest.mark.parametrize("name", deepspeed_config.regimes())

@@ -35,15 +35,25 @@ def test_a_command_of_the_readme_is_understood(words: list[str]) -> None:
             spec.load(options.search, overrides)
     elif words[1] == "study":
         study.load(options.study, overrides)
-    elif words[1] == "train" and options.recipe in config.recipe_names():
-        config.load(options.recipe, overrides)
-    else:
+    elif words[1:3] == ["submit", "tune"]:
+        spec.load(options.recipe, overrides)
+    elif not hasattr(options, "recipe") or options.recipe == "my-recipe.yaml":
         config.build({}, overrides)
+    else:
+        config.load(options.recipe, overrides)
+
+
+def test_the_readme_shows_the_commands() -> None:
+    shown = {words[1] for words in COMMANDS}
+    assert {"doctor", "train", "evaluate", "predict", "results", "plan", "bench", "submit", "jobs"} <= shown
+    assert {"tune", "compare", "study", "inspect"} <= shown
 
 
 def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    targets = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
+    assert {"setup", "demo", "test", "check"} <= targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
@@ -58,5 +68,7 @@ def test_the_notebook_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_linked_pages_exist() -> None:
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    links = set(re.findall(r"\]\((?!http)([^)]+)\)", README))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= links
+    for link in links:
         assert (ROOT / link).is_file()

@@ -14,7 +14,6 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_t5.py"
 
 @pytest.mark.slow
 def test_the_cpu_twin_compares_all_sides(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     out = tmp_path / "found.json"
     sides = ["ours-gpc", "peft", "peft-deepspeed-2"]
     command = [sys.executable, str(SCRIPT), "--cpu", "--lengths", "mix", "--max-length", "12"]
@@ -30,9 +29,8 @@ def test_the_cpu_twin_compares_all_sides(tmp_path: Path) -> None:
         assert run["tokens_per_s"] > 0
         assert not run["recompute"]
     # the same rows, so the same tokens for each example on all sides
-    (ours,), (peer,), _ = result["sides"].values()
-    for run in (ours, peer):
-        run["tokens_per_example"] = run["tokens_per_s"] / run["examples_per_s"]
-    assert ours["tokens_per_example"] == pytest.approx(peer["tokens_per_example"])
+    tokens = [run["tokens_per_s"] / run["examples_per_s"] for (run,) in result["sides"].values()]
+    assert tokens == pytest.approx([tokens[0]] * 3)
+    assert 4 <= tokens[0] <= 12
     table = done.stdout[done.stdout.index("tokens/s  ") :]
     assert all(side in table for side in sides)

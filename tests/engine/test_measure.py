@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from gpc_dist.engine import measure
 from gpc_dist.engine.distributed import World
 from gpc_dist.engine.measure import communication, covered, matmul_tflops, peak_memory_mib
 
@@ -24,15 +28,29 @@ def test_covered_counts_no_moment_twice(spans: list[tuple[float, float]], length
     assert covered(spans) == length
 
 
-def test_the_matrix_product_has_a_speed() -> None:
-    assert matmul_tflops(CPU, torch.float32) > 0
+def test_the_speed_of_the_matrix_product_is_the_best_of_about_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # the end of the second is set; four products in 0.4 s; still in time: four in 0.8 s; out of time
+    clock = iter([0.0, 0.0, 0.4, 0.4, 0.4, 1.2, 1.2])
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    operations = 2 * 1024**3
+    assert matmul_tflops(CPU, torch.float32) == pytest.approx(operations / 0.1 / 1e12)
+    assert list(clock) == []
 
 
-def test_peak_memory_never_falls() -> None:
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_peak_memory_rises_with_what_is_held_and_never_falls() -> None:
     before = peak_memory_mib(CPU)
-    held = torch.ones(32 * 2**18)
-    assert peak_memory_mib(CPU) >= before > 0
+    held = torch.ones(int((before - resident_mib() + 128) * 2**18))
+    risen = peak_memory_mib(CPU)
+    assert risen == pytest.approx(before + 128, abs=32)
     del held
+    assert peak_memory_mib(CPU) >= risen
 
 
 def test_a_lone_rank_does_not_communicate() -> None:

@@ -132,13 +132,21 @@ def test_a_step_that_does_not_fit_at_once_is_run_in_passes(large: Workload) -> N
     planner = Planner(replace(large, rows=1000), ZERO3)
     found = planner.estimate(Regime(), cluster(per_node=1, memory_gib=8))
     assert 0 < found.most_rows < 1000
-    assert found.micro_rows <= found.most_rows
+    passes = -(-1000 // found.most_rows)
+    assert passes > 1
+    assert found.micro_rows == -(-1000 // passes)
     assert found.memory.total <= 0.9 * 8 * GIB
+    # what each pass holds decides its memory, and all of them together the time
+    assert found.memory == planner.memory(Regime(), cluster(per_node=1, memory_gib=8), found.micro_rows)
+    whole = planner.estimate(Regime(), cluster(per_node=1, memory_gib=80))
+    assert whole.micro_rows == 1000
+    assert found.step_s >= whole.step_s
 
 
 def test_what_does_not_fit(xxl: Workload) -> None:
     """19 GB of float32 weights with 40 GiB fit; with 16 GiB only sharded or offloaded ones do."""
     planner = Planner(xxl, ZERO3)
+    assert planner.estimate(Regime(0, recompute=True), cluster("a100-40")).fits
     tight = cluster("a100-40", per_node=8, memory_gib=16)
     found = {regime: planner.estimate(regime, tight) for regime in REGIMES}
     assert not found[Regime(0, recompute=True)].fits

@@ -249,9 +249,11 @@ def test_prefixes_are_chosen_by_most_matches() -> None:
     model = nn.ModuleDict(
         {"block": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(2, 2), "ff": nn.Linear(2, 2)})])}
     )
-    place_ = weights.Stored(Path("x"), 0, torch.float32, (2, 2))
-    bias = weights.Stored(Path("x"), 0, torch.float32, (2,))
-    names = [f"{p}.block.0.{m}" for p, ms in (("encoder", ("q", "ff")), ("decoder", ("q",))) for m in ms]
-    stored = {f"{n}.weight": place_ for n in names} | {f"{n}.bias": bias for n in names}
+    names = [f"{p}.block.0.{m}" for p, ms in (("decoder", ("q",)), ("encoder", ("q", "ff"))) for m in ms]
+    shapes = {f"{n}.weight": (2, 2) for n in names} | {f"{n}.bias": (2,) for n in names}
+    stored = {
+        name: weights.Stored(Path("x"), place, torch.float32, shape)
+        for place, (name, shape) in enumerate(shapes.items())
+    }
     found = weights.match(model, stored)
-    assert len(found) == 4
+    assert found == {parameter: stored[f"encoder.{name}"] for name, parameter in model.named_parameters()}

@@ -92,6 +92,26 @@ def test_every_distribution_draws_what_it_says(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_logarithmic_range_has_as_many_draws_in_each_decade(algorithm: str) -> None:
+    ranges = {
+        "train.lr": {"loguniform": [1e-6, 1]},
+        "adapter.prompt_tokens": {"logint": [1, 10_000]},
+        "train.weight_decay": {"uniform": [0, 1]},
+        "train.batch_size": {"int": [1, 10_000]},
+    }
+    drawn = draw(make(ranges, algorithm=algorithm), 10)  # Optuna learns from what it has drawn later on
+    # one in a hundred is as small where every value is as likely as any other
+    small = {
+        key: sum(each[key] <= high / 100 for each in drawn)
+        for key, held in ranges.items()
+        for _, high in held.values()
+    }
+    assert small["train.lr"] >= 4
+    assert small["adapter.prompt_tokens"] >= 2
+    assert small["train.weight_decay"] + small["train.batch_size"] <= 1
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_a_key_is_set_only_where_its_conditions_hold(algorithm: str) -> None:
     spec = make(CHAIN, algorithm=algorithm)
     space.validate(spec)
@@ -233,6 +253,11 @@ def test_what_would_fail_later_is_refused(
 def test_a_key_that_needs_another_is_tried_with_it() -> None:
     text = {"choice": ["is it done?"], "when": {"adapter.prompt_init": "text"}}
     space.validate(make({"adapter.prompt_init": ["vocab", "text"], "adapter.prompt_text": text}))
+    with pytest.raises(UserError, match=r"the value 'text' is not accepted.* needs adapter\.prompt_text"):
+        space.validate(make({"adapter.prompt_init": ["vocab", "text"]}))
+    number = {"choice": ["is it done?", 7], "when": {"adapter.prompt_init": "text"}}
+    with pytest.raises(UserError, match=r"space\.adapter\.prompt_text: the value 7 is not accepted"):
+        space.validate(make({"adapter.prompt_init": ["vocab", "text"], "adapter.prompt_text": number}))
     space.validate(
         make({"adapter.prompt_text": ["a", "b"]}, settings={"adapter.prompt_init": "text"}),
     )
@@ -304,9 +329,15 @@ def test_population_based_training_changes_what_a_run_can_change_on_its_way() ->
     )
     random.seed(0)
     np.random.seed(0)
-    sample = from_ray(spec)[0]
+    sample = first = from_ray(spec)[0]
+    decays = []
     for _ in range(50):
         sample, _ = scheduler._get_new_config(None, type("Trial", (), {"config": sample})())
+        decays.append(sample["train.weight_decay"])
         assert 1e-3 <= sample["train.lr"] <= 1e-1
-        assert 0 <= sample["train.weight_decay"] <= 0.1
+        assert {key: sample[key] for key in sample if key not in changed} == {
+            key: first[key] for key in first if key not in changed
+        }
         space.trial_config(spec, sample)
+    assert all(0 <= decay <= 0.1 for decay in decays)
+    assert 0.1 in decays  # a step led out of the range

@@ -148,7 +148,7 @@ def test_the_page_and_the_plots(tmp_path: Path) -> None:
     assert "<h1>&lt;study&gt;</h1>" in page
     assert "Not measured yet, and in no figure below: later." in page
     assert page.count("<svg ") == 4
-    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "://" not in page.replace("http://www.w3.org", "")
     assert '<td class="n" data-n="0.76">0.7600 ± 0.0173</td>' in page
     assert "0.2400 ± 0.0173" in page  # the loss
     for plot in drawn:

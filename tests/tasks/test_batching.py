@@ -59,8 +59,8 @@ def test_pools_save_padding_and_keep_batches_in_random_order() -> None:
     steps = EpochPlan(sizes, 0, 16).steps(0)
     real = int(sizes.longest.sum())
     assert real / sum(sizes.padded_tokens(step) for step in steps) > 0.95
-    pool = EpochPlan(make_sizes(16 * POOL_BATCHES), 0, 16).steps(0)
-    longest = [int(sizes.longest[step].max()) for step in pool]
+    pool = make_sizes(16 * POOL_BATCHES)
+    longest = [int(pool.longest[step].max()) for step in EpochPlan(pool, 0, 16).steps(0)]
     assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     if path.suffix in (".jsonl", ".json"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".parquet":
-        pa = pytest.importorskip("pyarrow")
-        pq = pytest.importorskip("pyarrow.parquet")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".csv":
         quoted = ([row["text"].replace('"', '""'), row["label"]] for row in rows)
@@ -92,8 +94,6 @@ def test_a_single_file_is_the_training_split(tmp_path: Path) -> None:
     ],
 )
 def test_bad_content_is_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         read_rows(DataConfig(path=str(tmp_path)), "train")
@@ -120,8 +120,12 @@ def test_what_cannot_be_found_is_named_with_what_there_is(tmp_path: Path) -> Non
         read_file(tmp_path / "train.xlsx")
 
 
-def test_the_demo_data_come_along() -> None:
-    assert all(set(row) == {"text", "label"} for row in read_rows(DataConfig(path="demo"), "train")[1])
+@pytest.mark.parametrize(("split", "count"), [("train", 656), ("validation", 202)])
+def test_the_demo_data_come_along(split: Any, count: int) -> None:
+    _, rows = read_rows(DataConfig(path="demo"), split)
+    assert len(rows) == count
+    assert all(set(row) == {"text", "label"} and row["text"] for row in rows)
+    assert Counter(row["label"] for row in rows) == {"done": count // 2, "not_done": count // 2}
 
 
 class FakeTable(list[dict[str, Any]]):
@@ -133,7 +137,8 @@ class FakeLabel:
 
 
 def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     asked = []
 
     def load_dataset(name: str, config: str | None, split: str) -> FakeTable:
@@ -151,7 +156,7 @@ def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def load_dataset(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("cannot reach the Hub\nand much more")
@@ -166,7 +171,8 @@ def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_class_names_of_real_features() -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features(
         {"label": datasets.ClassLabel(names=["a", "b"]), "n": datasets.Value("int32")}
     )

@@ -64,7 +64,9 @@ def test_labels_are_the_same_in_every_format(tmp_path: Path, content: tuple[str,
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     rows = [{"text": "a", "label": True}, {"text": "b", "label": False}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     task = table(tmp_path, text=["text"])

@@ -10,6 +10,14 @@ from mlflow.entities import Run
 from gpc_dist import files
 from gpc_dist.tracking.folder import SearchFolder, TrialFolder
 
+READS = ("get_", "search_", "list_", "download_", "load_")
+WRITES = [
+    name
+    for name, member in vars(MlflowClient).items()
+    if callable(member) and not name.startswith(("_", *READS))
+]
+"""Methods of a client that change a store."""
+
 MakeSearch = Callable[..., SearchFolder]
 AddTrial = Callable[..., TrialFolder]
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import socket
 import subprocess
 from pathlib import Path
 
+import mlflow
+import psutil
 import pytest
 
+import gpc_dist
 from gpc_dist.tracking.facts import collect_facts
 
 
@@ -20,9 +26,13 @@ def git(folder: Path, *arguments: str) -> str:
 def test_facts_are_json_and_complete() -> None:
     facts = collect_facts()
     json.dumps(facts, allow_nan=False)
-    assert {"command", "host", "python", "cpu", "cpus", "memory_gib", "versions"} <= facts.keys()
-    assert {"gpc-dist", "torch", "mlflow"} <= facts["versions"].keys()
-    assert facts["memory_gib"] > 0
+    assert {"command", "cpu", "versions"} <= facts.keys()
+    assert (facts["host"], facts["folder"]) == (socket.gethostname(), os.getcwd())
+    assert (facts["python"], facts["cpus"]) == (platform.python_version(), psutil.cpu_count())
+    assert facts["memory_gib"] == pytest.approx(psutil.virtual_memory().total / 2**30, abs=0.06)
+    versions = facts["versions"]
+    assert (versions["gpc-dist"], versions["mlflow"]) == (gpc_dist.__version__, mlflow.__version__)
+    assert {"torch", "deepspeed", "transformers", "datasets", "ray"} <= versions.keys()
 
 
 def test_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +56,10 @@ def test_commit_and_local_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert collect_facts()["git_dirty"] is True
 
 
-def test_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    assert "git_commit" in collect_facts()
     monkeypatch.setenv("PATH", "/nonexistent")
     assert "git_commit" not in collect_facts()

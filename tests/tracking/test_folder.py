@@ -104,21 +104,41 @@ def test_truncate_drops_later_steps_and_goes_on(tmp_path: Path) -> None:
     assert steps(path) == [10, 20, 20, 21]
 
 
+def test_a_line_is_in_the_file_when_it_has_been_written(tmp_path: Path) -> None:
+    with MetricLog(tmp_path / "metrics.jsonl") as log:
+        for step in (1, 2, 3):
+            log.append(step, {"loss": 1.0})
+            assert steps(tmp_path / "metrics.jsonl") == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize("cut", [1, 10, -1])
+def test_a_line_is_read_once_it_is_whole(tmp_path: Path, cut: int) -> None:
+    path, first, second = tmp_path / "metrics.jsonl", b'{"step": 1}\n', b'{"step": 2, "loss": 1.0}\n'
+    path.write_bytes(first + second[:cut])
+    assert files.read_lines(path) == ([{"step": 1}], len(first))
+    assert files.read_lines(path, len(first)) == ([], len(first))
+    path.write_bytes(first + second)
+    assert files.read_lines(path, len(first)) == ([{"step": 2, "loss": 1.0}], len(first + second))
+
+
 def test_lines_are_whole_while_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     values = {f"val/{'x' * 200}/{i}": 1.0 for i in range(100)}  # more than any buffer holds
     done = threading.Event()
 
     def write() -> None:
-        with MetricLog(path) as log:
-            for step in range(200):
-                log.append(step, values)
-        done.set()
+        try:
+            with MetricLog(path) as log:
+                for step in range(200):
+                    log.append(step, values)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=write)
     thread.start()
-    offset, seen = 0, []
-    while not done.is_set() or offset < path.stat().st_size:
+    offset, seen, ended = 0, [], False
+    while not ended:
+        ended = done.is_set()  # before the read, which then is the last one
         lines, offset = files.read_lines(path, offset)
         seen += lines
     thread.join()

@@ -142,7 +142,9 @@ def test_text_is_text(browser: str, tmp_path: Path) -> None:
     write_comparison(compare(str(tmp_path / "runs")), EVIL, page, None)
     text = page.read_text()
     assert text.count("<script>") == 1
-    Balanced().feed(text)
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
     shown = rendered(browser, page)
     title = re.findall(r"<title>(.*?)</title>", shown, re.DOTALL)[0]
     assert title.startswith("Comparison of &lt;script&gt;")
@@ -185,6 +187,9 @@ def test_a_section_for_each_task(tmp_path: Path) -> None:
     assert re.findall("<h2>(.*?)</h2>", page) == ["cb: average", "rte: accuracy"]
     parser = Balanced()
     parser.feed(page)
+    assert parser.open == []
+    assert "rte-accuracy-curves" in parser.ids
+    assert "cb-average-curves" in parser.ids
     assert len(parser.ids) == len(set(parser.ids))
 
 
@@ -203,11 +208,14 @@ def test_the_best_can_be_made_once_more(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_figures_are_the_same_for_the_same_runs(tmp_path: Path) -> None:
-    (comparison,) = compare(str(search(tmp_path, 10)))
-    for plot in plots(comparison, importance(comparison)):
+    search(tmp_path, 10)
+    (comparison,), (again,) = (compare(str(tmp_path)) for _ in range(2))
+    drawn = plots(comparison, importance(comparison))
+    assert [plot.name.rpartition("-")[2] for plot in drawn] == ["curves", "settings", "importance", "cost"]
+    for plot, same in zip(drawn, plots(again, importance(again)), strict=True):
         svg = to_svg(plot)
         ElementTree.fromstring(svg.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
-        assert svg == to_svg(plot)
+        assert svg == to_svg(same)
         assert "currentColor" in svg
 
 

@@ -23,6 +23,7 @@ from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.tracking.replica import Replica
 
 from .conftest import MakeRun
+from .searches import WRITES
 
 
 def store_of(run: RunFolder) -> str:
@@ -114,7 +115,7 @@ def test_only_what_is_new_is_sent(make_run: MakeRun, monkeypatch: pytest.MonkeyP
     write(run, "train/loss", {1: 1.0, 2: 0.9})
     replica.update()
     calls: list[str] = []
-    for name in ("log_batch", "log_text", "log_inputs", "update_run", "set_terminated"):
+    for name in WRITES:
         monkeypatch.setattr(MlflowClient, name, lambda *_, name=name, **__: calls.append(name))
     replica.update()
     Replica(run).update()
@@ -200,12 +201,20 @@ def test_many_metrics_and_odd_names(make_run: MakeRun) -> None:
 
 
 def test_credentials_stay_in_the_folder(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tracking__uri="https://me:hunter2@mlflow.example.org")
+    uri = "https://me:hunter2@mlflow.example.org"
+    run = make_run(tracking__uri=uri)
+    files.write_json(
+        run.facts, files.read_json(run.facts) | {"command": f"gpc-dist train --tracking.uri {uri}"}
+    )
     replica = Replica(run, uri=store_of(run))
     replica.update()
-    path = client_of(run).download_artifacts(run_id_of(run), "config.yaml")
-    assert yaml.safe_load(Path(path).read_text())["tracking"]["uri"].endswith("//***@mlflow.example.org")
-    assert "hunter2" not in run.tracking.read_text()
+    sent = Path(client_of(run).download_artifacts(run_id_of(run), ""))
+    config = yaml.safe_load((sent / "config.yaml").read_text())
+    assert config["tracking"]["uri"].endswith("//***@mlflow.example.org")
+    assert recorded(run).data.tags["command"].endswith("//***@mlflow.example.org")
+    texts = [path.read_text() for path in sent.rglob("*") if path.is_file()]
+    assert len(texts) == 3  # with ds_config.json and facts.json
+    assert "hunter2" not in "".join([*texts, str(recorded(run).to_dictionary()), run.tracking.read_text()])
 
 
 @pytest.fixture

@@ -20,21 +20,16 @@ from gpc_dist.tracking.search import SearchReplica
 from gpc_dist.tracking.sync import sync_search
 from gpc_dist.tracking.trial import TrialReplica
 
-from .searches import AddTrial, MakeSearch, children_of, decide, finish, parent_of, steps_of, store_of
-
-WRITES = (
-    "create_logged_model",
-    "create_model_version",
-    "create_registered_model",
-    "create_run",
-    "log_batch",
-    "log_inputs",
-    "log_model_artifacts",
-    "log_outputs",
-    "log_text",
-    "set_logged_model_tags",
-    "set_terminated",
-    "update_run",
+from .searches import (
+    WRITES,
+    AddTrial,
+    MakeSearch,
+    children_of,
+    decide,
+    finish,
+    parent_of,
+    steps_of,
+    store_of,
 )
 
 

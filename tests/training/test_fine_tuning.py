@@ -255,14 +255,16 @@ def test_it_learns_and_leaves_the_checkpoint_and_what_others_read_of_it_as_they_
     settings = config.load(str(tiny_recipe))
     again = load_encoder(settings.encoder, torch.float32, World(0, 1, 0, torch.device("cpu")))
     table: Any = again.parts.token_embeddings.weight
-    assert torch.equal(table, load_file(file)["embeddings.word_embeddings.weight"])
+    stored = {name: value for name, value in load_file(file).items() if not name.startswith("pooler.")}
+    assert torch.equal(table, stored.pop("embeddings.word_embeddings.weight"))
     assert again.places is not None
-    assert all(
-        torch.equal(place.mapped(), load_file(file)[name])
-        for name, place in (
-            (n, again.places[p]) for n, p in again.parts.encoder.named_parameters() if p in again.places
-        )
-    )
+    mapped = {
+        name: again.places[parameter].mapped()
+        for name, parameter in again.parts.encoder.named_parameters()
+        if parameter in again.places
+    }
+    assert mapped.keys() == stored.keys()
+    assert all(torch.equal(mapped[name], stored[name]) for name in mapped)
 
 
 @pytest.mark.slow

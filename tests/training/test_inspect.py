@@ -39,9 +39,10 @@ def session(adapter: Path) -> Session:
 
 def run_once(
     session: Session, change: tuple[int, torch.Tensor] | None = None
-) -> tuple[float, list[torch.Tensor]]:
-    """Loss of the first example and the states that enter each layer, with a change of one layer's prompt."""
-    states = []
+) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
+    """Loss of the first example, the states that enter each layer and the prompt as each layer encodes it, with a
+    change of one layer's prompt."""
+    states, encoded = [], []
 
     def hook(index: int) -> Any:
         def enters(_: Any, args: tuple[Any, ...]) -> Any:
@@ -53,10 +54,14 @@ def run_once(
 
         return enters
 
-    handles = [
-        layer.register_forward_pre_hook(hook(index), prepend=True)
-        for index, layer in enumerate(session.base.parts.layers)
-    ]
+    def leaves(_: Any, __: Any, output: Any) -> None:
+        h = output[0] if isinstance(output, tuple) else output
+        encoded.append(h[:, : session.model.prompt_tokens].clone())
+
+    handles = []
+    for index, layer in enumerate(session.base.parts.layers):
+        handles.append(layer.register_forward_pre_hook(hook(index), prepend=True))
+        handles.append(layer.register_forward_hook(leaves, prepend=True))
     split = session.split(session.task.read("validation")[:1])
     batch = collate(split.encoded, [0], session.pad_id)
     with torch.no_grad():
@@ -64,7 +69,7 @@ def run_once(
         loss = summed_loss(session.task.kind, outputs, batch).item()
     for handle in handles:
         handle.remove()
-    return loss, states
+    return loss, states, encoded
 
 
 def test_the_gradient_is_the_slope_of_the_loss(session: Session) -> None:
@@ -87,7 +92,7 @@ def test_the_gradient_is_the_slope_of_the_loss(session: Session) -> None:
 
 def test_cosine_and_sizes_are_those_of_the_states(session: Session) -> None:
     found = inspect(session, 1)
-    _, states = run_once(session)
+    _, states, _ = run_once(session)
     tokens = session.model.prompt_tokens
     first = states[0][0, :tokens]
     for layer, state in enumerate(states):
@@ -108,6 +113,24 @@ def test_the_cell_is_seen_after_every_layer_but_the_last(session: Session) -> No
     assert [each.gate is not None for each in found] == [False, *[gated] * 3]
     for each in found:
         assert each.gate is None or 0 < each.gate < 1
+
+
+def test_what_the_cell_writes_and_its_gate_are_those_of_the_states(session: Session) -> None:
+    found, tokens = inspect(session, 1), session.model.prompt_tokens
+    _, states, encoded = run_once(session)
+    (cell,) = session.model.adapter.cell  # type: ignore[misc]
+
+    def unit(state: torch.Tensor) -> torch.Tensor:
+        return state / state.square().mean(-1, keepdim=True).sqrt()
+
+    for layer in (1, 2, 3):
+        e, p = encoded[layer - 1][0], states[layer - 1][0, :tokens]
+        change = (states[layer][0, :tokens] - e).norm(dim=-1) / e.norm(dim=-1)
+        assert found[layer].written == pytest.approx(change.mean().item(), rel=1e-4)
+        if found[layer].gate is not None:
+            remember, forget = cell.remember[0].weight, cell.forget[0].weight
+            gate = torch.sigmoid(unit(e) @ remember.T + unit(p) @ forget.T + cell.bias)
+            assert found[layer].gate == pytest.approx(gate.mean().item(), rel=1e-4)
 
 
 def test_the_command_writes_figures_and_a_plot(

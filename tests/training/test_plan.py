@@ -12,6 +12,7 @@ from gpc_dist import config as configuration
 from gpc_dist.cli import main
 from gpc_dist.config import PLANNED, EncoderConfig, build
 from gpc_dist.engine.hardware import find_device
+from gpc_dist.engine.planner import Estimate, recommend
 from gpc_dist.engine.timing import Cluster
 from gpc_dist.errors import UserError
 from gpc_dist.training import plan
@@ -66,9 +67,13 @@ def test_what_cannot_be_planned(
     assert message in capsys.readouterr().err
 
 
-def test_every_lm_adapted_t5_is_a_known_shape() -> None:
-    found = plan.encoder_config(EncoderConfig(path="google/t5-large-lm-adapt"))
-    assert (found.hidden_size, found.num_hidden_layers) == (1024, 24)
+@pytest.mark.parametrize(
+    ("size", "width", "layers"),
+    [("small", 512, 8), ("base", 768, 12), ("large", 1024, 24), ("xl", 2048, 24), ("xxl", 4096, 24)],
+)
+def test_every_lm_adapted_t5_is_a_known_shape(size: str, width: int, layers: int) -> None:
+    found = plan.encoder_config(EncoderConfig(path=f"google/t5-{size}-lm-adapt"))
+    assert (found.hidden_size, found.num_hidden_layers) == (width, layers)
 
 
 @pytest.mark.slow
@@ -97,13 +102,35 @@ def test_little_memory_changes_the_plan(tiny_recipe: Path) -> None:
         plan.plan_for(config, [(host, find_device("cpu", 8)) for host in "aabb"], outputs=2)
 
 
-def test_only_regimes_that_can_run_are_recommended(tiny_recipe: Path) -> None:
-    config = configuration.load(str(tiny_recipe), {"engine.quantize": "int8"})
-    cluster = Cluster(find_device("h100"), 1, 2)
+@pytest.mark.parametrize(
+    ("overrides", "device", "offloads", "kinds"),
+    [
+        ({}, "h100", {"none", "cpu"}, {"none"}),
+        ({"engine.quantize": "int8"}, "h100", {"none"}, {"int8"}),
+        ({}, "cpu", {"none"}, {"none"}),  # the host's memory is what such a rank has already
+    ],
+)
+def test_only_regimes_that_can_run_are_recommended(
+    tiny_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, str],
+    device: str,
+    offloads: set[str],
+    kinds: set[str],
+) -> None:
+    config = configuration.load(str(tiny_recipe), overrides)
+    cluster = Cluster(find_device(device), 1, 2)
     planner = plan.make_planner(config, cluster.device, outputs=2)
+    compared: list[Estimate] = []
+    monkeypatch.setattr(plan, "recommend", lambda each: compared.extend(each) or recommend(each))
     chosen = plan.choose(planner, cluster, config.engine)
-    assert chosen is not None
-    assert chosen.regime.quantize == "int8"
+    assert chosen in compared
+    assert {estimate.regime.offload for estimate in compared} == offloads
+    assert {estimate.regime.quantize for estimate in compared} == kinds
+    local = config.engine.model_copy(update={"nvme_path": Path("/local")})
+    compared.clear()
+    plan.choose(planner, cluster, local)
+    assert ("nvme" in {estimate.regime.offload for estimate in compared}) == ("int8" not in kinds)
 
 
 @pytest.mark.parametrize("key", ["zero_stage", "micro_batch_tokens", "activation_checkpointing"])

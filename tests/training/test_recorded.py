@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +45,7 @@ def test_the_run_is_finished_with_its_figures(run: Path, result: dict[str, objec
     assert recorded.info.status == "FINISHED"
     assert recorded.info.run_name == "tiny"
     assert recorded.data.params["adapter.method"] == "gpc"
-    assert recorded.data.tags["version.torch"]
+    assert recorded.data.tags["version.torch"] == metadata.version("torch")
     history = client.get_metric_history(recorded.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 13))
     (dataset,) = recorded.inputs.dataset_inputs

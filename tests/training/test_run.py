@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from gpc_dist import config, schema
 from gpc_dist.engine import checkpoint
@@ -122,8 +123,13 @@ def test_predict_writes_a_line_for_every_row(run: Path, tiny_data: Path, tmp_pat
     )
     predictions = [json.loads(line) for line in target.open()]
     assert [p["id"] for p in predictions] == list(range(23))
-    assert {p["prediction"] for p in predictions} <= {"with", "without"}
     assert all(sum(p["probabilities"]) == pytest.approx(1) for p in predictions)
+    likelier = [("with", "without")[p["probabilities"][1] > p["probabilities"][0]] for p in predictions]
+    assert [p["prediction"] for p in predictions] == likelier
+    right = ["with" if "cat" in row["text"].split() else "without" for row in rows]
+    hits = sum(mine == other for mine, other in zip(likelier, right, strict=True))
+    best = json.loads((run / "result.json").read_text())["metrics"]["best"]
+    assert hits / 23 == pytest.approx(best["accuracy"])
 
 
 def test_early_stopping_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -136,16 +142,24 @@ def test_early_stopping_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
 def test_a_finished_run_is_extended_by_more_steps(run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     assert gpc("train", tiny_recipe, "--run.dir", tmp_path / "run", "--train.steps", 14) == 0
-    assert sorted(losses(tmp_path / "run")) == list(range(1, 15))
+    extended = losses(tmp_path / "run")
+    assert sorted(extended) == list(range(1, 15))
+    assert {step: extended[step] for step in range(1, 13)} == losses(run)
 
 
 def test_adafactor_resumes_bit_for_bit(tiny_recipe: Path, tmp_path: Path) -> None:
     more = ("--train.optimizer", "adafactor", "--train.schedule", "constant", "--train.warmup", 0)
     for folder in ("whole", "parts"):
         assert gpc("train", tiny_recipe, "--run.dir", tmp_path / folder, *more) == 0
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000012")
+    last, trained = Path("checkpoints") / "step-00000012", "trained.safetensors"
+    shutil.rmtree(tmp_path / "parts" / last)
+    (tmp_path / "parts" / "metrics.jsonl").write_text("")  # so that what is compared has been written again
     assert gpc("train", tiny_recipe, "--run.dir", tmp_path / "parts", *more) == 0
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert parts == {step: whole[step] for step in range(9, 13)}
+    mine, other = (load_file(tmp_path / name / last / trained) for name in ("parts", "whole"))
+    assert mine.keys() == other.keys()
+    assert all(mine[key].equal(other[key]) for key in mine)
 
 
 def test_resume_false_starts_again(run: Path, tiny_recipe: Path, tmp_path: Path) -> None:

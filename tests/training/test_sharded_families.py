@@ -67,4 +67,5 @@ def test_sharded_and_whole_give_the_same_losses(
         done = on_ranks(ranks, "train", tiny_recipe, *arguments, "--engine.zero_stage", stage)
         assert done.returncode == 0, done.stderr
         found.append(losses(run))
+    assert sorted(found[0]) == [1, 2, 3, 4, 5]
     assert found[1] == pytest.approx(found[0], rel=2e-4)
