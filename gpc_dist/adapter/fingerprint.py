@@ -33,13 +33,16 @@ class EncoderIdentity:
 
 
 def identify(encoder: nn.Module, folder: Path | None = None) -> EncoderIdentity:
-    """Identity of an encoder; its weight files are those of `folder`, or of the place it names itself."""
+    """Identity of an encoder; its weight files are those of `folder`, or of the place it names itself: of a Hub id
+    without a folder, those of its main branch in the cache, for a model does not know of which revision it is."""
     config: Any = encoder.config
     path = getattr(encoder, "name_or_path", "")
-    files = _weight_files(folder, path, getattr(config, "_commit_hash", None)) if folder or path else []
+    if folder is None and path:
+        folder = _folder_of(path)
+    files = _weight_files(folder) if folder else []
     return EncoderIdentity(
         path=path or config.model_type,
-        revision=getattr(config, "_commit_hash", None),
+        revision=folder.name if folder and folder.parent.name == "snapshots" else None,
         model_type=config.model_type,
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -94,20 +97,21 @@ def _safetensors_entries(file: Path) -> list[tuple[str, bytes]]:
     return entries
 
 
-def _weight_files(folder: Path | None, path: str, revision: str | None) -> list[Path]:
-    if folder is None and Path(path).is_dir():
-        folder = Path(path)
-    if folder is None:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
+def _folder_of(path: str) -> Path | None:
+    """A local folder, or the snapshot of a Hub id's main branch in the cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-        try:
-            cached = try_to_load_from_cache(path, "config.json", revision=revision)
-        except HFValidationError:
-            return []
-        if not isinstance(cached, str):
-            return []
-        folder = Path(cached).parent
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
             return files

@@ -59,6 +59,8 @@ class Encoder:
     parts: EncoderParts
     places: dict[nn.Parameter, Stored] | None
     """Where the weights lie that are still to be read; None if all are in memory."""
+    folder: Path | None = None
+    """Where its files were found: of a Hub id, the snapshot of its revision in the cache."""
 
 
 def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Encoder:
@@ -71,12 +73,13 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
             cannot hold a prompt.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
+    from transformers.utils import cached_file, logging
 
     path = encoder_path(config)
     logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(path, revision=config.revision)
+        folder = Path(str(cached_file(path, "config.json", revision=config.revision))).parent
         files = weight_files(path, config.revision)
         if config.checksum and world.local_rank == 0:
             check_sums(files)
@@ -84,7 +87,7 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
             parts = locate(_load_whole(path, config.revision, model_config, dtype))
             if model_config.model_type not in TESTED:
                 probe(parts)
-            return Encoder(parts, None)
+            return Encoder(parts, None, folder)
     except (OSError, ValueError) as error:
         raise _not_loaded(config, "encoder", error) from None
     model = skeleton_model(model_config, dtype)
@@ -92,7 +95,7 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
     parts = locate(model)
     table: Any = parts.token_embeddings.weight
     _materialise(table, places.pop(table), torch.device("cpu"))
-    return Encoder(parts, places)
+    return Encoder(parts, places, folder)
 
 
 def _load_whole(path: str, revision: str | None, model_config: Any, dtype: torch.dtype) -> Any:

@@ -118,7 +118,7 @@ def load_base(config: Config, world: World) -> Base:
     if world.device.type == "cpu":
         keep_short_scores(encoder.parts.layers)
     # under the name the user gave, not the folder it was found in on this machine
-    identity = replace(identify(encoder.parts.encoder), path=config.encoder.path)
+    identity = replace(identify(encoder.parts.encoder, encoder.folder), path=config.encoder.path)
     parameters = frozen.count_parameters(encoder.parts)
     return Base(encoder, identity, tokenizer, parameters, time.monotonic() - start)
 

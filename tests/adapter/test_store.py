@@ -282,6 +282,7 @@ def test_an_encoder_of_the_hub_is_known_by_its_files_in_the_cache(
         assert (identity.model_type, identity.hidden_size, identity.layers) == ("bert", 32, 3)
     assert found.sha256 == fingerprint_files([cached / "snapshots" / commit / "model.safetensors"])
     assert unknown.sha256 == identify(tiny("bert")).sha256
+    assert (found.revision, unknown.revision) == (commit, None)
 
 
 def test_the_files_of_a_given_folder_come_before_those_the_encoder_names(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
 
-from gpc_dist.config import EncoderConfig, EngineConfig
-from gpc_dist.engine import weights
+from gpc_dist.adapter.fingerprint import fingerprint_files
+from gpc_dist.config import Config, EncoderConfig, EngineConfig
+from gpc_dist.engine import frozen, weights
 from gpc_dist.engine.distributed import World
 from gpc_dist.engine.frozen import load_encoder, place
 from gpc_dist.errors import UserError
+from gpc_dist.training.session import load_base
 from tests.adapter.encoders import FAMILIES, tiny
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -49,6 +51,25 @@ def edit(folder: Path, change: Any) -> None:
     """Rewrite a checkpoint's tensors."""
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("revision", [None, "v1", "c0ffee" + 34 * "0"])
+def test_an_encoder_of_the_hub_is_known_by_the_revision_it_was_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    cached = tmp_path / "models--someone--small"
+    commits = {"main": "d" * 40, "v1": "c0ffee" + 34 * "0"}
+    (cached / "refs").mkdir(parents=True)
+    for seed, (name, commit) in enumerate(commits.items()):
+        tiny("bert", seed).save_pretrained(cached / "snapshots" / commit)
+        (cached / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = Config(encoder=EncoderConfig(path="someone/small", revision=revision))
+    monkeypatch.setattr(frozen, "load_tokenizer", lambda _: None)
+    found = load_base(config, ALONE).identity
+    commit = commits["v1" if revision else "main"]
+    assert (found.path, found.revision) == ("someone/small", commit)
+    assert found.sha256 == fingerprint_files([cached / "snapshots" / commit / "model.safetensors"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
