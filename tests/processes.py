@@ -101,12 +101,8 @@ def on_ranks(ranks: int, *words: object) -> subprocess.CompletedProcess[str]:
     return call_on_ranks(ranks, cli.main, [str(word) for word in words])
 
 
-def call_on_ranks(ranks: int, call: Callable[..., Any], *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Call a function on ranks that are started as `torchrun` does; alone, without its variables, on one rank.
-
-    Returns:
-        Exit code of the first rank that failed, or 0; what rank 0 printed; and what all ranks said of errors.
-    """
+def start_on_ranks(ranks: int, call: Callable[..., Any], *arguments: Any) -> list[Started]:
+    """Call a function on ranks that are started as `torchrun` does; alone, without its variables, on one rank."""
     shared = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -114,12 +110,21 @@ def call_on_ranks(ranks: int, call: Callable[..., Any], *arguments: Any) -> subp
         "MASTER_PORT": str(free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    started = [
+    return [
         Started(
             call, arguments, None, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         )
         for rank in range(ranks)
     ]
+
+
+def call_on_ranks(ranks: int, call: Callable[..., Any], *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Call a function on ranks; see `start_on_ranks`.
+
+    Returns:
+        Exit code of the first rank that failed, or 0; what rank 0 printed; and what all ranks said of errors.
+    """
+    started = start_on_ranks(ranks, call, *arguments)
     wait_until(lambda: any(each.returncode for each in started) or not _running(started))
     if _running(started):  # they wait for the one that failed, or fail for the same reason
         with contextlib.suppress(AssertionError):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.processes import free_port, wait_until
+from tests.processes import Started, free_port, wait_until
 
 
 @contextmanager
@@ -42,6 +42,15 @@ def ray_cluster() -> Iterator[dict[str, str]]:
             ray.wait()
             with suppress(ProcessLookupError):
                 os.killpg(ray.pid, signal.SIGKILL)
+
+
+def kill_search(driver: Started, place: Path) -> None:
+    """End a search that was started in this folder with all its processes, as the loss of its machine would."""
+    driver.kill()
+    driver.wait()
+    for worker in workers_in(place):  # which would look for their cluster for a minute
+        worker.kill()
+    wait_until(lambda: not workers_in(place))
 
 
 def workers_in(place: Path, kind: str = "ray::") -> list[psutil.Process]:

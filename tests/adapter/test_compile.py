@@ -13,6 +13,7 @@ from .encoders import batch_for
 from .grafts import grafted, options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "recompute"), [("bert", False), ("t5", True)])
 def test_compiled_layers_give_the_same_for_every_length(family: str, recompute: bool) -> None:
     torch._dynamo.reset()

@@ -63,21 +63,21 @@ def test_an_array_of_seeds(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path, m
     (tmp_path / "runs").mkdir()
     shutil.copy(mlflow_store, tmp_path / "runs" / "mlflow.db")
     done = command(
-        *("submit", "train", tiny_recipe, "--seeds", "0-3", "--ranks-per-node", 1),
+        *("submit", "train", tiny_recipe, "--seeds", "0-1", "--ranks-per-node", 1),
         *("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     job = job_of(done.stdout)
-    for seed in range(4):
+    for seed in range(2):
         assert slurm.wait(f"{job}_{seed}")["JobState"] == "COMPLETED"
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'gpc-dist'")
     runs = client.search_runs([experiment.experiment_id], "tags.group = 'tiny'")
-    assert sorted(run.info.run_name for run in runs) == [f"tiny-seed-{seed}" for seed in range(4)]
+    assert sorted(run.info.run_name for run in runs) == [f"tiny-seed-{seed}" for seed in range(2)]
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert sorted(run.data.params["run.seed"] for run in runs) == ["0", "1", "2", "3"]
-    assert len({tuple(losses(tmp_path / "runs" / f"tiny-seed-{seed}").values()) for seed in range(4)}) == 4
+    assert sorted(run.data.params["run.seed"] for run in runs) == ["0", "1"]
+    assert len({tuple(losses(tmp_path / "runs" / f"tiny-seed-{seed}").values()) for seed in range(2)}) == 2
 
 
 def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
@@ -100,7 +100,9 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
     folder = tmp_path / "runs" / "tiny"
 
     def submit() -> str:
-        done = command("submit", "train", long_recipe, "--nodes", 2, cwd=tmp_path)
+        done = command(
+            *("submit", "train", long_recipe, "--nodes", 2, "--tracking.enabled", "false"), cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         return job_of(done.stdout)
 

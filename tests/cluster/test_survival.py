@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,8 +27,26 @@ def _store(tmp_path: Path, mlflow_store: Path) -> None:
     shutil.copy(mlflow_store, tmp_path / "mlflow.db")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def near_its_limit(
+    slurm: SlurmLab, long_recipe: Path, mlflow_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
+    """A job that stands still until Slurm warns it of its time limit, which takes a minute, and the folder of its run.
+
+    Slurm looks at time limits twice a minute and warns up to a minute early: 35 to 60 s after the start at @60.
+    """
+    place = tmp_path_factory.mktemp("limit")
+    shutil.copy(mlflow_store, place / "mlflow.db")
+    hold = Hold(place / "run", HELD)
+    job = start(slurm, long_recipe, place, "--time=2", "--signal=B:USR2@60")
+    hold.wait(lambda: log_of(place))
+    yield job, place
+    slurm.call("scancel", job)
+
+
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 NODES = ("--nodes=2", "--ntasks-per-node=1")
+UNRECORDED = ("--tracking.enabled", "false")
 
 
 def start(slurm: SlurmLab, recipe: Path, folder: Path, *options: str, settings: tuple[str, ...] = ()) -> str:
@@ -64,32 +83,6 @@ def test_requeued_by_hand(slurm: SlurmLab, long_recipe: Path, undisturbed: Path,
     recorded_once(tmp_path / "run")
 
 
-def test_preempted(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path, "--partition=spot")
-    hold.wait(lambda: log_of(tmp_path))
-    other = slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=tmp_path)
-    slurm.wait(other)
-    found = slurm.wait(job)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
-    assert "stopped by SIG" in log_of(tmp_path)
-    same_run(tmp_path / "run", undisturbed)
-    recorded_once(tmp_path / "run")
-
-
-def test_time_limit(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    # Slurm looks at time limits twice a minute and warns up to a minute early: 35 to 60 s after the start at @60
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path, "--time=2", "--signal=B:USR2@60")
-    hold.wait(lambda: log_of(tmp_path))  # which lasts until the warning
-    found = slurm.wait(job)
-    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
-    assert int(found["Restarts"]) >= 1
-    assert "stopped on request: requeued" in log_of(tmp_path)
-    same_run(tmp_path / "run", undisturbed)
-    recorded_once(tmp_path / "run")
-
-
 def test_a_killed_rank_ends_the_job_which_goes_on_from_the_last_checkpoint(
     slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +102,7 @@ def test_a_stuck_rank_ends_the_job_within_the_timeout(
     slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path, settings=("--engine.timeout_s", "10"))
+    job = start(slurm, long_recipe, tmp_path, settings=("--engine.timeout_s", "10", *UNRECORDED))
     hold.wait(lambda: log_of(tmp_path))
     os.kill(ranks_of(tmp_path)[1].pid, signal.SIGSTOP)
     hold.release()
@@ -117,18 +110,6 @@ def test_a_stuck_rank_ends_the_job_within_the_timeout(
     found = slurm.wait(job)
     assert found["JobState"] == "COMPLETED", log_of(tmp_path)
     assert "did not answer for 10 s (engine.timeout_s)" in log_of(tmp_path)
-    same_run(tmp_path / "run", undisturbed)
-
-
-def test_a_dead_node(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path)
-    hold.wait(lambda: log_of(tmp_path))
-    slurm.down("--node", "node02")
-    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
-    slurm.up()
-    found = slurm.wait(job)
-    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
     same_run(tmp_path / "run", undisturbed)
 
 
@@ -174,3 +155,41 @@ def test_ranks_of_a_node(
     job = slurm.submit("--nodes=2", *options, SCRIPT, tiny_recipe, "--run.dir", "run", cwd=tmp_path)
     assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 4
+
+
+# -- the nodes for themselves: when the job near its limit has ended ---------------------------------------
+
+
+def test_time_limit(near_its_limit: tuple[str, Path], slurm: SlurmLab, undisturbed: Path) -> None:
+    job, place = near_its_limit
+    found = slurm.wait(job)
+    assert found["JobState"] == "COMPLETED", log_of(place)
+    assert int(found["Restarts"]) >= 1
+    assert "stopped on request: requeued" in log_of(place)
+    same_run(place / "run", undisturbed)
+    recorded_once(place / "run")
+
+
+def test_preempted(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    hold = Hold(tmp_path / "run", HELD)
+    job = start(slurm, long_recipe, tmp_path, "--partition=spot")
+    hold.wait(lambda: log_of(tmp_path))
+    other = slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=tmp_path)
+    slurm.wait(other)
+    found = slurm.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
+    assert "stopped by SIG" in log_of(tmp_path)
+    same_run(tmp_path / "run", undisturbed)
+    recorded_once(tmp_path / "run")
+
+
+def test_a_dead_node(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    hold = Hold(tmp_path / "run", HELD)
+    job = start(slurm, long_recipe, tmp_path, settings=UNRECORDED)
+    hold.wait(lambda: log_of(tmp_path))
+    slurm.down("--node", "node02")
+    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
+    slurm.up()
+    found = slurm.wait(job)
+    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
+    same_run(tmp_path / "run", undisturbed)

@@ -20,7 +20,7 @@ from gpc_dist.tracking.folder import SearchFolder
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import command, start, start_call, wait_until
-from tests.rays import workers_in
+from tests.rays import kill_search, workers_in
 from tests.tracking.searches import children_of, parent_of
 
 pytestmark = pytest.mark.ray
@@ -183,9 +183,7 @@ def test_a_search_that_was_killed_goes_on(place: Path, shared_ray: dict[str, str
     hold.wait(lambda: driver.stdout + driver.stderr)
     before = {number: reached(path) for number, path in trials(search).items()}
     assert before[0] == 12
-    driver.kill()
-    driver.wait()
-    wait_until(lambda: not workers_in(place))
+    kill_search(driver, place)
     done = command("tune", path, cwd=place)
     assert done.returncode == EXIT_USAGE
     assert "holds a search already: go on with it by --resume" in done.stderr

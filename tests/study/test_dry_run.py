@@ -13,6 +13,7 @@ STEPS, ROWS = 100_000, 100_000
 """So many that a tiny encoder keeps a GPU busy for hours."""
 
 
+@pytest.mark.slow
 def test_every_configuration_is_counted_at_its_own_cost(tiny_encoder: Path) -> None:
     def method(*lengths: int, start: str = "vocab") -> dict[str, object]:
         return {

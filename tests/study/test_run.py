@@ -17,8 +17,8 @@ from gpc_dist.study.run import new_tasks, run_study
 from gpc_dist.study.spec import StudySpec, load
 from tests.conftest import gpc
 from tests.holds import Hold
-from tests.processes import command, start, wait_until
-from tests.rays import workers_in
+from tests.processes import command, start
+from tests.rays import kill_search
 
 METHODS = {
     "prompt-tuning": {"space": {"train.lr": [1e-2, 1e-3]}},
@@ -129,13 +129,11 @@ def method_of(trial: Path) -> str:
 
 
 def kill_in_the_middle(place: Path, study: Path) -> None:
-    """End the driver while the first search trains, and wait for its processes to end."""
+    """End the study while its first search trains."""
     hold = Hold(study / "tasks" / "cats" / "search-packed" / "trials" / "000", 30)
     driver = start("study", "mine.yaml", cwd=place)
     hold.wait(lambda: driver.stdout + driver.stderr)
-    driver.kill()
-    driver.wait()
-    wait_until(lambda: not workers_in(place))
+    kill_search(driver, place)
 
 
 def test_what_a_study_will_run(

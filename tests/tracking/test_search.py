@@ -233,6 +233,7 @@ def test_search_that_registers_nothing(make_search: MakeSearch, add_trial: AddTr
     assert "registered_model" not in parent_of(search).data.tags
 
 
+@pytest.mark.slow
 def test_tracking_server_takes_a_whole_search(
     make_search: MakeSearch,
     add_trial: AddTrial,

@@ -43,6 +43,7 @@ def test_a_plan_is_printed_and_written(
         assert line["total_gib"] * 2**30 == pytest.approx(sum(line["memory"].values()))
 
 
+@pytest.mark.slow
 def test_a_known_shape_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
     """The packaged t5-xl recipe, in a shape that is dry-run fast."""
     code = main(["plan", "t5-xl", "--encoder.path", "t5-v1_1-small", "--gpu-memory-gib", "0.05"])
@@ -90,6 +91,7 @@ def test_train_takes_the_recommendation(tiny_recipe: Path, tmp_path: Path) -> No
     configuration.load(str(tmp_path / "config.yaml"))
 
 
+@pytest.mark.slow
 def test_little_memory_changes_the_plan(tiny_recipe: Path) -> None:
     """2 bytes of each of 4.8 B parameters do not fit whole into a rank's share of 32 GiB; sharded over two hosts
     they do."""

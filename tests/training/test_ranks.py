@@ -21,7 +21,7 @@ from gpc_dist import cli
 from gpc_dist.adapter.fingerprint import fingerprint_files
 from tests.conftest import losses
 from tests.holds import Hold
-from tests.processes import call_on_ranks, cold_start, on_ranks
+from tests.processes import call_on_ranks, cold_start, on_ranks, start_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -213,12 +213,13 @@ def test_a_stop_does_not_wait_for_an_evaluation(
 ) -> None:
     folder = tmp_path / "run"
     hold = Hold(folder, 4)  # after which it evaluates
-    process = cold_start("train", tiny_recipe, "--run.dir", folder, "--engine.ranks", 2)
+    ranks = start_on_ranks(2, cli.main, ["train", str(tiny_recipe), "--run.dir", str(folder)])
     hold.wait()
-    process.terminate()
-    _, said = process.communicate()
-    assert process.returncode == 75, said
-    assert "SIGTERM" in said
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    assert ranks[0].wait() == 75, ranks[0].stderr
+    assert ranks[1].wait() == 0, ranks[1].stderr  # the main rank alone speaks of a stop
+    assert "stopped by SIGTERM" in ranks[0].stderr
     assert sorted(losses(folder)) == [1, 2, 3, 4]
     assert evaluations(folder) == []
     train(tiny_recipe, folder, 2, 0)
