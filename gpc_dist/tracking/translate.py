@@ -58,7 +58,7 @@ def params(config: Mapping[str, Any]) -> dict[str, str]:
     the first settings to show.
     """
     return {
-        f"{section}.{key}": text(value)[:_PARAM_LENGTH]
+        f"{section}.{key}": store.redact(text(value))[:_PARAM_LENGTH]
         for section, keys in config.items()
         if section != "tracking" and isinstance(keys, dict)
         for key, value in keys.items()
@@ -70,7 +70,7 @@ def search_params(search: Mapping[str, Any]) -> dict[str, str]:
     """A search under its dotted keys (`space.train.lr`), without what is not set or only says where
     it is recorded."""
     plain = {
-        name(key): text(value)[:_PARAM_LENGTH]
+        name(key): store.redact(text(value))[:_PARAM_LENGTH]
         for key, value in search.items()
         if key not in ("name", "register") and not isinstance(value, dict) and value not in _NOT_SET
     }
@@ -122,7 +122,7 @@ def dataset(described: Mapping[str, Any]) -> dict[str, str]:
         "name": described["name"],
         "digest": described["digest"][:_DIGEST_LENGTH],
         "source_type": "local",
-        "source": json.dumps({"uri": described["source"]}),
+        "source": json.dumps({"uri": store.redact(described["source"])}),
         "profile": json.dumps(examples),
     }
 

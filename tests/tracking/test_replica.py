@@ -202,16 +202,16 @@ def test_many_metrics_and_odd_names(make_run: MakeRun) -> None:
 
 def test_credentials_stay_in_the_folder(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = "https://me:hunter2@mlflow.example.org"
-    run = make_run(tracking__uri=uri)
-    files.write_json(
-        run.facts, files.read_json(run.facts) | {"command": f"gpc-dist train --tracking.uri {uri}"}
-    )
+    run = make_run(tracking__uri=uri, data__path=f"{uri}/rte")
+    facts = files.read_json(run.facts) | {"command": f"gpc-dist train --tracking.uri {uri}"}
+    files.write_json(run.facts, facts | {"dataset": facts["dataset"] | {"source": f"{uri}/rte"}})
     replica = Replica(run, uri=store_of(run))
     replica.update()
     sent = Path(client_of(run).download_artifacts(run_id_of(run), ""))
     config = yaml.safe_load((sent / "config.yaml").read_text())
     assert config["tracking"]["uri"].endswith("//***@mlflow.example.org")
     assert recorded(run).data.tags["command"].endswith("//***@mlflow.example.org")
+    assert recorded(run).data.params["data.path"] == "https://***@mlflow.example.org/rte"
     texts = [path.read_text() for path in sent.rglob("*") if path.is_file()]
     assert len(texts) == 3  # with ds_config.json and facts.json
     assert "hunter2" not in "".join([*texts, str(recorded(run).to_dictionary()), run.tracking.read_text()])
