@@ -148,13 +148,23 @@ def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
     assert slurm.job(job)["Restarts"] == "0"
 
 
-@pytest.mark.parametrize("options", [("--gpus-per-node=2",), ("--ntasks-per-node=2", "--mincpus=4")])
-def test_ranks_of_a_node(
-    slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path, options: tuple[str, ...]
-) -> None:
+def test_tasks_of_a_node_are_ranks(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
+    options = ("--ntasks-per-node=2", "--mincpus=4")
     job = slurm.submit("--nodes=2", *options, SCRIPT, tiny_recipe, "--run.dir", "run", cwd=tmp_path)
     assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 4
+
+
+def test_each_gpu_of_a_node_has_a_rank(slurm: SlurmLab, tmp_path: Path) -> None:
+    """What a rank finds, noted by a launcher in the program's place."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text("#!/bin/bash\necho $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID > rank-$SLURM_PROCID\n")
+    launcher.chmod(0o755)
+    environment = f"--export=ALL,GPC_DIST_LAUNCHER={launcher}"
+    job = slurm.submit("--nodes=2", "--gpus-per-node=2", environment, SCRIPT, "rte", cwd=tmp_path)
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
+    found = {file.name: file.read_text().split() for file in tmp_path.glob("rank-*")}
+    assert found == {f"rank-{rank}": [str(rank), "4", str(rank % 2)] for rank in range(4)}
 
 
 # -- the nodes for themselves: when the job near its limit has ended ---------------------------------------
