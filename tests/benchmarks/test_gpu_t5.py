@@ -18,7 +18,7 @@ def test_the_cpu_twin_compares_all_sides(tmp_path: Path) -> None:
     sides = ["ours-gpc", "peft", "peft-deepspeed-2"]
     command = [sys.executable, str(SCRIPT), "--cpu", "--lengths", "mix", "--max-length", "12"]
     command += ["--batch-size", "2", "--prompt-tokens", "4", "--out", str(out), "--sides", *sides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     (result,) = found["results"]
@@ -31,6 +31,6 @@ def test_the_cpu_twin_compares_all_sides(tmp_path: Path) -> None:
     # the same rows, so the same tokens for each example on all sides
     tokens = [run["tokens_per_s"] / run["examples_per_s"] for (run,) in result["sides"].values()]
     assert tokens == pytest.approx([tokens[0]] * 3)
-    assert 4 <= tokens[0] <= 12
+    assert 4 <= round(tokens[0], 6) <= 12  # a quotient of two speeds
     table = done.stdout[done.stdout.index("tokens/s  ") :]
     assert all(side in table for side in sides)

@@ -79,6 +79,7 @@ def test_saved_bytes_are_those_autograd_packs(family: str, recompute: bool) -> N
     assert saved == pytest.approx(sum(packed.values()), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "roberta", "modernbert", "albert"])
 def test_rows_and_layers_add_up(family: str) -> None:
     config = tiny_config(family, num_hidden_layers=LAYERS)
@@ -103,6 +104,7 @@ def test_a_cell_after_some_layers_is_counted_there(layers: list[int]) -> None:
     assert exact.operators < on_paper("bert", 8, False).operators
 
 
+@pytest.mark.slow
 def test_recomputation_and_bf16_save_memory() -> None:
     config = tiny_config("t5", num_hidden_layers=LAYERS)
     full = measure_passes(config, torch.float32, ADAPTER, outputs=2, tokens=24)
