@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.holding import hold_files
 from tests.processes import wait_until
 
 
@@ -17,8 +17,7 @@ class Hold:
     """
 
     def __init__(self, run: Path, step: int):
-        self._waiting = Path(os.environ["TESTS_HOLDS"], f"{str(run.absolute()).replace('/', '%')}@{step}")
-        self._held = self._waiting.with_name(f"{self._waiting.name}.held")
+        self._waiting, self._held = hold_files(run, step)
         self._waiting.touch()
 
     def wait(self, failed: Callable[[], str] = str) -> None:

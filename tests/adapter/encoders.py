@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ def _made(family: str, seed: int, changes: str) -> PreTrainedModel:
         if name.endswith("SelfAttention.q.weight"):  # T5 leaves the scale of its scores to these weights
             parameter.data.mul_(config.d_kv**-0.5)
     return model.eval()
+
+
+def saved_encoder(folder: Path, family: str = "bert", seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A new encoder that was saved in a folder and loaded from it. `options` are those of `save_pretrained`."""
+    tiny(family, seed).save_pretrained(folder, **options)
+    return transformers.AutoModel.from_pretrained(folder)
 
 
 def batch(

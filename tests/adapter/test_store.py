@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
 
 import gpc_dist
 from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach, store
@@ -21,7 +19,7 @@ from gpc_dist.adapter.fingerprint import identify
 from gpc_dist.adapter.store import CARD, WEIGHTS, load_adapter, load_encoder, read_card, save_adapter
 from gpc_dist.errors import UserError
 
-from .encoders import FAMILIES, batch_for, tiny, tiny_config
+from .encoders import FAMILIES, batch_for, saved_encoder, tiny, tiny_config
 from .grafts import METHODS, grafted, options, trained
 
 ALL_METHODS = METHODS | {"linear-probe": {"method": "linear-probe"}}
@@ -162,11 +160,6 @@ def test_fine_tuning_has_nothing_to_attach(tmp_path: Path, way: str) -> None:
 # -- the encoder it belongs to ---------------------------------------------------------------------------
 
 
-def saved_encoder(folder: Path, family: str = "bert", seed: int = 0, **options: Any) -> Any:
-    tiny(family, seed).save_pretrained(folder, **options)
-    return AutoModel.from_pretrained(folder)
-
-
 def test_another_encoder_is_refused_by_a_message_that_names_both(tmp_path: Path) -> None:
     graft = grafted(saved_encoder(tmp_path / "one"), options("residual"))
     graft.save_pretrained(tmp_path / "adapter")
@@ -190,15 +183,6 @@ def test_the_same_weights_in_another_folder_are_the_same_encoder(tmp_path: Path)
     )
 
 
-def test_shards_and_dtype_make_no_other_encoder(tmp_path: Path) -> None:
-    whole = identify(saved_encoder(tmp_path / "whole"))
-    shards = saved_encoder(tmp_path / "shards", max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
-    assert identify(shards).sha256 == whole.sha256
-    half = AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
-    assert identify(half).sha256 == whole.sha256
-
-
 @pytest.mark.parametrize("claims_a_decoder", [True, False])  # a saved encoder half claims to have none
 def test_the_encoder_half_and_the_whole_of_t5_are_one_encoder(tmp_path: Path, claims_a_decoder: bool) -> None:
     import transformers
@@ -210,122 +194,6 @@ def test_the_encoder_half_and_the_whole_of_t5_are_one_encoder(tmp_path: Path, cl
     for loader in loaders[1:]:
         other = GraftedEncoder.from_pretrained(tmp_path / "adapter", loader.from_pretrained(tmp_path))
         assert torch.equal(other(**batch_for("t5")), graft(**batch_for("t5")))
-
-
-@pytest.mark.parametrize("change", ["values", "name", "shape"])
-def test_a_fingerprint_sees_values_names_and_shapes(tmp_path: Path, change: str) -> None:
-    from safetensors.torch import save_file
-
-    from gpc_dist.adapter.fingerprint import fingerprint_files
-
-    tensor = torch.arange(6.0)
-    other = {
-        "values": {"w": tensor + 1},
-        "name": {"v": tensor},
-        "shape": {"w": tensor.view(2, 3)},
-    }[change]
-    save_file({"w": tensor}, tmp_path / "a.safetensors")
-    save_file(other, tmp_path / "b.safetensors")
-    prints = [fingerprint_files([tmp_path / f"{name}.safetensors"]) for name in ("a", "a", "b")]
-    assert prints[0] == prints[1]
-    assert prints[0] != prints[2]
-
-
-def test_a_fingerprint_is_that_of_adapters_saved_long_ago(tmp_path: Path) -> None:
-    """SHA-256 over the tensors by name: name, type, shape, and the first 4 KiB of the values."""
-    from safetensors.torch import save_file
-
-    from gpc_dist.adapter.fingerprint import fingerprint_files, fingerprint_tensors
-
-    large, small = torch.arange(2000.0), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    save_file({"small": small, "large": large}, tmp_path / "one.safetensors", metadata={"format": "pt"})
-    content = (
-        b"large F32 [2000]" + large.numpy().tobytes()[:4096] + b"small F32 [2, 3]" + small.numpy().tobytes()
-    )
-    expected = hashlib.sha256(content).hexdigest()
-    assert fingerprint_files([tmp_path / "one.safetensors"]) == expected
-    beyond = large.clone()
-    beyond[1023] += 1
-    save_file({"large": beyond}, tmp_path / "a.safetensors")
-    save_file({"small": small}, tmp_path / "b.safetensors")
-    shards = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    assert fingerprint_files(shards) == fingerprint_files(shards[::-1]) != expected
-    beyond[1023:1025] += torch.tensor([-1.0, 1.0])
-    save_file({"large": beyond}, tmp_path / "a.safetensors")
-    assert fingerprint_files(shards) == expected
-
-    layer = torch.nn.Linear(3, 2)
-    layer.weight.data.copy_(small)
-    layer.register_parameter("large", torch.nn.Parameter(large.bfloat16()))
-    parts = [("bias", layer.bias), ("large", large.bfloat16()[:1024].float()), ("weight", small)]
-    shapes = {"bias": b"[2]", "large": b"[2000]", "weight": b"[2, 3]"}
-    content = b"".join(n.encode() + b" " + shapes[n] + t.detach().numpy().tobytes() for n, t in parts)
-    assert fingerprint_tensors(layer) == hashlib.sha256(content).hexdigest()
-
-
-def test_an_encoder_of_the_hub_is_known_by_its_files_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gpc_dist.adapter.fingerprint import fingerprint_files
-
-    cached = tmp_path / "models--someone--small"
-    commit = "c0ffee" + 34 * "0"
-    tiny("bert").save_pretrained(cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
-    encoder = AutoModel.from_pretrained("someone/small", cache_dir=tmp_path)
-    unknown = identify(encoder)  # the cache that is looked into is another one
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = identify(encoder)
-    for identity in (unknown, found):
-        assert identity.path == "someone/small"
-        assert (identity.model_type, identity.hidden_size, identity.layers) == ("bert", 32, 3)
-    assert found.sha256 == fingerprint_files([cached / "snapshots" / commit / "model.safetensors"])
-    assert unknown.sha256 == identify(tiny("bert")).sha256
-    assert (found.revision, unknown.revision) == (commit, None)
-
-
-def test_the_files_of_a_given_folder_come_before_those_the_encoder_names(tmp_path: Path) -> None:
-    encoder = saved_encoder(tmp_path / "one")
-    saved_encoder(tmp_path / "two", seed=1)
-    two = identify(AutoModel.from_pretrained(tmp_path / "two"))
-    assert identify(encoder, tmp_path / "two").sha256 == two.sha256 != identify(encoder).sha256
-    assert identify(encoder, tmp_path / "two").path == str(tmp_path / "one")
-    assert two.revision is None
-
-
-def test_pickled_weights_are_told_apart_without_being_unpickled(tmp_path: Path) -> None:
-    from gpc_dist.adapter.fingerprint import fingerprint_files
-
-    class Trap:
-        def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-            return pytest.fail, ("the file was unpickled",)
-
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        torch.save({"w": torch.full((4,), value), "trap": Trap()}, tmp_path / f"{name}.bin")
-    assert fingerprint_files([tmp_path / "a.bin"]) != fingerprint_files([tmp_path / "b.bin"])
-
-
-def test_a_folder_of_pickled_weights_is_known_by_its_files(tmp_path: Path) -> None:
-    from gpc_dist.adapter.fingerprint import fingerprint_files
-
-    encoder = tiny("bert")
-    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
-    assert identify(encoder, tmp_path).sha256 == fingerprint_files([tmp_path / "pytorch_model.bin"])
-    saved = saved_encoder(tmp_path)  # safetensors files come first
-    assert identify(saved).sha256 == fingerprint_files([tmp_path / "model.safetensors"])
-
-
-def test_random_weights_are_known_by_their_values_whatever_folders_lie_around(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved_encoder(tmp_path)
-    saved_encoder(tmp_path / "bert")
-    monkeypatch.chdir(tmp_path)  # it holds weights, and so does a folder in it named as the family
-    first, again, other = (identify(tiny("bert", seed)) for seed in (0, 0, 1))
-    assert first == again
-    assert first.sha256 != other.sha256
-    assert first.path == "bert"
 
 
 def test_a_loaded_adapter_goes_to_its_encoders_device(tmp_path: Path) -> None:

@@ -12,17 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import losses
+from gpc_dist.errors import EXIT_USAGE
+from tests.conftest import gpc, losses
 from tests.processes import TIMEOUT_S, on_ranks
 
 LAB = Path(__file__).parent / "lab"
-ROOT = Path(__file__).parents[2]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 
@@ -91,6 +91,27 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
         lab.down("--purge")
         os.environ.clear()
         os.environ.update(before)
+
+
+Refuse = Callable[[str, Sequence[str], str], None]
+
+
+@pytest.fixture
+def refuse(
+    slurm: SlurmLab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Refuse:
+    """Asserts that `gpc-dist submit WHAT WORDS` is refused with these words, and leaves neither a job nor a file."""
+    monkeypatch.chdir(tmp_path)
+
+    def assert_refused(what: str, words: Sequence[str], said: str) -> None:
+        queue = ("squeue", "--noheader", "--states=all", "--format=%i")
+        before = slurm.call(*queue)
+        assert gpc("submit", what, *words) == EXIT_USAGE
+        assert said in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+        assert slurm.call(*queue) == before
+
+    return assert_refused
 
 
 def job_of(said: str) -> str:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpc_dist.errors import EXIT_USAGE
-from tests.cluster.conftest import HELD, SlurmLab, job_of, same_run
-from tests.conftest import gpc, losses
+from tests.cluster.conftest import HELD, Refuse, SlurmLab, job_of, same_run
+from tests.conftest import losses
 from tests.holds import Hold
 from tests.processes import TIMEOUT_S, command, on_ranks
 
@@ -155,20 +154,8 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
         (["rte", "--nodes", "auto"], "give --gpu"),
     ],
 )
-def test_what_cannot_run_is_not_submitted(
-    slurm: SlurmLab,
-    tmp_path: Path,
-    words: list[str],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = slurm.call("squeue", "--noheader", "--states=all", "--format=%i")
-    assert gpc("submit", "train", *words) == EXIT_USAGE
-    assert said in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-    assert slurm.call("squeue", "--noheader", "--states=all", "--format=%i") == before
+def test_what_cannot_run_is_not_submitted(refuse: Refuse, words: list[str], said: str) -> None:
+    refuse("train", words, said)
 
 
 def test_a_dry_run_shows_the_script_and_writes_nothing(

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpc_dist.errors import EXIT_USAGE
-from tests.cluster.conftest import SlurmLab, job_of
-from tests.conftest import gpc
+from tests.cluster.conftest import Refuse, SlurmLab, job_of
 from tests.holds import Hold
 from tests.processes import command, wait_until
 
@@ -111,15 +109,5 @@ def log_of(search: Path) -> str:
         (["cb-asha", "--settings.encoder.path", "/no/such/encoder"], "/no/such/encoder does not exist"),
     ],
 )
-def test_what_cannot_run_is_not_submitted(
-    slurm: SlurmLab,
-    tmp_path: Path,
-    words: list[str],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert gpc("submit", "tune", *words) == EXIT_USAGE
-    assert said in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_what_cannot_run_is_not_submitted(refuse: Refuse, words: list[str], said: str) -> None:
+    refuse("tune", words, said)

@@ -6,11 +6,11 @@ removed, or until it is asked to stop. A step that is made again, by a run that 
 
 import os
 import time
-from pathlib import Path
 
 if "TESTS_HOLDS" in os.environ:
     from gpc_dist.tracking.metrics import MetricLog
     from gpc_dist.training.stop import StopRequest
+    from tests.holding import hold_files
 
     append, handle = MetricLog.append, StopRequest._handle
     asked = []
@@ -19,10 +19,7 @@ if "TESTS_HOLDS" in os.environ:
         append(self, step, metrics, time_s)
         if self._path.name != "metrics.jsonl":
             return
-        waiting = Path(
-            os.environ["TESTS_HOLDS"], f"{str(self._path.parent.absolute()).replace('/', '%')}@{step}"
-        )
-        held = waiting.with_name(f"{waiting.name}.held")
+        waiting, held = hold_files(self._path.parent, step)
         try:
             waiting.rename(held)
         except FileNotFoundError:
