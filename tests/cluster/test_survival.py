@@ -46,7 +46,6 @@ def near_its_limit(
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 NODES = ("--nodes=2", "--ntasks-per-node=1")
-UNRECORDED = ("--tracking.enabled", "false")
 
 
 def start(slurm: SlurmLab, recipe: Path, folder: Path, *options: str, settings: tuple[str, ...] = ()) -> str:
@@ -70,47 +69,6 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
 
 def log_of(folder: Path) -> str:
     return "".join(path.read_text() for path in folder.glob("*.log"))
-
-
-def test_requeued_by_hand(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path)
-    hold.wait(lambda: log_of(tmp_path))
-    slurm.call("scontrol", "requeue", job)
-    found = slurm.wait(job)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
-    same_run(tmp_path / "run", undisturbed)
-    recorded_once(tmp_path / "run")
-
-
-def test_a_killed_rank_ends_the_job_which_goes_on_from_the_last_checkpoint(
-    slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path)
-    hold.wait(lambda: log_of(tmp_path))
-    ranks_of(tmp_path)[1].kill()
-    slurm.wait_for(job, lambda found: found["Restarts"] == "1")  # although rank 0 would wait for ever
-    found = slurm.wait(job)
-    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
-    assert "failure 1: requeued" in log_of(tmp_path)
-    same_run(tmp_path / "run", undisturbed)
-    recorded_once(tmp_path / "run")
-
-
-def test_a_stuck_rank_ends_the_job_within_the_timeout(
-    slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path, settings=("--engine.timeout_s", "10", *UNRECORDED))
-    hold.wait(lambda: log_of(tmp_path))
-    os.kill(ranks_of(tmp_path)[1].pid, signal.SIGSTOP)
-    hold.release()
-    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
-    found = slurm.wait(job)
-    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
-    assert "did not answer for 10 s (engine.timeout_s)" in log_of(tmp_path)
-    same_run(tmp_path / "run", undisturbed)
 
 
 def test_a_failure_that_stays_is_given_up(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
@@ -167,9 +125,6 @@ def test_each_gpu_of_a_node_has_a_rank(slurm: SlurmLab, tmp_path: Path) -> None:
     assert found == {f"rank-{rank}": [str(rank), "4", str(rank % 2)] for rank in range(4)}
 
 
-# -- the nodes for themselves: when the job near its limit has ended ---------------------------------------
-
-
 def test_time_limit(near_its_limit: tuple[str, Path], slurm: SlurmLab, undisturbed: Path) -> None:
     job, place = near_its_limit
     found = slurm.wait(job)
@@ -180,26 +135,39 @@ def test_time_limit(near_its_limit: tuple[str, Path], slurm: SlurmLab, undisturb
     recorded_once(place / "run")
 
 
-def test_preempted(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path, "--partition=spot")
-    hold.wait(lambda: log_of(tmp_path))
-    other = slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=tmp_path)
-    slurm.wait(other)
-    found = slurm.wait(job)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path)
-    assert "stopped by SIG" in log_of(tmp_path)
-    same_run(tmp_path / "run", undisturbed)
-    recorded_once(tmp_path / "run")
+def test_a_job_disturbed_in_every_way_ends_as_the_undisturbed_one(
+    slurm: SlurmLab, long_recipe: Path, undisturbed: Path, near_its_limit: tuple[str, Path], tmp_path: Path
+) -> None:
+    """One disturbance after the other, each in a start of its own; between checkpoints, which are every 20 steps."""
+    holds = [Hold(tmp_path / "run", step) for step in (13, 24, 33, 44, 53)]
+    job = start(slurm, long_recipe, tmp_path, "--partition=spot", settings=("--engine.timeout_s", "20"))
+    said = [""]
 
+    def held(number: int) -> str:
+        """Wait for it; returns what the log says since the last time."""
+        holds[number].wait(lambda: log_of(tmp_path))
+        said.append(log_of(tmp_path))
+        return said[-1].removeprefix(said[-2])
 
-def test_a_dead_node(slurm: SlurmLab, long_recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    hold = Hold(tmp_path / "run", HELD)
-    job = start(slurm, long_recipe, tmp_path, settings=UNRECORDED)
-    hold.wait(lambda: log_of(tmp_path))
+    held(0)
+    slurm.call("scontrol", "requeue", job)
+
+    held(1)
+    ranks_of(tmp_path)[1].kill()  # for which rank 0 would wait for ever
+
+    assert "failure 1: requeued" in held(2)
+    os.kill(ranks_of(tmp_path)[1].pid, signal.SIGSTOP)
+    holds[2].release()
+
+    assert "did not answer for 20 s (engine.timeout_s)" in held(3)
+    slurm.wait(near_its_limit[0])  # the other job is to have the nodes for itself
+    slurm.wait(slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=tmp_path))
+
+    assert "stopped by SIG" in held(4)
     slurm.down("--node", "node02")
-    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
+    slurm.wait_for(job, lambda found: found["Restarts"] == "5")
     slurm.up()
     found = slurm.wait(job)
-    assert found["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "5"), log_of(tmp_path)
     same_run(tmp_path / "run", undisturbed)
+    recorded_once(tmp_path / "run")

@@ -16,36 +16,53 @@ from tests.processes import command, wait_until
 pytestmark = pytest.mark.slurm
 
 
-def write_search(place: Path, recipe: Path, steps: int, ranks: int = 2) -> None:
-    search = {
-        "recipe": str(recipe),
-        "settings": {"train.steps": steps, "train.eval_every": steps // 4, "train.log_every": steps // 4},
-        "space": {"train.lr": {"loguniform": [1e-3, 1e-1]}},
-        "trials": 4,
-        "resources": {"ranks": ranks, "cpus_per_rank": 2, "pack": 2},
-    }
-    (place / "mine.yaml").write_text(yaml.safe_dump(search))
+def test_a_search_that_is_requeued_and_then_cancelled_goes_on(
+    slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """Over two nodes of two CPUs: the ranks of a pack do not fit on one."""
+    search, file = tmp_path / "searches" / "mine", tmp_path / "mine.yaml"
+    text = yaml.safe_dump(
+        {
+            "recipe": str(tiny_recipe),
+            "settings": {"train.steps": 40, "train.eval_every": 10, "train.log_every": 10},
+            "space": {"train.lr": {"loguniform": [1e-3, 1e-1]}},
+            "trials": 4,
+            "resources": {"ranks": 2, "cpus_per_rank": 2, "pack": 2},
+        }
+    )
+    first, second = (Hold(search / "trials" / "000", step) for step in (20, 30))
+    guard = Hold(search / "trials" / "003", 20)  # lest the search be done before it hears of its end
 
+    def submit() -> str:
+        file.write_text(text)
+        done = command("submit", "tune", file.name, "--nodes", 2, "--cpus-per-rank", 2, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        file.write_text("recipe: changed")  # too late to matter
+        return job_of(done.stdout)
 
-def test_a_requeued_search_over_two_nodes(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
-    """Nodes of two CPUs: the ranks of a pack do not fit on one."""
-    write_search(tmp_path, tiny_recipe, steps=40)
-    search = tmp_path / "searches" / "mine"
-    hold, guard = holds(search)
-    done = command("submit", "tune", "mine.yaml", "--nodes", 2, "--cpus-per-rank", 2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "mine.yaml").write_text("recipe: changed")  # too late to matter
-    job = job_of(done.stdout)
-    hold.wait(lambda: log_of(search))
+    def told_to_end(times: int) -> None:
+        wait_until(lambda: log_of(search).count("ended by Slurm") == times, failed=lambda: log_of(search))
+
+    job = submit()
+    first.wait(lambda: log_of(search))
     slurm.call("scontrol", "requeue", job)
-    wait_until(lambda: "ended by Slurm" in log_of(search))
-    hold.release()
-    slurm.wait_for(job, lambda found: found["Restarts"] == "1")
-    guard.release()
+    told_to_end(1)
+    first.release()
+    second.wait(lambda: log_of(search))
+    assert slurm.job(job)["Restarts"] == "1"
     shown = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"mine +{job} ", shown), shown
-    found = slurm.wait(job)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(search)
+
+    done = command("cancel", "searches/mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told_to_end(2)
+    second.release()
+    assert slurm.wait(job)["JobState"] == "CANCELLED", log_of(search)
+    guard.release()
+    assert not (search / "result.json").exists()
+
+    job = submit()
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(search)
     result = json.loads((search / "result.json").read_text())
     assert (result["trials"], result["finished"], result["failed"]) == (4, 4, 0)
     for path in search.glob("trials/*"):
@@ -53,39 +70,6 @@ def test_a_requeued_search_over_two_nodes(slurm: SlurmLab, tiny_recipe: Path, tm
         assert json.loads((path / "result.json").read_text())["world_size"] == 2
     shown = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"mine +{job} +finished +4 of 4 trials +accuracy [\d.]+ \(trial 00\d\)", shown), shown
-
-
-def test_a_cancelled_search_goes_on_when_it_is_submitted_again(
-    slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
-) -> None:
-    write_search(tmp_path, tiny_recipe, steps=40, ranks=1)
-    search = tmp_path / "searches" / "mine"
-    hold, guard = holds(search)
-    words = ["submit", "tune", "mine.yaml", "--nodes", 1, "--cpus-per-rank", 2]
-    done = command(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    hold.wait(lambda: log_of(search))
-    job = job_of(done.stdout)
-    done = command("cancel", "searches/mine", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    wait_until(lambda: "ended by Slurm" in log_of(search))
-    hold.release()
-    slurm.wait(job)
-    guard.release()
-    assert not (search / "result.json").exists()
-    done = command(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = slurm.wait(job_of(done.stdout))
-    assert found["JobState"] == "COMPLETED", log_of(search)
-    result = json.loads((search / "result.json").read_text())
-    assert (result["trials"], result["finished"], result["failed"]) == (4, 4, 0)
-    for path in search.glob("trials/*"):
-        assert steps_of(path) == [10, 20, 30, 40]
-
-
-def holds(search: Path) -> tuple[Hold, Hold]:
-    """The first trial is held until the job was asked to end; the last one, lest it be done before it hears of it."""
-    return Hold(search / "trials" / "000", 20), Hold(search / "trials" / "003", 20)
 
 
 def steps_of(trial: Path) -> list[int]:

@@ -34,6 +34,10 @@ def place(tmp_path: Path, tiny_recipe: Path, mlflow_store: Path) -> Path:
     return tmp_path
 
 
+WHOLE = {"pack": 4, "cpus_per_rank": os.cpu_count()}
+"""Resources of a search whose only pack takes the machine."""
+
+
 def write_search(place: Path, **keys: Any) -> Path:
     search = {
         "recipe": "recipe.yaml",
@@ -44,7 +48,7 @@ def write_search(place: Path, **keys: Any) -> Path:
             "adapter.cell_rank": {"choice": [2, 4], "when": {"adapter.cell": "gated"}},
         },
         "trials": 4,
-        "resources": {"pack": 4},
+        "resources": WHOLE,
         "tracking": {"enabled": False},
     }
     path = place / "mine.yaml"
@@ -67,9 +71,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_a_packed_search(place: Path, shared_ray: dict[str, str]) -> None:
-    # one pack takes the whole machine: trials spread over all packs there is room for
-    whole = {"pack": 4, "cpus_per_rank": os.cpu_count()}
-    path = write_search(place, seeds=[0, 1], trials=2, resources=whole, tracking={"enabled": True})
+    path = write_search(place, seeds=[0, 1], trials=2, tracking={"enabled": True})
     search = tune(place, shared_ray, path)
     found = trials(search)
     assert sorted(found) == [0, 1, 2, 3]
@@ -144,7 +146,14 @@ def most_at_once(trials: dict[int, Path]) -> int:
 
 def test_trials_of_other_shapes_go_to_another_pack(place: Path, shared_ray: dict[str, str]) -> None:
     space = {"adapter.prompt_tokens": {"grid": [4, 6]}, "train.lr": {"grid": [0.01, 0.02]}}
-    path = write_search(place, space=space, algorithm="grid", trials=None, settings={"train.steps": 8})
+    path = write_search(
+        place,
+        space=space,
+        algorithm="grid",
+        trials=None,
+        settings={"train.steps": 8},
+        resources={"pack": 4, "cpus_per_rank": os.cpu_count() // 2},
+    )
     search = tune(place, shared_ray, path)
     records = [read(path / "trial.json") for path in trials(search).values()]
     assert {record["decision"] for record in records} == {"completed"}
@@ -174,7 +183,7 @@ def test_a_search_that_was_killed_goes_on(place: Path, shared_ray: dict[str, str
     path = write_search(
         place,
         settings={"train.steps": 24, "train.eval_every": 4, "train.log_every": 4},
-        resources={"pack": 2},
+        resources=WHOLE | {"pack": 2},
         scheduler={"name": "asha", "grace_steps": 8, "reduction_factor": 2},
     )
     search = place / "searches" / "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def place(tmp_path: Path, tiny_recipe: Path) -> Path:
         "settings": {"train.steps": 96, "train.eval_every": 12},
         "holdout": 0.2,
         "trials": 6,
-        "resources": {"pack": 4},
+        "resources": {"pack": 4, "cpus_per_rank": os.cpu_count()},
         "tracking": {"enabled": False},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(study))
