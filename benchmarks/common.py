@@ -8,7 +8,7 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
-from gpc_dist.tracking.facts import cpu_name
+from gpc_dist.runs.facts import cpu_name
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "peft", "torchao")
 

@@ -28,9 +28,9 @@ from transformers import AutoModel
 from gpc_dist.adapter.families import locate
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
 from gpc_dist.config import AdapterConfig, EncoderConfig
-from gpc_dist.engine.attention import keep_short_scores
-from gpc_dist.engine.frozen import encoder_path
-from gpc_dist.engine.skeleton import freeze
+from gpc_dist.encoder.attention import keep_short_scores
+from gpc_dist.encoder.frozen import encoder_path
+from gpc_dist.encoder.skeleton import freeze
 
 STEP_TOKENS = 2816
 LENGTHS = (22, 44, 88, 176, 256, 512)

@@ -33,8 +33,8 @@ def write_checkpoint(folder: Path, shape: str) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from gpc_dist.engine.shapes import known_config
-    from gpc_dist.engine.skeleton import skeleton_model
+    from gpc_dist.encoder.shapes import known_config
+    from gpc_dist.encoder.skeleton import skeleton_model
 
     config = known_config(shape)
     config.architectures = ["T5EncoderModel"]
@@ -49,8 +49,8 @@ def load_ours(folder: Path, ds_config: dict[str, Any]) -> Any:
     import torch
 
     from gpc_dist.config import build
-    from gpc_dist.engine import frozen
-    from gpc_dist.engine.distributed import World
+    from gpc_dist.distributed.world import World
+    from gpc_dist.encoder import frozen
 
     engine = build({"engine": {"device": "cpu", "zero_stage": 3}}).engine
     encoder = build({"encoder": {"path": str(folder)}}).encoder
@@ -83,7 +83,8 @@ def run_rank(side: str, folder: Path, out: Path) -> None:
     from transformers import T5EncoderModel  # noqa: F401  imports are not what is measured
 
     from gpc_dist.config import build
-    from gpc_dist.engine import deepspeed_config, frozen  # noqa: F401
+    from gpc_dist.distributed import deepspeed_config
+    from gpc_dist.encoder import frozen  # noqa: F401
 
     deepspeed.ops.__compatible_ops__ = {}  # its shared-memory operator would be compiled on first use
     deepspeed.utils.logging.set_log_level_from_string("error")
@@ -119,7 +120,7 @@ def _status_mib(field: str) -> float:
 
 
 def measure(side: str, ranks: int, folder: Path, scratch: Path) -> dict[str, float]:
-    from gpc_dist.engine.launch import start_ranks
+    from gpc_dist.distributed.launch import start_ranks
 
     out = scratch / "rank.json"
     command = [sys.executable, __file__, "--rank-of", side, "--folder", str(folder), "--out", str(out)]

@@ -71,9 +71,9 @@ def write_encoder(folder: Path, shape: str) -> None:
     from transformers import AutoTokenizer
 
     from gpc_dist.config import EncoderConfig
-    from gpc_dist.engine.frozen import encoder_path
-    from gpc_dist.engine.shapes import known_config
-    from gpc_dist.engine.skeleton import build_skeleton, fill_random
+    from gpc_dist.encoder.frozen import encoder_path
+    from gpc_dist.encoder.shapes import known_config
+    from gpc_dist.encoder.skeleton import build_skeleton, fill_random
 
     config = known_config(shape)
     config.save_pretrained(folder)
@@ -89,18 +89,18 @@ def run_rank(case: Case, folder: Path, out: Path) -> None:
     import numpy as np
     import torch
 
+    from gpc_dist.bench.synthetic import synthetic
     from gpc_dist.config import build
-    from gpc_dist.engine.distributed import join
-    from gpc_dist.engine.optimizer import LaneOptimizer
-    from gpc_dist.engine.shapes import known_config
-    from gpc_dist.engine.skeleton import build_skeleton
+    from gpc_dist.distributed.optimizer import LaneOptimizer
+    from gpc_dist.distributed.world import init_world
+    from gpc_dist.encoder.shapes import known_config
+    from gpc_dist.encoder.skeleton import build_skeleton
     from gpc_dist.tasks import make_task
-    from gpc_dist.tasks.synthetic import synthetic
     from gpc_dist.training.session import fresh_adapter, load_base, open_session
     from gpc_dist.training.step import Work, backward, finish, prepare
 
     config = build(case.settings(folder) | {"task": {"text": ["text"], "labels": ["no", "yes"]}})
-    world = join(config.engine)
+    world = init_world(config.engine)
     build_skeleton(known_config("t5-v1_1-small"), torch.float32)  # imports are not what is measured
     if case.zero_stage == 3:
         import deepspeed  # noqa: F401
@@ -146,7 +146,7 @@ def _resident(field: str) -> int:
 
 
 def measure(case: Case, folder: Path, scratch: Path) -> int:
-    from gpc_dist.engine.launch import start_ranks, visible_gpus
+    from gpc_dist.distributed.launch import start_ranks, visible_gpus
 
     out = scratch / "peaks.json"
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
@@ -158,10 +158,10 @@ def measure(case: Case, folder: Path, scratch: Path) -> int:
 
 def predict(case: Case, folder: Path, gpu: bool) -> dict[str, float]:
     from gpc_dist.config import build
-    from gpc_dist.engine.hardware import DEVICES
-    from gpc_dist.engine.regime import Regime
-    from gpc_dist.engine.timing import Cluster
-    from gpc_dist.training.plan import make_planner
+    from gpc_dist.planner.devices import DEVICES
+    from gpc_dist.planner.recipe import make_planner
+    from gpc_dist.planner.regime import Regime
+    from gpc_dist.planner.timing import Cluster
 
     device = DEVICES["h100" if gpu else "cpu"]
     planner = make_planner(build(case.settings(folder)), device, outputs=2)
@@ -190,7 +190,7 @@ def main() -> None:
     if options.case:
         run_rank(Case(**json.loads(options.case)), options.folder, options.out)
         return
-    from gpc_dist.engine.launch import visible_gpus
+    from gpc_dist.distributed.launch import visible_gpus
 
     gpu = visible_gpus() > 0
     dtypes = options.dtypes or (["fp32", "bf16"] if gpu else ["fp32"])

@@ -39,12 +39,12 @@ from torch import Tensor, nn
 
 from gpc_dist.adapter.families import EncoderParts, locate
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
+from gpc_dist.bench.machine import synchronize
 from gpc_dist.config import AdapterConfig, EncoderConfig
-from gpc_dist.engine.frozen import encoder_path, load_tokenizer
-from gpc_dist.engine.measure import synchronize
-from gpc_dist.engine.quantize import quantize_layer
-from gpc_dist.engine.shapes import known_config
-from gpc_dist.engine.skeleton import build_skeleton, fill_random, freeze
+from gpc_dist.encoder.frozen import encoder_path, load_tokenizer
+from gpc_dist.encoder.quantize import quantize_layer
+from gpc_dist.encoder.shapes import known_config
+from gpc_dist.encoder.skeleton import build_skeleton, fill_random, freeze
 from gpc_dist.shipped import shipped_folder
 
 HEADS = 64

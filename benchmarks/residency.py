@@ -51,7 +51,7 @@ def table_rank(out: Path, vocabulary: int, width: int, repeats: int) -> None:
 
 
 def measure_table(vocabulary: int, width: int, scratch: Path) -> dict[str, Any]:
-    from gpc_dist.engine.launch import start_ranks
+    from gpc_dist.distributed.launch import start_ranks
 
     out = scratch / "table.json"
     command = [sys.executable, __file__, "--table-rank", str(out), str(vocabulary), str(width)]

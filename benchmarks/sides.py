@@ -124,8 +124,8 @@ def write_encoder(shape: str, device: str, folder: Path) -> None:
     import torch
 
     from gpc_dist.adapter.families import locate
-    from gpc_dist.engine.shapes import known_config
-    from gpc_dist.engine.skeleton import fill_random, skeleton_model
+    from gpc_dist.encoder.shapes import known_config
+    from gpc_dist.encoder.skeleton import fill_random, skeleton_model
 
     model = skeleton_model(known_config(shape), torch.bfloat16 if device == "cuda" else torch.float32)
     fill_random(locate(model), torch.device("cpu"))
@@ -136,8 +136,8 @@ def _write_examples(setting: Setting, file: Path) -> None:
     """The examples that `gpc-dist bench` makes, for the peer."""
     import numpy as np
 
-    from gpc_dist.engine.shapes import known_config
-    from gpc_dist.tasks.synthetic import draw_lengths, synthetic
+    from gpc_dist.bench.synthetic import draw_lengths, synthetic
+    from gpc_dist.encoder.shapes import known_config
 
     model_config = known_config(setting.shape)
     assert model_config is not None

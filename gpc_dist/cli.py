@@ -91,14 +91,14 @@ def _evaluate(options: Any, rest: list[str], arguments: list[str]) -> int:
     code = _start_ranks(config.build({}, settings), arguments)
     if code is not None:
         return code
-    from gpc_dist.training.inference import run_evaluation
+    from gpc_dist.inference.adapters import run_evaluation
 
     return run_evaluation(options.adapter, options.split, settings)
 
 
 def _inspect(options: Any, rest: list[str], _: list[str]) -> int:
     settings = overrides(rest)
-    from gpc_dist.training.inspect import run_inspection
+    from gpc_dist.inference.inspect import run_inspection
 
     return run_inspection(options.adapters, options.examples, options.json, options.png, settings)
 
@@ -110,14 +110,14 @@ def _predict(options: Any, rest: list[str], arguments: list[str]) -> int:
     code = _start_ranks(config.build({}, settings), arguments)
     if code is not None:
         return code
-    from gpc_dist.training.inference import run_prediction
+    from gpc_dist.inference.adapters import run_prediction
 
     return run_prediction(options.adapter, options.input, options.output, settings)
 
 
 def _start_ranks(settings: config.Config, arguments: list[str]) -> int | None:
     """Run this very command as several ranks, if several are wanted and none were given."""
-    from gpc_dist.engine import launch
+    from gpc_dist.distributed import launch
 
     ranks = launch.wanted_ranks(settings.engine)
     if launch.given_ranks() or ranks == 1:
@@ -132,14 +132,14 @@ def _bench(options: Any, rest: list[str], arguments: list[str]) -> int:
     code = _start_ranks(settings, arguments)
     if code is not None:
         return code
-    from gpc_dist.training.bench import run_bench
+    from gpc_dist.bench.bench import run_bench
 
     return run_bench(settings, options.steps, options.lengths, options.shape, options.json)
 
 
 def _plan(options: Any, rest: list[str], _: list[str]) -> int:
     settings = config.load(options.recipe, overrides(rest))
-    from gpc_dist.training.plan_report import run_plan
+    from gpc_dist.planner.report import run_plan
 
     return run_plan(
         settings, options.gpu, options.gpu_memory_gib, options.nodes, options.gpus_per_node, options.json
@@ -148,7 +148,7 @@ def _plan(options: Any, rest: list[str], _: list[str]) -> int:
 
 def _results(options: Any, rest: list[str], _: list[str]) -> int:
     _refuse(rest)
-    from gpc_dist.training.results import results_table
+    from gpc_dist.reports.results import results_table
 
     print(results_table(options.runs))
     return EXIT_DONE
@@ -156,12 +156,12 @@ def _results(options: Any, rest: list[str], _: list[str]) -> int:
 
 def _compare(options: Any, rest: list[str], _: list[str]) -> int:
     _refuse(rest)
-    from gpc_dist.tracking.comparison import compare, comparison_table
+    from gpc_dist.reports.comparison import compare, comparison_table
 
     comparisons = compare(options.place, options.metric, options.uri)
     print("\n\n".join(map(comparison_table, comparisons)))
     if options.html or options.png:
-        from gpc_dist.tracking.page import write_comparison
+        from gpc_dist.reports.page import write_comparison
 
         for file in write_comparison(comparisons, options.place, options.html, options.png):
             print(f"wrote {file}")
@@ -205,7 +205,7 @@ def _study(options: Any, rest: list[str], arguments: list[str]) -> int:
 
         if code := run_study(study, ["gpc-dist", *arguments]):
             return code
-    from gpc_dist.study.report import write_report
+    from gpc_dist.reports.study import write_report
 
     for file in write_report(study):
         print(f"wrote {file}")
@@ -214,20 +214,20 @@ def _study(options: Any, rest: list[str], arguments: list[str]) -> int:
 
 def _fetch(options: Any, rest: list[str], _: list[str]) -> int:
     settings = config.load(options.recipe, overrides(rest))
-    from gpc_dist.training.fetch import run_fetch
+    from gpc_dist.cluster.fetch import run_fetch
 
     return run_fetch(settings)
 
 
 def _doctor(options: Any, rest: list[str], _: list[str]) -> int:
     _refuse(rest)
-    from gpc_dist.training.doctor import report
+    from gpc_dist.cluster.environment import report
 
     if options.slurm:
-        from gpc_dist.cluster.doctor import examine_cluster
+        from gpc_dist.cluster.check import examine_cluster
 
         return report(examine_cluster(options.partition, options.nodes, options.gpus_per_node))
-    from gpc_dist.training.doctor import examine
+    from gpc_dist.cluster.environment import examine
 
     return report(examine())
 

@@ -11,8 +11,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 for name in (
     "deepspeed",
     "gpc_dist.cluster.submit",
-    "gpc_dist.training.bench",
-    "gpc_dist.training.inference",
+    "gpc_dist.bench.bench",
+    "gpc_dist.inference.adapters",
     "gpc_dist.training.run",
     "mlflow",
     "sklearn.metrics",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpc_dist import config, schema
-from gpc_dist.engine import deepspeed_config
+from gpc_dist.distributed import deepspeed_config
 from gpc_dist.errors import UserError
 from gpc_dist.shipped import shipped_folder
 

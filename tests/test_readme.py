@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpc_dist import cli, config
-from gpc_dist.engine.frozen import encoder_path
+from gpc_dist.encoder.frozen import encoder_path
 from gpc_dist.parser import build_parser
 from gpc_dist.search import spec
 from gpc_dist.study import spec as study

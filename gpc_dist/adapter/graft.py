@@ -311,7 +311,7 @@ def _refuse_training_the_encoder(config: AdapterConfig) -> None:
     if config.trains_encoder:
         raise UserError(
             "adapter.method 'fine-tuning' has nothing to attach to a frozen encoder: use gpc-dist train, evaluate and "
-            "predict, or gpc_dist.training.inference.Predictor"
+            "predict, or gpc_dist.inference.adapters.Predictor"
         )
 
 

@@ -92,7 +92,7 @@ def read_card(folder: str | Path) -> AdapterCard:
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
     """The adapter of a folder (float32, on the CPU) and its card. A fine-tuned encoder's weights are left out:
-    see `load_encoder`.
+    see `load_tuned_encoder`.
 
     Raises:
         UserError: no adapter there, a corrupt file, or tensors that do not fit the card.
@@ -110,7 +110,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
     return adapter, card
 
 
-def load_encoder(folder: str | Path, adapter: Adapter) -> None:
+def load_tuned_encoder(folder: str | Path, adapter: Adapter) -> None:
     """Give the encoder that an adapter has taken (see `Adapter.take_encoder`) its fine-tuned weights.
 
     Raises:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.resources import Resources
 from gpc_dist.config import Config
-from gpc_dist.engine.hardware import DEVICES, find_device
-from gpc_dist.engine.timing import Cluster
 from gpc_dist.errors import UserError
-from gpc_dist.training.plan import choose, make_planner, reason
+from gpc_dist.planner.devices import DEVICES, find_device
+from gpc_dist.planner.recipe import choose, make_planner, reason
+from gpc_dist.planner.timing import Cluster
 
 
 def fewest_nodes(config: Config, asked: Resources, gpu: str | None) -> Resources:

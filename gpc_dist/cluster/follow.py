@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from gpc_dist.cluster import slurm
-from gpc_dist.cluster.record import read_record
+from gpc_dist.cluster.job_record import read_record
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT
-from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.runs.folder import RunFolder
 
 _PERIOD_S = 2.0
 

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from gpc_dist import files
 from gpc_dist.cluster import slurm
-from gpc_dist.cluster.record import job_id, run_folders
+from gpc_dist.cluster.job_record import job_id, run_folders
 from gpc_dist.errors import UserError
-from gpc_dist.tracking.folder import RunFolder, SearchFolder, Status
-from gpc_dist.tracking.metrics import TIME
+from gpc_dist.runs.folder import RunFolder, SearchFolder, Status
+from gpc_dist.runs.metrics import TIME
 
 _PROGRESS = "train/progress_pct"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import yaml
 
 from gpc_dist import config
-from gpc_dist.cluster.record import RECIPE, SEARCH
+from gpc_dist.cluster.job_record import RECIPE, SEARCH
 from gpc_dist.cluster.submit import Member
 from gpc_dist.config import Config
 from gpc_dist.errors import UserError
+from gpc_dist.runs.folder import RunFolder, SearchFolder
 from gpc_dist.search import space
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.tracking.folder import RunFolder, SearchFolder
 
 
 def single(recipe: str, overrides: dict[str, str]) -> list[Member]:

@@ -14,13 +14,13 @@ from typing import Literal
 from gpc_dist import files
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.follow import follow
-from gpc_dist.cluster.record import RECIPE, SEARCH, JobRecord, job_id, write_record
+from gpc_dist.cluster.job_record import RECIPE, SEARCH, JobRecord, job_id, write_record
 from gpc_dist.cluster.resources import Resources
 from gpc_dist.config import Config
 from gpc_dist.errors import EXIT_DONE, UserError
+from gpc_dist.runs.facts import git_revision
+from gpc_dist.runs.folder import RunFolder
 from gpc_dist.shipped import shipped_folder
-from gpc_dist.tracking.facts import git_revision
-from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.tracking.store import tracking_uri, ui_command
 
 TASK = "{task}"
@@ -112,7 +112,7 @@ def _naming(members: Sequence[Member], log: Path) -> list[str]:
 def _check(member: Member) -> None:
     """Raise `UserError` for one that has a job, or whose input is not there."""
     # late, because they bring torch
-    from gpc_dist.engine.frozen import encoder_path
+    from gpc_dist.encoder.frozen import encoder_path
     from gpc_dist.tasks import make_task
 
     folder = member.folder

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpc_dist.errors import EXIT_ENVIRONMENT
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.tracking.folder import SearchFolder
 
 NODES = "GPC_DIST_RAY_NODES"
 """Environment variable: how many nodes the cluster of RAY_ADDRESS will have."""

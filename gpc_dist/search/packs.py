@@ -98,7 +98,7 @@ class Packs:
             pack = await self._find(key)
         await self._start(pack, tree)
 
-    async def join(
+    async def add(
         self, name: str, key: Any, tree: dict[str, Any], command: Sequence[str], state: str | None
     ) -> Place:
         """A lane for a run, as soon as there is one.
@@ -120,7 +120,7 @@ class Packs:
         try:
             if not pack.ranks:
                 await self._start(pack, tree)
-            await self._all(pack, "join", name, tree, command, state)
+            await self._all(pack, "add", name, tree, command, state)
         except BaseException:
             pack.lanes.pop(name, None)
             await self._notify(pack)

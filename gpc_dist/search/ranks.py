@@ -41,24 +41,24 @@ class Rank:
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
         if host.startswith("127."):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        from gpc_dist.engine.distributed import join
+        from gpc_dist.distributed.world import init_world
         from gpc_dist.training.pack import Pack
 
         settings = config.build(tree)
-        self._pack = Pack(settings, join(settings.engine))
+        self._pack = Pack(settings, init_world(settings.engine))
         return socket.gethostname()
 
-    def join(self, name: str, tree: dict[str, Any], command: Sequence[str], state: str | None) -> None:
-        """See `Pack.join`.
+    def add(self, name: str, tree: dict[str, Any], command: Sequence[str], state: str | None) -> None:
+        """See `Pack.add`.
 
         Args:
             state: folder of another run's checkpoint to start from.
         """
-        from gpc_dist.engine import checkpoint
+        from gpc_dist.distributed import checkpoint
 
         assert self._pack is not None
         saved = checkpoint.load(Path(state)) if state else None
-        self._pack.join(name, config.build(tree), command, saved)
+        self._pack.add(name, config.build(tree), command, saved)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the pack."""

@@ -14,10 +14,10 @@ import ray
 from ray import tune
 
 from gpc_dist import config, files
+from gpc_dist.runs.folder import SearchFolder, TrialFolder
 from gpc_dist.search import space, spec
-from gpc_dist.search.folder import TrialRecord, recipe_of, trial_folder, write_trial
 from gpc_dist.search.packs import ACTOR
-from gpc_dist.tracking.folder import SearchFolder, TrialFolder
+from gpc_dist.search.trial_files import TrialRecord, recipe_of, trial_folder, write_trial
 
 SAMPLE = "sample"
 """Of a trial's configuration in Ray Tune: what was drawn for it; a searcher puts its keys beside it."""
@@ -83,7 +83,7 @@ class Trial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the run's newest state, so that this or another trial can go on from it."""
-        from gpc_dist.engine import checkpoint
+        from gpc_dist.distributed import checkpoint
 
         if self._visit is not None:
             ray.get(self._packs.save.remote(self._lane_name))
@@ -136,7 +136,7 @@ class Trial(tune.Trainable):
             )  # no other run, nor this one begun again, may find the encoder changed
         try:
             place: Any = ray.get(
-                self._packs.join.remote(self._lane_name, key, tree, self._command(), self._start_from)
+                self._packs.add.remote(self._lane_name, key, tree, self._command(), self._start_from)
             )
         except Exception as error:
             # nothing was trained, but the trial is to be seen, and why it failed

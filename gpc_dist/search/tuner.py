@@ -29,16 +29,16 @@ from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Se
 
 from gpc_dist import config, files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
+from gpc_dist.runs.facts import collect_facts
+from gpc_dist.runs.folder import SearchFolder, State
 from gpc_dist.search import space
-from gpc_dist.search.folder import recipe_of
+from gpc_dist.search.callback import TrialCallback, best_trial
 from gpc_dist.search.node import NODES
 from gpc_dist.search.packs import ACTOR, Packs, Shape
-from gpc_dist.search.record import Recorder, best_trial
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import SAMPLE, SEED, STEP, Trial
-from gpc_dist.tracking import search as tracking
-from gpc_dist.tracking.facts import collect_facts
-from gpc_dist.tracking.folder import SearchFolder, State
+from gpc_dist.search.trial_files import recipe_of
+from gpc_dist.tracking.search_exporter import start_exporter
 from gpc_dist.tracking.store import tracking_uri, ui_command
 
 _NAMESPACE = "gpc-dist"
@@ -64,7 +64,7 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
     goal = space.goal(spec)
     folder = SearchFolder(spec.folder)
     _open(folder, spec, command, resume)
-    recording = tracking.start_recorder(folder.path) if spec.tracking.enabled else None
+    recording = start_exporter(folder.path) if spec.tracking.enabled else None
     start_s = time.time()
     try:
         _connect()
@@ -117,7 +117,7 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         resume="AUTO+ERRORED" if resume else None,
         verbose=1,
         progress_reporter=_reporter(spec, metric),
-        callbacks=[Recorder(folder, metric, scheduler)],
+        callbacks=[TrialCallback(folder, metric, scheduler)],
         keep_checkpoints_num=2,
         reuse_actors=True,
         trial_dirname_creator=lambda trial: trial.trial_id,

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpc_dist import files
+from gpc_dist.runs.folder import TrialFolder
 from gpc_dist.search import spec
-from gpc_dist.study.folder import Stage, TaskFolder
+from gpc_dist.study.layout import Stage, TaskFolder
 from gpc_dist.study.searches import Configuration, configuration_of, identity
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER
-from gpc_dist.tracking.folder import TrialFolder
 
 
 @dataclass(frozen=True)

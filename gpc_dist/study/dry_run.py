@@ -73,8 +73,8 @@ class _Clock:
     """The planner's time of a step, asked once for runs that differ in nothing that it counts with."""
 
     def __init__(self, gpu: str, ranks: int):
-        from gpc_dist.engine.hardware import find_device
-        from gpc_dist.engine.timing import Cluster
+        from gpc_dist.planner.devices import find_device
+        from gpc_dist.planner.timing import Cluster
 
         self._cluster = Cluster(find_device(gpu), 1, ranks)
         self._known: dict[str, float] = {}
@@ -85,7 +85,7 @@ class _Clock:
         Raises:
             UserError: none fits, or the encoder's configuration cannot be had.
         """
-        from gpc_dist.training.plan import choose, make_planner, reason
+        from gpc_dist.planner.recipe import choose, make_planner, reason
 
         train, data = config.train, config.data
         # where a prompt starts costs nothing, and whether the cell acts once more next to nothing

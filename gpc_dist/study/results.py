@@ -13,14 +13,14 @@ import numpy as np
 from gpc_dist import files
 from gpc_dist.config import build
 from gpc_dist.errors import UserError
+from gpc_dist.runs.records import Record, read_folder
 from gpc_dist.study.choose import Tried, tried
-from gpc_dist.study.folder import StudyFolder, TaskFolder, read_official
+from gpc_dist.study.layout import StudyFolder, TaskFolder, read_official
 from gpc_dist.study.searches import Configuration
 from gpc_dist.study.spec import StudySpec
 from gpc_dist.study.statistics import draw_units, interval, resampled, units
 from gpc_dist.tasks import Example, Task, judged, make_task
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER
-from gpc_dist.tracking.records import Record, read_folder
 
 LEARNT = 0.03
 """By how much the ceiling must be better than the majority baseline for a task to count in means."""

@@ -16,14 +16,14 @@ from typing import Any
 
 from gpc_dist import files
 from gpc_dist.errors import EXIT_DONE, MachineError, UserError
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import space, spec, tuner
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.choose import choose, tried
-from gpc_dist.study.folder import StudyFolder, TaskFolder, official
+from gpc_dist.study.layout import StudyFolder, TaskFolder, official
 from gpc_dist.study.searches import Configuration, draw, searches
 from gpc_dist.study.spec import StudySpec, load
 from gpc_dist.tasks import make_task, read_part
-from gpc_dist.tracking.folder import SearchFolder
 
 
 def run_study(study: StudySpec, command: Sequence[str]) -> int:
@@ -145,6 +145,6 @@ def measure_official(trials: Sequence[Path]) -> None:
 
 
 def _measure(trials: Sequence[Path]) -> None:
-    from gpc_dist.training.official import evaluate_official
+    from gpc_dist.inference.official import evaluate_official
 
     evaluate_official(trials, official(trials[0]).name)

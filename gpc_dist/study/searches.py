@@ -14,7 +14,7 @@ from gpc_dist import config
 from gpc_dist.errors import UserError
 from gpc_dist.search import space, tuner
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.study.folder import Part, Stage, StudyFolder
+from gpc_dist.study.layout import Part, Stage, StudyFolder
 from gpc_dist.study.spec import StudySpec
 
 Configuration = Mapping[str, Any]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from gpc_dist.config import DataConfig, TaskConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.batching import EpochPlan, Sizes, evaluation_batches, share
-from gpc_dist.tasks.collate import Batch, LaneBatch, collate, join
+from gpc_dist.tasks.collate import Batch, LaneBatch, collate, merge_lanes
 from gpc_dist.tasks.encode import Encoded, encode
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.holdout import read_part, selection_part
@@ -30,8 +30,8 @@ __all__ = [
     "collate",
     "encode",
     "evaluation_batches",
-    "join",
     "make_task",
+    "merge_lanes",
     "read_part",
     "selection_part",
     "share",

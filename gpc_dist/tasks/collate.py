@@ -121,7 +121,7 @@ class LaneBatch:
         )
 
 
-def join(batches: Sequence[Batch], pad_id: int) -> LaneBatch:
+def merge_lanes(batches: Sequence[Batch], pad_id: int) -> LaneBatch:
     """One batch of the lanes' batches, padded to the longest row of all."""
     import torch
 

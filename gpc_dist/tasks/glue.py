@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from gpc_dist.tasks import metrics
+from gpc_dist.tasks.benchmark import Spec, class_index
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.read import Row
-from gpc_dist.tasks.spec import Spec, class_index
 
 _COLA = ("unacceptable", "acceptable")
 _SST2 = ("negative", "positive")

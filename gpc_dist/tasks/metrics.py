@@ -17,7 +17,8 @@ from gpc_dist.tasks.example import Example, Kind
 
 Metric = Callable[[Sequence[Example], np.ndarray], float]
 
-LOWER_IS_BETTER = frozenset({"rmse"})
+LOWER_IS_BETTER = frozenset({"loss", "rmse"})
+"""Metrics that are better when they are smaller; all others grow with what is learnt."""
 
 
 def _targets(examples: Sequence[Example]) -> np.ndarray:

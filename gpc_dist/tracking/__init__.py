@@ -1,11 +1,9 @@
-"""What a run leaves behind: its folder of plain files, and MLflow as a replica of that folder.
+"""Export to MLflow, while the run folder (`gpc_dist.runs`) stays the single source of truth.
 
-The run folder is the single source of truth. The trainer writes it (`folder`, `metrics`, `facts`)
-and never talks to MLflow; a separate process, the follower, replays the folder into MLflow while
-the run goes on (`follower`). Replaying it later is the same code (`sync.sync_run`, the command
-`gpc-dist sync RUN`), for nodes without network and tracking servers that were down. So MLflow can
-neither stop nor slow a run, each run has one writer, and no value is recorded twice.
+The trainer writes the folder and never talks to MLflow. A separate process (`process`) exports the folder while the run
+goes on: so MLflow can neither stop nor slow a run, each run has one writer, and no value is recorded twice. `sync` runs
+the same exporters later, for nodes without network and for tracking servers that were down.
 
-A search is the same once more: its folder holds those of its trials, and one recorder replays them
-all (`search`, `trial`). `mirror` is what the replicas of runs, trials and searches share.
+`exporter` is what the exporters of runs, trials and searches share. A search has one exporter process for itself and
+all of its trials.
 """

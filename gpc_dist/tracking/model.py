@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import ModelSignature
 
-SERVING_MODULE = "gpc_dist.training.serving"
+SERVING_MODULE = "gpc_dist.inference.serving"
 """Module with `_load_pyfunc(path)`, which MLflow calls with the folder of the adapter's files."""
 
 _VERSIONS = "mlflow.modelVersions"  # by which the page of a model links to its versions

@@ -6,12 +6,12 @@ import uuid
 from dataclasses import asdict, dataclass, field, fields
 
 from gpc_dist import files
-from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.runs.folder import RunFolder
 
 
 @dataclass
-class TrackingState:
-    """How far the replica in MLflow has come. Written by the holder of the tracking lock only."""
+class ExportState:
+    """How much of a folder MLflow holds. Written by the holder of the tracking lock only."""
 
     uri: str | None = None
     """Tracking store the rest of this state is about, without credentials."""
@@ -37,7 +37,7 @@ class TrackingState:
         return self.error is None and self.state not in (None, "running")
 
     @classmethod
-    def load(cls, folder: RunFolder) -> TrackingState:
+    def load(cls, folder: RunFolder) -> ExportState:
         known = {f.name for f in fields(cls)}
         values = files.read_json(folder.tracking)
         return cls(**{name: value for name, value in values.items() if name in known})

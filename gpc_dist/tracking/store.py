@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 from gpc_dist.config import TrackingConfig
 from gpc_dist.errors import UserError
+from gpc_dist.runs.facts import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SQLITE = "sqlite:///"
 _SERVER = re.compile(r"(https?|databricks|uc)\b")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 # MLflow's own patience (7 retries, 120 s each) would hide a server that is down for minutes; the
-# follower has a slower rhythm of its own, and `gpc-dist sync` should say so at once.
+# exporter has a slower rhythm of its own, and `gpc-dist sync` should say so at once.
 _HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
@@ -44,11 +44,6 @@ def ui_command(uri: str) -> str:
     if _SERVER.match(uri):
         return redact(uri)
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
-
-
-def redact(text: str) -> str:
-    """`text` without the user and password of any URI in it."""
-    return _CREDENTIALS.sub("***@", text)
 
 
 # The UI then shows runs and metrics first, not the pages for prompts and agents.

@@ -1,4 +1,4 @@
-"""`gpc-dist sync`: bring MLflow up to date with the folder of a run or search, without a follower."""
+"""`gpc-dist sync`: bring MLflow up to date with the folder of a run or search, without an exporter process."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 import psutil
 
 from gpc_dist.errors import MachineError, UserError
-from gpc_dist.tracking import store
-from gpc_dist.tracking.folder import RunFolder, SearchFolder, Status, TrialFolder
-from gpc_dist.tracking.mirror import Mirror
-from gpc_dist.tracking.replica import Replica
-from gpc_dist.tracking.search import SearchReplica
-from gpc_dist.tracking.state import TrackingState
+from gpc_dist.runs.facts import redact
+from gpc_dist.runs.folder import RunFolder, SearchFolder, Status, TrialFolder
+from gpc_dist.tracking.exporter import Exporter
+from gpc_dist.tracking.run_exporter import RunExporter
+from gpc_dist.tracking.search_exporter import SearchExporter
+from gpc_dist.tracking.state import ExportState
 
-# A follower gives a sign of life every few seconds. Silence for this long means that its machine is
+# A exporter gives a sign of life every few seconds. Silence for this long means that its machine is
 # gone, whatever clocks that disagree and slow network file systems add.
 _SILENCE_S = 600.0
 
 
-def sync(place: Path | str, uri: str | None = None) -> TrackingState:
+def sync(place: Path | str, uri: str | None = None) -> ExportState:
     """`sync_search` for the folder of a search, `sync_run` for any other."""
     return (sync_search if SearchFolder(place).config.exists() else sync_run)(place, uri)
 
 
-def sync_run(run_dir: Path | str, uri: str | None = None) -> TrackingState:
+def sync_run(run_dir: Path | str, uri: str | None = None) -> ExportState:
     """Send MLflow what it does not hold yet of a run; a run that died is marked as killed first.
 
     Args:
@@ -36,52 +36,52 @@ def sync_run(run_dir: Path | str, uri: str | None = None) -> TrackingState:
             not held the run before gets all of it, under a new run id.
 
     Raises:
-        UserError: this is not the folder of a run of its own, or its follower is still at work.
+        UserError: this is not the folder of a run of its own, or its exporter is still at work.
         MachineError: the tracking store cannot be reached or refuses.
     """
     folder = RunFolder(run_dir)
     if TrialFolder(run_dir).trial.exists():
         search_dir = folder.path.parent.parent
         raise UserError(f"{folder} is a trial of a search: gpc-dist sync {search_dir} records it")
-    return _sync(folder, lambda: Replica(folder, uri))
+    return _sync(folder, lambda: RunExporter(folder, uri))
 
 
-def sync_search(search_dir: Path | str, uri: str | None = None) -> TrackingState:
+def sync_search(search_dir: Path | str, uri: str | None = None) -> ExportState:
     """`sync_run` for a search and its trials.
 
     Raises:
-        UserError: this is not the folder of a search, or its recorder is still at work, or a file
+        UserError: this is not the folder of a search, or its exporter is still at work, or a file
             of a trial is broken.
         MachineError: the tracking store cannot be reached or refuses.
     """
     folder = SearchFolder(search_dir)
-    return _sync(folder, lambda: SearchReplica(folder, uri))
+    return _sync(folder, lambda: SearchExporter(folder, uri))
 
 
-def _sync(folder: RunFolder, open_mirror: Callable[[], Mirror]) -> TrackingState:
+def _sync(folder: RunFolder, open_exporter: Callable[[], Exporter]) -> ExportState:
     folder.read_config()  # fails before anything is written into what is no such folder
     with folder.hold_tracking():
         _mark_if_gone(folder)
-        mirror = open_mirror()
+        exporter = open_exporter()
         try:
-            mirror.update()
+            exporter.update()
         except UserError:
             raise
         except Exception as error:  # database, HTTP and artifact stores all have their own
             raise MachineError(
-                f"MLflow at {store.redact(mirror.uri)} did not take the {folder.kind} {folder}: "
-                f"{store.redact(str(error))}\n"
+                f"MLflow at {redact(exporter.uri)} did not take the {folder.kind} {folder}: "
+                f"{redact(str(error))}\n"
                 "Run the command again when the store can be reached; nothing is recorded twice."
             ) from error
-        mirror.state.error = None
-        mirror.state.save(folder)
-        return mirror.state
+        exporter.state.error = None
+        exporter.state.save(folder)
+        return exporter.state
 
 
 def mark_stale(run_dir: Path | str) -> bool:
     """Write the state `killed` into a folder whose trainer ended without a word.
 
-    Needed only where the follower was ended with its trainer (a lost node, the end of a Slurm
+    Needed only where the exporter was ended with its trainer (a lost node, the end of a Slurm
     job); otherwise it has done so. `sync_run` then tells MLflow.
 
     Returns:
@@ -95,7 +95,7 @@ def mark_stale(run_dir: Path | str) -> bool:
     try:
         with folder.hold_tracking():
             return _mark_if_gone(folder)
-    except UserError:  # its follower is at work
+    except UserError:  # its exporter is at work
         return False
 
 

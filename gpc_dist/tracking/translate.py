@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gpc_dist.tracking import metrics, store
-from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.runs import metrics
+from gpc_dist.runs.facts import redact
+from gpc_dist.runs.folder import RunFolder
 
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
@@ -58,7 +59,7 @@ def params(config: Mapping[str, Any]) -> dict[str, str]:
     the first settings to show.
     """
     return {
-        f"{section}.{key}": store.redact(text(value))[:_PARAM_LENGTH]
+        f"{section}.{key}": redact(text(value))[:_PARAM_LENGTH]
         for section, keys in config.items()
         if section != "tracking" and isinstance(keys, dict)
         for key, value in keys.items()
@@ -70,7 +71,7 @@ def search_params(search: Mapping[str, Any]) -> dict[str, str]:
     """A search under its dotted keys (`space.train.lr`), without what is not set or only says where
     it is recorded."""
     plain = {
-        name(key): store.redact(text(value))[:_PARAM_LENGTH]
+        name(key): redact(text(value))[:_PARAM_LENGTH]
         for key, value in search.items()
         if key not in ("name", "register") and not isinstance(value, dict) and value not in _NOT_SET
     }
@@ -80,9 +81,7 @@ def search_params(search: Mapping[str, Any]) -> dict[str, str]:
 def tags(values: Mapping[str, Any]) -> dict[str, str]:
     """Tags of these values, without those that are None, and without credentials."""
     return {
-        name(key): store.redact(text(value))[:_TAG_LENGTH]
-        for key, value in values.items()
-        if value is not None
+        name(key): redact(text(value))[:_TAG_LENGTH] for key, value in values.items() if value is not None
     }
 
 
@@ -122,7 +121,7 @@ def dataset(described: Mapping[str, Any]) -> dict[str, str]:
         "name": described["name"],
         "digest": described["digest"][:_DIGEST_LENGTH],
         "source_type": "local",
-        "source": json.dumps({"uri": store.redact(described["source"])}),
+        "source": json.dumps({"uri": redact(described["source"])}),
         "profile": json.dumps(examples),
     }
 

@@ -18,9 +18,9 @@ import torch
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import save_adapter
 from gpc_dist.config import Config, warmup_steps
-from gpc_dist.engine import checkpoint
-from gpc_dist.engine.checkpoint import Checkpoint
-from gpc_dist.engine.optimizer import LaneOptimizer
+from gpc_dist.distributed import checkpoint
+from gpc_dist.distributed.checkpoint import Checkpoint
+from gpc_dist.distributed.optimizer import LaneOptimizer
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import EpochPlan
 from gpc_dist.training.card import task_card

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpc_dist.training.evaluate import all_outputs
+from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.lane_run import LaneRun, Position, Speed
 from gpc_dist.training.progress import Progress
 from gpc_dist.training.session import Session, Split

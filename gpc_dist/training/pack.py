@@ -13,14 +13,14 @@ from torch import nn
 
 from gpc_dist import files
 from gpc_dist.config import Config
-from gpc_dist.engine.checkpoint import Checkpoint
-from gpc_dist.engine.distributed import World
-from gpc_dist.engine.measure import peak_memory_mib
+from gpc_dist.distributed.checkpoint import Checkpoint
+from gpc_dist.distributed.memory import peak_memory_mib
+from gpc_dist.distributed.world import World
 from gpc_dist.errors import UserError
+from gpc_dist.runs.folder import RunFolder, State
+from gpc_dist.runs.metrics import MetricLog
 from gpc_dist.tasks import make_task, read_part, selection_part
 from gpc_dist.tasks.holdout import Part
-from gpc_dist.tracking.folder import RunFolder, State
-from gpc_dist.tracking.metrics import MetricLog
 from gpc_dist.training.event import Event
 from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
 from gpc_dist.training.loop import evaluate
@@ -67,7 +67,7 @@ class Pack:
         """The runs in its lanes."""
         return list(self._members)
 
-    def join(
+    def add(
         self, name: str, config: Config, command: Sequence[str], start_from: Checkpoint | None = None
     ) -> None:
         """Give a run a lane: it begins, or goes on from the newest checkpoint in its folder.

@@ -9,9 +9,9 @@ from typing import Any
 
 from gpc_dist import files
 from gpc_dist.config import Config
+from gpc_dist.runs import facts
+from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tasks import Example, Task, selection_part
-from gpc_dist.tracking import facts
-from gpc_dist.tracking.folder import RunFolder
 from gpc_dist.training.lane_run import LaneRun
 
 

@@ -11,19 +11,19 @@ from typing import Any
 
 from gpc_dist import files
 from gpc_dist.config import Config
-from gpc_dist.engine.checkpoint import Checkpoint
-from gpc_dist.engine.distributed import World, join, lost_rank
-from gpc_dist.engine.measure import peak_memory_mib
-from gpc_dist.engine.telemetry import GpuTelemetry, Write
+from gpc_dist.distributed.checkpoint import Checkpoint
+from gpc_dist.distributed.memory import peak_memory_mib
+from gpc_dist.distributed.world import World, init_world, lost_rank
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
+from gpc_dist.planner.recipe import planned
+from gpc_dist.runs.folder import RunFolder
+from gpc_dist.runs.metrics import MetricLog
+from gpc_dist.runs.telemetry import GpuTelemetry, Write
 from gpc_dist.tasks import Example, Task, make_task, read_part, selection_part
-from gpc_dist.tracking import follower
-from gpc_dist.tracking.folder import RunFolder
-from gpc_dist.tracking.metrics import MetricLog
+from gpc_dist.tracking import process as tracking
 from gpc_dist.tracking.store import tracking_uri, ui_command
 from gpc_dist.training import loop
 from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
-from gpc_dist.training.plan import planned
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.session import (
     check_input,
@@ -49,7 +49,7 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
         argv: that command, for the record.
         stop: asked for before training begins, it comes after the first step.
     """
-    world = join(config.engine)
+    world = init_world(config.engine)
     try:
         return _run(config, world, started_s, argv, stop)
     finally:
@@ -70,7 +70,7 @@ def _run(config: Config, world: World, started_s: float, argv: Sequence[str], st
     if world.is_main:
         open_folder(folder, config, argv, task, train, validation)
         if config.tracking.enabled:
-            recording = follower.start(folder.path)
+            recording = tracking.start(folder.path)
     try:
         outcome, result = _train(config, world, folder, saved, task, train, validation, started_s, stop)
     except BaseException as error:

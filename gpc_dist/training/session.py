@@ -16,10 +16,11 @@ from gpc_dist.adapter.fingerprint import EncoderIdentity, identify
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import Config
-from gpc_dist.engine import deepspeed_config, frozen
-from gpc_dist.engine.attention import keep_short_scores
-from gpc_dist.engine.distributed import World, encoder_dtype
-from gpc_dist.engine.hardware import return_freed_memory
+from gpc_dist.distributed import deepspeed_config
+from gpc_dist.distributed.memory import return_freed_memory
+from gpc_dist.distributed.world import World, encoder_dtype
+from gpc_dist.encoder import frozen
+from gpc_dist.encoder.attention import keep_short_scores
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import Encoded, Example, Task, encode
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpc_dist.engine.optimizer import LaneOptimizer, reduce_gradients, send_updates
-from gpc_dist.tasks import Encoded, LaneBatch, Sizes, collate, join, share
-from gpc_dist.training.evaluate import run_lanes
-from gpc_dist.training.objective import summed_loss
+from gpc_dist.distributed.optimizer import LaneOptimizer, reduce_gradients, send_updates
+from gpc_dist.tasks import Encoded, LaneBatch, Sizes, collate, merge_lanes, share
+from gpc_dist.training.evaluation import run_lanes
+from gpc_dist.training.losses import summed_loss
 from gpc_dist.training.session import Session
 
 PASS_TOKENS = 50
@@ -102,7 +102,7 @@ def prepare(session: Session, works: Sequence[Work]) -> Step:
             )
             for k, work in enumerate(works)
         ]
-        batch = join(batches, session.pad_id).to(world.device)
+        batch = merge_lanes(batches, session.pad_id).to(world.device)
         passes.append(MicroBatch(batch, counts=len(part) > 0))
     return Step(list(works), passes)
 

@@ -16,7 +16,7 @@ import gpc_dist
 from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach, store
 from gpc_dist.adapter.families import locate
 from gpc_dist.adapter.fingerprint import identify
-from gpc_dist.adapter.store import CARD, WEIGHTS, load_adapter, load_encoder, read_card, save_adapter
+from gpc_dist.adapter.store import CARD, WEIGHTS, load_adapter, load_tuned_encoder, read_card, save_adapter
 from gpc_dist.errors import UserError
 
 from .encoders import FAMILIES, batch_for, saved_encoder, tiny, tiny_config
@@ -112,7 +112,7 @@ def test_a_fine_tuned_encoder_is_saved_and_given_to_another_one_bit_for_bit(
     assert sorted(name for name, _ in loaded.named_parameters()) == ["head.linear.bias", "head.linear.weight"]
     assert torch.equal(loaded.head.linear.weight, adapter.head.linear.weight)
     other = fine_tuned(family, seed=1)
-    load_encoder(tmp_path / "adapter", other)
+    load_tuned_encoder(tmp_path / "adapter", other)
     found = dict(other.named_parameters())
     assert sum(p.numel() for n, p in found.items() if n.startswith("encoder.")) == sum(
         p.numel() for p in plain.values()
@@ -135,7 +135,7 @@ def test_weights_of_another_encoder_are_refused_by_name(
     other = Adapter(AdapterConfig(method="fine-tuning"), parts.shape, 3)
     other.take_encoder(parts.encoder, parts.token_embeddings)
     with pytest.raises(UserError, match=f"{WEIGHTS} cannot be loaded into its encoder: .*({name})"):
-        load_encoder(tmp_path / "adapter", other)
+        load_tuned_encoder(tmp_path / "adapter", other)
 
 
 def test_a_fine_tuned_encoder_from_a_damaged_file_is_refused(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_fine_tuned_encoder_from_a_damaged_file_is_refused(tmp_path: Path) -> 
     for damage in (cut(WEIGHTS, 2000), lambda folder: (folder / WEIGHTS).unlink()):
         damage(tmp_path / "adapter")
         with pytest.raises(UserError, match=f"{WEIGHTS} cannot be loaded into its encoder"):
-            load_encoder(tmp_path / "adapter", adapter)
+            load_tuned_encoder(tmp_path / "adapter", adapter)
 
 
 @pytest.mark.parametrize("way", ["attach", "from_pretrained"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist.cluster import jobs, members, record, slurm
+from gpc_dist.cluster import job_record, jobs, members, slurm
 from gpc_dist.cluster.resources import Resources
 from gpc_dist.errors import UserError
 from gpc_dist.search import space, spec
@@ -70,10 +70,10 @@ def test_a_search_is_submitted_as_it_is(tmp_path: Path) -> None:
     (found,) = members.search(asked)
     for name, text in found.kept.items():
         (tmp_path / name).write_text(text)
-    kept = spec.load(str(tmp_path / record.SEARCH))
+    kept = spec.load(str(tmp_path / job_record.SEARCH))
     same = {"recipe": asked.recipe, "dir": asked.dir}
     assert kept.model_copy(update=same) == asked
-    assert Path(kept.recipe) == tmp_path / record.RECIPE
+    assert Path(kept.recipe) == tmp_path / job_record.RECIPE
     assert space.base_config(kept) == space.base_config(asked)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tracking.state import TrackingState
 from tests.cluster.conftest import HELD, SlurmLab, recorded_once, same_run
 from tests.conftest import ROOT
@@ -97,7 +97,7 @@ def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
     wait_until(lambda: TrackingState.load(run).run_id is not None, failed=lambda: log_of(tmp_path))
     slurm.call("scancel", job)
     assert slurm.wait(job)["JobState"] == "CANCELLED"
-    # Slurm may have ended the follower before it could tell MLflow
+    # Slurm may have ended the exporter before it could tell MLflow
     assert command("sync", run.path).returncode == 0
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     recorded = client.get_run(str(TrackingState.load(run).run_id))

@@ -8,7 +8,7 @@ import os
 import time
 
 if "TESTS_HOLDS" in os.environ:
-    from gpc_dist.tracking.metrics import MetricLog
+    from gpc_dist.runs.metrics import MetricLog
     from gpc_dist.training.stop import StopRequest
     from tests.holding import hold_files
 

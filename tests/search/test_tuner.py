@@ -16,7 +16,7 @@ import yaml
 
 from gpc_dist import cli
 from gpc_dist.errors import EXIT_USAGE
-from gpc_dist.tracking.folder import SearchFolder
+from gpc_dist.runs.folder import SearchFolder
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import command, start, start_call, wait_until

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gpc_dist.runs.folder import TrialFolder
 from gpc_dist.study.choose import Tried, choose
-from gpc_dist.tracking.folder import TrialFolder
 
 
 def run(method: str, lr: float, seed: int, value: float | None, metric: str = "accuracy") -> Tried:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from gpc_dist.errors import EXIT_USAGE, UserError
-from gpc_dist.study.folder import StudyFolder
+from gpc_dist.study.layout import StudyFolder
 from gpc_dist.study.results import read_study
 from gpc_dist.study.run import new_tasks, run_study
 from gpc_dist.study.spec import StudySpec, load

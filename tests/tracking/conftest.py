@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from gpc_dist import config, files
-from gpc_dist.tracking.folder import RunFolder, SearchFolder, State, TrialFolder
-from gpc_dist.tracking.metrics import MetricLog
+from gpc_dist.runs.folder import RunFolder, SearchFolder, State, TrialFolder
+from gpc_dist.runs.metrics import MetricLog
 from tests.processes import free_port, wait_until
 
 from .searches import AddTrial, MakeSearch, decide
@@ -70,17 +70,17 @@ FACTS = {
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[Start]:
-    """Starts a process that runs a script with `run` (RunFolder), `log` (MetricLog), `follower`."""
+    """Starts a process that runs a script with `run` (RunFolder), `log` (MetricLog), `exporter`."""
     yield from python_processes(
         "import os, signal, sys, time\n"
         "from gpc_dist import files\n"
-        "from gpc_dist.tracking.folder import RunFolder\n"
-        "from gpc_dist.tracking.follower import start\n"
-        "from gpc_dist.tracking.metrics import MetricLog\n"
+        "from gpc_dist.runs.folder import RunFolder\n"
+        "from gpc_dist.tracking.process import start\n"
+        "from gpc_dist.runs.metrics import MetricLog\n"
         "run = RunFolder(sys.argv[1])\n"
         "run.write_status('running')\n"
         "log = MetricLog(run.metrics)\n"
-        "follower = start(run.path)\n",
+        "exporter = start(run.path)\n",
         tmp_path,
     )
 

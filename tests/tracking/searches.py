@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from gpc_dist import files
-from gpc_dist.tracking.folder import SearchFolder, TrialFolder
+from gpc_dist.runs.folder import SearchFolder, TrialFolder
 
 READS = ("get_", "search_", "list_", "download_", "load_")
 WRITES = [

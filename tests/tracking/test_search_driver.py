@@ -1,4 +1,4 @@
-"""A recorder beside a search's driver: real processes, one of which is killed, and 64 trials that write at once."""
+"""A exporter beside a search's driver: real processes, one of which is killed, and 64 trials that write at once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Start]:
-    """Starts a process that runs a script with `search` (SearchFolder) and `recorder`."""
+    """Starts a process that runs a script with `search` (SearchFolder) and `exporter`."""
     yield from python_processes(
         "import os, signal, sys, threading, time\n"
         "from gpc_dist import files\n"
-        "from gpc_dist.tracking.folder import SearchFolder\n"
-        "from gpc_dist.tracking.metrics import MetricLog\n"
-        "from gpc_dist.tracking.search import start_recorder\n"
+        "from gpc_dist.runs.folder import SearchFolder\n"
+        "from gpc_dist.runs.metrics import MetricLog\n"
+        "from gpc_dist.tracking.search_exporter import start_exporter\n"
         "search = SearchFolder(sys.argv[1])\n"
         "search.write_status('running')\n"
-        "recorder = start_recorder(search.path, delay_s=0)\n",
+        "exporter = start_exporter(search.path, delay_s=0)\n",
         tmp_path,
     )
 
@@ -38,7 +38,7 @@ def test_killed_driver_and_resumed_search(
     search = make_search()
     add_trial(search, 0, {1: 0.5})
     add_trial(search, 1, {1: 0.5, 2: 0.6}, "running", "running")
-    first = driver(search, "print(recorder.wait_for_run_id(300), flush=True)\nsignal.pause()\n")
+    first = driver(search, "print(exporter.wait_for_run_id(300), flush=True)\nsignal.pause()\n")
     assert first.stdout is not None
     run_id = first.stdout.readline().strip()
     tracking = search.trial("t1").tracking
@@ -61,7 +61,7 @@ def test_killed_driver_and_resumed_search(
         "trial.write_status('finished')\n"
         "files.write_json(search.result, {'best_trial': 't1', 'metric': 'accuracy', 'best': 0.8})\n"
         "search.write_status('finished')\n"
-        f"state = recorder.finish({TIMEOUT_S})\n"
+        f"state = exporter.finish({TIMEOUT_S})\n"
         "print(state.run_id, state.complete)\n",
     )
     assert second.communicate(timeout=TIMEOUT_S)[0] == f"{run_id} True\n"
@@ -79,14 +79,14 @@ def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial,
         add_trial(search, number, {}, "running", "running")
     process = driver(
         search,
-        "met = threading.Event()\n"  # the recorder meets them while they write
+        "met = threading.Event()\n"  # the exporter meets them while they write
         "def train(trial):\n"
         "    with MetricLog(trial.metrics) as log:\n"
         "        for step in range(20):\n"
         "            log.append(step, {'train/loss': step / 10, 'val/accuracy': step / 100})\n"
         "            if step == 9: met.wait()\n"
         "    trial.write_status('finished')\n"
-        "recorder.wait_for_run_id(300)\n"
+        "exporter.wait_for_run_id(300)\n"
         "trials = search.begun_trials()\n"
         "threads = [threading.Thread(target=train, args=(t,)) for t in trials]\n"
         "for thread in threads: thread.start()\n"
@@ -94,7 +94,7 @@ def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial,
         "met.set()\n"
         "for thread in threads: thread.join()\n"
         "search.write_status('finished')\n"
-        f"state = recorder.finish({TIMEOUT_S})\n"
+        f"state = exporter.finish({TIMEOUT_S})\n"
         "print(state.complete)\n",
     )
     assert process.communicate(timeout=TIMEOUT_S)[0] == "True\n"

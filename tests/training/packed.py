@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpc_dist import config
-from gpc_dist.engine.distributed import join
+from gpc_dist.distributed.world import init_world
 from gpc_dist.training.event import Event
 from gpc_dist.training.pack import Pack
 
@@ -19,10 +19,10 @@ def run_pack(plan: dict[str, Any]) -> list[Event]:
     """
     configs = {name: config.load(*run) for name, run in plan["runs"].items()}
     first = configs[plan["first"][0]]
-    world = join(first.engine)
+    world = init_world(first.engine)
     pack = Pack(first, world)
     for name in plan["first"]:
-        pack.join(name, configs[name], ["gpc-dist"])
+        pack.add(name, configs[name], ["gpc-dist"])
     found: list[Event] = []
     while pack.names:
         events = pack.advance(pack.names)
@@ -33,6 +33,6 @@ def run_pack(plan: dict[str, Any]) -> list[Event]:
                     for name in then.get("leave", []):
                         pack.leave(name)
                     for name in then.get("join", []):
-                        pack.join(name, configs[name], ["gpc-dist"])
+                        pack.add(name, configs[name], ["gpc-dist"])
     world.leave()
     return found

@@ -17,14 +17,14 @@ from transformers import AutoModel, AutoTokenizer
 from gpc_dist import config
 from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach
 from gpc_dist.adapter.families import locate
-from gpc_dist.engine.distributed import World
-from gpc_dist.engine.frozen import load_encoder, thaw
-from gpc_dist.engine.skeleton import freeze
+from gpc_dist.distributed.world import World
+from gpc_dist.encoder.frozen import load_encoder, thaw
+from gpc_dist.encoder.skeleton import freeze
 from gpc_dist.errors import EXIT_USAGE, UserError
+from gpc_dist.inference.adapters import Predictor
 from gpc_dist.search import space
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.tasks import EpochPlan, encode, make_task, read_part
-from gpc_dist.training.inference import Predictor
 from gpc_dist.training.pack import Pack
 from tests.adapter.encoders import FAMILIES, batch_for, randomise, tiny
 from tests.conftest import gpc, losses
@@ -330,6 +330,6 @@ def test_trials_that_share_an_encoder_cannot_train_it(tiny_recipe: Path, tmp_pat
         return config.load(str(tiny_recipe), run)
 
     pack = Pack(settings("one"), World(0, 1, 0, torch.device("cpu")))
-    pack.join("one", settings("one"), ["gpc-dist"])
+    pack.add("one", settings("one"), ["gpc-dist"])
     with pytest.raises(UserError, match="fine-tuned by another run"):
-        pack.join("two", settings("two"), ["gpc-dist"])
+        pack.add("two", settings("two"), ["gpc-dist"])

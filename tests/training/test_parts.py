@@ -18,10 +18,10 @@ from torch import Tensor
 
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.config import AdapterConfig, DataConfig, TaskConfig, TrainConfig
-from gpc_dist.engine.distributed import World
-from gpc_dist.engine.optimizer import LaneOptimizer, Reduced, reduce_gradients, send_updates
+from gpc_dist.distributed.optimizer import LaneOptimizer, Reduced, reduce_gradients, send_updates
+from gpc_dist.distributed.world import World
 from gpc_dist.tasks import Batch, Example, make_task
-from gpc_dist.training.objective import split_outputs, summed_loss
+from gpc_dist.training.losses import split_outputs, summed_loss
 from gpc_dist.training.schedule import factor
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from gpc_dist import cli
-from gpc_dist.tracking.folder import RunFolder
+from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tracking.state import TrackingState
 from tests.holds import Hold
 from tests.processes import TIMEOUT_S, cold_start, wait_until
@@ -74,7 +74,7 @@ def test_the_model_answers_plain_text_as_the_program_does(
 
 def test_a_missing_column_is_named(run: Path) -> None:
     from gpc_dist.errors import UserError
-    from gpc_dist.training.serving import _load_pyfunc
+    from gpc_dist.inference.serving import _load_pyfunc
 
     model = _load_pyfunc(str(run / "adapter"))
     with pytest.raises(UserError, match="lacks the column"):

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from gpc_dist import config, schema
-from gpc_dist.engine import checkpoint
+from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.training.lane_run import saved_state
 from tests.conftest import gpc, losses

@@ -1,0 +1,1 @@
+"""`gpc-dist bench`: what a training step costs on this machine, measured."""

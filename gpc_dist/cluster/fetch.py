@@ -1,0 +1,29 @@
+"""`gpc-dist fetch`: what a recipe needs, into the local caches, for machines without network."""
+
+from __future__ import annotations
+
+import torch
+
+from gpc_dist.config import Config
+from gpc_dist.distributed.world import World
+from gpc_dist.encoder.frozen import count_parameters, load_encoder, load_tokenizer
+from gpc_dist.errors import EXIT_DONE
+from gpc_dist.tasks import make_task, read_part, selection_part
+from gpc_dist.tasks.holdout import Part
+
+
+def run_fetch(config: Config) -> int:
+    """Read all that training would read, and download what is not here yet; returns the exit code.
+
+    Raises:
+        UserError: something cannot be had, or is not what it should be.
+    """
+    task = make_task(config.task, config.data)
+    parts: tuple[Part, ...] = ("train", selection_part(config.data))
+    counts = [f"{len(read_part(task, config.data, part)):,} {part}" for part in parts]
+    print(f"data: {task.name}, {' and '.join(counts)} examples")
+    load_tokenizer(config.encoder)
+    # matches every weight with the files' headers; the weights themselves are not read
+    encoder = load_encoder(config.encoder, torch.float32, World(0, 1, 0, torch.device("cpu")))
+    print(f"encoder: {config.encoder.path}, {count_parameters(encoder.parts):,} parameters")
+    return EXIT_DONE

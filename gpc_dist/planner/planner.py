@@ -1,0 +1,291 @@
+"""Whether and how a run fits: memory, traffic and time of every regime, and which one to take.
+
+Arithmetic over the facts of `engine.workload`; time after `engine.timing`. Bytes of one rank, with A trained
+values, W ranks, an encoder of N parameters of e bytes, of which V stand in the token table:
+
+    frozen       e N; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
+                 a layer's matrix and 4 for each row
+    gathered     ZeRO-3 on several ranks: DeepSpeed keeps a layer that is used again within
+                 `stage3_max_reuse_distance` parameters, so k = ceil(distance / 2 / layer) of them stay from the
+                 forward to the backward pass. Beside them one layer runs, and parameters are on their way in
+                 buckets of b = `stage3_prefetch_bucket_size`, first in the buffer of the collective (gloo has one
+                 of its own besides) and then as tensors. Every layer asks for another bucket, so in the
+                 forward pass (1 - layer / b) of the encoder may be on its way; then there are few
+                 activations yet, and the larger of both times counts
+    activations  what the forward pass leaves for the backward pass (dry run)
+    trained      values, gradients and the optimizer's moments, in float32: 4 A + 4 A + 8 A for AdamW, the moments
+                 at stages 1 to 3 of a rank's own tensors only
+    workspace    the rest of the dry run's peak; with int8 the matrix in use in the encoder's type; on a CPU 24 MiB
+                 of the libraries' buffers
+
+A regime fits if that leaves 10 % of the device free: for its context, the buffers of NCCL and of the matrix
+library, and what the allocator loses between tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from gpc_dist.planner.devices import GIB
+from gpc_dist.planner.flops import StepCost, step_cost
+from gpc_dist.planner.memory import Footprint
+from gpc_dist.planner.regime import Regime
+from gpc_dist.planner.timing import Cluster
+from gpc_dist.planner.workload import Workload
+
+HEAD_ROOM = 0.1
+_MOST_ROWS = 2**16
+_TIE = 1.02
+_FLOAT = 4
+_CPU_BYTES = 24 * 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank's device."""
+
+    frozen: float
+    gathered: float
+    activations: float
+    trained: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        return self.frozen + self.gathered + self.activations + self.trained + self.workspace
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a regime takes and gives on a cluster."""
+
+    regime: Regime
+    memory: Memory
+    """At `micro_rows`, or at one row if none fits."""
+    host_bytes: float
+    """Of one node: frozen weights kept there."""
+    sent_bytes: float
+    """That a rank receives from others in a step."""
+    rows: int
+    """Of a rank in a step."""
+    micro_rows: int
+    """Of a pass."""
+    most_rows: int
+    """Largest micro-batch that fits; 0 if none does."""
+    step_s: float
+    communication_share: float
+    """Of the step: the time that computation does not hide."""
+    mfu: float
+    rows_per_s: float
+    """Of all ranks."""
+
+    @property
+    def fits(self) -> bool:
+        return self.most_rows > 0
+
+
+class Planner:
+    """Estimates for one workload.
+
+    Args:
+        zero3: DeepSpeed's values of a ZeRO-3 run (`zero_optimization` of its configuration).
+        table_on_device: whether the token table lies there, or on the host.
+    """
+
+    def __init__(self, workload: Workload, zero3: Mapping[str, float], table_on_device: bool = True):
+        self.workload = workload
+        self.zero3 = zero3
+        self.table_on_device = table_on_device
+
+    def estimate(self, regime: Regime, cluster: Cluster, rows: int | None = None) -> Estimate:
+        """Memory, traffic and time of a step.
+
+        Args:
+            rows: of a rank in a step; its share of the workload's when not given.
+        """
+        rows = rows or math.ceil(self.workload.rows / cluster.size)
+        most = self._most_rows(regime, cluster)
+        passes = math.ceil(rows / max(1, min(rows, most)))
+        micro = math.ceil(rows / passes)
+        memory = self.memory(regime, cluster, micro)
+        computed_s, step_s = self._seconds(regime, cluster, rows, passes)
+        work = self._work(rows, recompute=False)
+        return Estimate(
+            regime=regime,
+            memory=memory,
+            host_bytes=self._host_bytes(regime, cluster),
+            sent_bytes=self._sent_bytes(regime, cluster, passes),
+            rows=rows,
+            micro_rows=micro,
+            most_rows=most,
+            step_s=step_s,
+            communication_share=1 - computed_s / step_s,
+            mfu=work.model / step_s / (cluster.device.peak_tflops * 1e12),
+            rows_per_s=rows * cluster.size / step_s,
+        )
+
+    def memory(self, regime: Regime, cluster: Cluster, rows: int) -> Memory:
+        """Bytes of a rank's device at the peak of a pass over `rows` rows."""
+        pass_ = self._footprint(regime, rows)
+        gradients = _FLOAT * self.workload.adapter
+        workspace = max(0.0, pass_.peak - pass_.saved - gradients)
+        if regime.quantize == "int8":
+            workspace += self.workload.weights.largest_matrix * self.workload.weights.element_bytes
+        if cluster.device.is_cpu:
+            workspace += _CPU_BYTES
+        return Memory(
+            frozen=self._frozen(regime, cluster.size),
+            gathered=self._gathered(regime, cluster, pass_.saved, workspace),
+            activations=pass_.saved,
+            trained=2 * gradients + self._moments(regime, cluster.size),
+            workspace=workspace,
+        )
+
+    def _footprint(self, regime: Regime, rows: int) -> Footprint:
+        return self.workload.passes.of(regime.zero_stage == 3, regime.recompute).at(rows)
+
+    def _frozen(self, regime: Regime, ranks: int) -> float:
+        weights = self.workload.weights
+        table = weights.table if self.table_on_device else 0
+        if regime.quantize == "int8":
+            plain = table + weights.body - weights.matrices
+            return plain * weights.element_bytes + weights.matrices + _FLOAT * weights.matrix_rows
+        body: float = weights.body
+        if regime.zero_stage == 3:
+            resident = weights.persistent(int(self.zero3["stage3_param_persistence_threshold"]))
+            body = resident + (0 if regime.offload != "none" else (weights.body - resident) / ranks)
+        return (table + body) * weights.element_bytes
+
+    def _gathered(self, regime: Regime, cluster: Cluster, saved: float, workspace: float) -> float:
+        """Beside the `saved` bytes of a whole forward pass; of what is gathered earlier, what exceeds the
+        activations that are not there yet counts."""
+        if not self._gathers(regime, cluster.size):
+            return 0.0
+        weights, size = self.workload.weights, self.workload.weights.element_bytes
+        bucket = min(max(self.zero3["stage3_prefetch_bucket_size"], weights.layer), weights.body)
+        reused = self._reused(regime, cluster.size)
+        running = (reused + 1) * weights.layer
+        ahead = weights.body * (1 - weights.layer / bucket)
+        beginning = min(max(running, ahead) + bucket, weights.body) + bucket
+        if cluster.device.is_cpu:
+            beginning += bucket
+        if reused < weights.layers:
+            turning = (min(running + bucket, weights.body) + bucket) * size
+        else:  # the last buffer goes when the last layer begins
+            buffer = (weights.body - weights.layer) % bucket
+            turning = weights.body * size + max(0.0, buffer * size - saved / weights.layers)
+        return max(turning, beginning * size - saved - workspace)
+
+    def _gathers(self, regime: Regime, ranks: int) -> bool:
+        return regime.zero_stage == 3 and (ranks > 1 or regime.offload != "none")
+
+    def _reused(self, regime: Regime, ranks: int) -> int:
+        """k: layers gathered once for the forward and the backward pass."""
+        weights = self.workload.weights
+        kept = math.ceil(self.zero3["stage3_max_reuse_distance"] / 2 / weights.layer)
+        return min(kept, weights.layers) if self._gathers(regime, ranks) else 0
+
+    def _moments(self, regime: Regime, ranks: int) -> float:
+        tensors = self.workload.adapter_tensors
+        values: float = sum(tensors)
+        if regime.zero_stage > 0:
+            # whole tensors are dealt out, so no rank has less than the largest
+            values = max(max(tensors), values / ranks)
+        return _FLOAT * self.workload.moments * values
+
+    def _host_bytes(self, regime: Regime, cluster: Cluster) -> float:
+        weights = self.workload.weights
+        table = 0 if self.table_on_device else weights.table
+        shards = weights.body / cluster.size * cluster.per_node if regime.offload == "cpu" else 0.0
+        return (table + shards) * weights.element_bytes
+
+    def _most_rows(self, regime: Regime, cluster: Cluster) -> int:
+        usable = cluster.device.memory_gib * GIB * (1 - HEAD_ROOM)
+
+        def fits(rows: int) -> bool:
+            return self.memory(regime, cluster, rows).total <= usable
+
+        low, high = 0, _MOST_ROWS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    def _sent_bytes(self, regime: Regime, cluster: Cluster, passes: int) -> float:
+        others = (cluster.size - 1) / cluster.size
+        weights, trained = self.workload.weights, _FLOAT * self.workload.adapter
+        sent = 2 * others * trained
+        if regime.zero_stage > 0:
+            sent += others * trained  # the owners' updates
+        if self._gathers(regime, cluster.size):
+            layers = 2 * weights.layers - self._reused(regime, cluster.size)
+            sent += passes * layers * others * weights.layer * weights.element_bytes
+        return sent
+
+    def _work(self, rows: float, recompute: bool) -> StepCost:
+        weights = self.workload.weights
+        one = step_cost(
+            weights.multiplied, weights.layers, weights.attention_width, [self.workload.row_tokens], recompute
+        )
+        return replace(one, model=one.model * rows, recomputed=one.recomputed * rows)
+
+    def _seconds(self, regime: Regime, cluster: Cluster, rows: int, passes: int) -> tuple[float, float]:
+        """Of a step: without and with communication."""
+        forward_s, backward_s = self._pass_seconds(regime, cluster, rows / passes)
+        weights = self.workload.weights
+        trained = _FLOAT * self.workload.adapter
+        shared_s = cluster.reduce_s(trained)
+        if regime.zero_stage > 0:
+            owners = min(cluster.size, len(self.workload.adapter_tensors))
+            shared_s += cluster.gather_s(trained, owners)
+        computed_s = passes * (forward_s + backward_s)
+        if not self._gathers(regime, cluster.size):
+            return computed_s, computed_s + shared_s
+        layer = weights.layer * weights.element_bytes
+        layer_s = cluster.gather_s(layer)
+        if regime.offload != "none":
+            layer_s = max(layer_s, cluster.fetch_s(layer / cluster.size, regime.offload == "nvme"))
+        back = weights.layers - self._reused(regime, cluster.size)
+        pass_s = max(forward_s, layer_s * weights.layers) + max(backward_s, layer_s * back) + layer_s
+        return computed_s, passes * pass_s + shared_s
+
+    def _pass_seconds(self, regime: Regime, cluster: Cluster, rows: float) -> tuple[float, float]:
+        """Forward and backward computation of one pass."""
+        weights = self.workload.weights
+        # a third of a step's arithmetic is attention's backward at most; forward and backward match otherwise
+        forward_flops = self._work(rows, recompute=True).recomputed
+        backward_flops = self._work(rows, recompute=False).model - forward_flops
+        saved = self.workload.passes.kept.at(rows).saved
+        read = weights.body * weights.element_bytes
+        launched_s = cluster.launch_s(self.workload.passes.kept.at(rows).operators) / 2
+        forward_s = max(
+            cluster.arithmetic_s(forward_flops), cluster.memory_s(read + 2 * saved), launched_s
+        ) + self._written_out_s(regime, cluster)
+        backward_s = max(
+            cluster.arithmetic_s(backward_flops), cluster.memory_s(read + 3 * saved), launched_s
+        ) + self._written_out_s(regime, cluster)
+        return forward_s, backward_s + (forward_s if regime.recompute else 0.0)
+
+    def _written_out_s(self, regime: Regime, cluster: Cluster) -> float:
+        if regime.quantize == "none":
+            return 0.0
+        return cluster.memory_s(
+            self.workload.weights.matrices * (1 + 2 * self.workload.weights.element_bytes)
+        )
+
+
+def recommend(estimates: Sequence[Estimate]) -> Estimate | None:
+    """The fastest that fits; the simplest of those that are as fast within 2 %. None if none fits."""
+    fitting = [e for e in estimates if e.fits]
+    if not fitting:
+        return None
+    fastest = min(e.step_s for e in fitting)
+    return min((e for e in fitting if e.step_s <= fastest * _TIE), key=lambda e: e.regime.simplicity)
+
+
+def scaling(planner: Planner, regime: Regime, cluster: Cluster, nodes: Sequence[int]) -> list[Estimate]:
+    """The same regime and the same rows on each rank, on more and more nodes."""
+    rows = math.ceil(planner.workload.rows / cluster.size)
+    return [planner.estimate(regime, replace(cluster, nodes=n), rows) for n in nodes]

@@ -1,0 +1,160 @@
+"""The planner asked about a recipe: for `gpc-dist plan`, and for the devices at hand (`engine.plan: auto`)."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gpc_dist.config import Config, EncoderConfig, EngineConfig
+from gpc_dist.distributed import deepspeed_config
+from gpc_dist.distributed.world import World, encoder_dtype
+from gpc_dist.encoder.frozen import encoder_path
+from gpc_dist.encoder.shapes import known_config, shape_names
+from gpc_dist.errors import UserError
+from gpc_dist.planner.devices import GIB, Device, device_at_hand
+from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, recommend
+from gpc_dist.planner.regime import REGIMES
+from gpc_dist.planner.timing import Cluster
+from gpc_dist.planner.workload import describe
+
+_HEAP = 2.0
+"""On a CPU, memory for each byte in use: glibc's heap keeps what was freed. Measured: up to 1.7."""
+
+
+def planned(config: Config, world: World, outputs: int) -> Config:
+    """`config` with what `engine.plan: auto` chooses for the devices at hand, the same on every rank.
+
+    Raises:
+        UserError: nothing fits, on every rank.
+    """
+    if config.engine.plan == "none":
+        return config
+    found = world.gather((socket.gethostname(), device_at_hand(world.device)))
+    values: dict[str, Any] | str = ""
+    if found is not None:
+        try:
+            values = plan_for(config, found, outputs)
+        except UserError as error:
+            values = str(error)  # said on every rank: none may wait for another one
+    values = world.from_main(values)
+    if isinstance(values, str):
+        raise UserError(values)
+    engine = EngineConfig.model_validate(config.engine.model_dump() | values | {"plan": "none"})
+    return config.model_copy(update={"engine": engine})
+
+
+def plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) -> dict[str, Any]:
+    """The values of `config.PLANNED`, for ranks on these hosts and devices."""
+    hosts = Counter(host for host, _ in found)
+    per_node = max(hosts.values())
+    device = min((device for _, device in found), key=lambda device: device.memory_gib)
+    if device.is_cpu:
+        device = replace(device, memory_gib=device.memory_gib / per_node / _HEAP)
+    cluster = Cluster(device, len(hosts), per_node)
+    planner = make_planner(config, device, outputs)
+    chosen = choose(planner, cluster, config.engine)
+    said = reason(chosen, cluster, config.engine)
+    if chosen is None:
+        raise UserError(said)
+    values = {
+        "zero_stage": chosen.regime.zero_stage,
+        "offload_param": chosen.regime.offload,
+        "activation_checkpointing": chosen.regime.recompute,
+        "micro_batch_tokens": chosen.most_rows * planner.workload.row_tokens,
+    }
+    print(f"engine.plan: {', '.join(f'{key} {value}' for key, value in values.items())}. {said}")
+    return values
+
+
+def choose(planner: Planner, cluster: Cluster, engine: EngineConfig) -> Estimate | None:
+    """The recommendation among the regimes that this configuration can run and that give the same results."""
+    regimes = [
+        regime
+        for regime in REGIMES
+        if regime.quantize == engine.quantize
+        and (regime.offload != "nvme" or engine.nvme_path is not None)
+        and not (regime.offload == "cpu" and cluster.device.is_cpu)
+    ]
+    return recommend([planner.estimate(regime, cluster) for regime in regimes])
+
+
+def make_planner(config: Config, device: Device, outputs: int) -> Planner:
+    """A planner for a run's encoder, adapter and batch.
+
+    Raises:
+        UserError: the encoder is not frozen, or its configuration cannot be had.
+    """
+    if config.adapter.trains_encoder:
+        raise UserError(
+            "the planner counts with a frozen encoder: give another adapter.method than fine-tuning"
+        )
+    dtype = encoder_dtype(config.engine, torch.device("cpu" if device.is_cpu else "cuda"))
+    if config.engine.dtype == "auto" and not device.is_cpu:
+        dtype = torch.bfloat16  # this machine may have no GPU; the planned one has
+    train = config.train
+    rows = math.ceil(train.batch_tokens / config.data.max_length) if train.batch_tokens else train.batch_size
+    workload = describe(
+        encoder_config(config.encoder),
+        dtype,
+        config.adapter,
+        outputs,
+        train.optimizer,
+        config.data.max_length,
+        rows,
+    )
+    engine = config.engine.model_copy(
+        update={
+            "zero_stage": 3,
+            "offload_param": "none",
+            "ds_config": config.engine.ds_config if config.engine.zero_stage == 3 else None,
+        }
+    )
+    zero3 = deepspeed_config.resolve(config.model_copy(update={"engine": engine}), 1, dtype)
+    # a CPU rank has the host's table in its own memory
+    on_device = config.engine.token_table == "device" or device.is_cpu
+    return Planner(workload, zero3["zero_optimization"], on_device)
+
+
+def encoder_config(config: EncoderConfig) -> Any:
+    """The encoder's configuration: from its folder or the local cache, from the known shapes, or from the Hub.
+
+    Raises:
+        UserError: none of them has it.
+    """
+    from transformers import AutoConfig
+
+    path = encoder_path(config)
+    try:
+        return AutoConfig.from_pretrained(path, revision=config.revision, local_files_only=True)
+    except (OSError, ValueError):
+        if (known := known_config(config.path)) is not None:
+            return known
+    try:
+        return AutoConfig.from_pretrained(path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"encoder.path '{config.path}': no configuration could be read ({str(error).strip().splitlines()[0]}). "
+            "Give a folder with a config.json, a Hub id that can be reached, or a known shape: "
+            f"{', '.join(shape_names())}"
+        ) from None
+
+
+def reason(chosen: Estimate | None, cluster: Cluster, engine: EngineConfig) -> str:
+    """One sentence: what is recommended and why, or what to do when nothing fits."""
+    device = f"{cluster.size} x {cluster.device.name} with {cluster.device.memory_gib:.1f} GiB"
+    if chosen is None:
+        remedy = "use more or larger devices, a shorter data.max_length, or a smaller encoder"
+        if engine.quantize == "none":
+            remedy += ", or engine.quantize int8"
+        return f"No regime fits on {device}, {HEAD_ROOM:.0%} kept free: {remedy}."
+    return (
+        f"Recommended: {chosen.regime.name}, the simplest of the fastest that fit on {device}, {HEAD_ROOM:.0%} "
+        f"kept free: {chosen.memory.total / GIB:.2f} GiB with {chosen.micro_rows} rows at once, of at most "
+        f"{chosen.most_rows}."
+    )

@@ -1,0 +1,119 @@
+"""`gpc-dist plan`: what a recipe takes and gives on a cluster, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from gpc_dist import files
+from gpc_dist.config import Config
+from gpc_dist.errors import EXIT_DONE
+from gpc_dist.planner.devices import GIB, find_device
+from gpc_dist.planner.planner import Estimate, scaling
+from gpc_dist.planner.recipe import choose, make_planner, reason
+from gpc_dist.planner.regime import REGIMES
+from gpc_dist.planner.timing import Cluster
+from gpc_dist.planner.workload import Workload
+
+SCALED_NODES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def run_plan(
+    config: Config, gpu: str, memory_gib: float | None, nodes: int, per_node: int, json_file: Path | None
+) -> int:
+    """Print what a recipe takes and gives on a cluster; returns the exit code.
+
+    Raises:
+        UserError: an unknown device, or an encoder whose configuration cannot be had.
+    """
+    cluster = Cluster(find_device(gpu, memory_gib), nodes, per_node)
+    planner = make_planner(config, cluster.device, outputs=len(config.task.labels or ()) or 2)
+    estimates = [planner.estimate(regime, cluster) for regime in REGIMES]
+    chosen = choose(planner, cluster, config.engine)
+    print(_heading(config, planner.workload, cluster))
+    print(_regime_table(estimates))
+    print(f"\n{reason(chosen, cluster, config.engine)}")
+    scaled = scaling(planner, chosen.regime, cluster, SCALED_NODES) if chosen else []
+    if chosen:
+        print(f"\n{chosen.regime.name} on more nodes, {chosen.rows} rows per GPU: a model, not a measurement")
+        print(_scaling_table(scaled))
+    if json_file:
+        files.write_json(
+            json_file,
+            {
+                "encoder": config.encoder.path,
+                "cluster": asdict(cluster),
+                "workload": asdict(planner.workload),
+                "regimes": [_dump(e) for e in estimates],
+                "recommended": chosen.regime.name if chosen else None,
+                "scaling": [_dump(e) | {"nodes": n} for n, e in zip(SCALED_NODES, scaled, strict=False)],
+            },
+        )
+    return EXIT_DONE
+
+
+def _heading(config: Config, workload: Workload, cluster: Cluster) -> str:
+    weights, device = workload.weights, cluster.device
+    return (
+        f"{config.encoder.path}: {weights.total / 1e6:,.0f} M frozen parameters of {weights.element_bytes} bytes, "
+        f"{workload.adapter / 1e6:.2f} M trained; {workload.rows} rows of {workload.prompt_tokens} + "
+        f"{workload.tokens} tokens a step\n"
+        f"{cluster.nodes} x {cluster.per_node} {device.name}: {device.memory_gib:g} GiB, "
+        f"{device.peak_tflops:g} TFLOPS, {device.memory_gb_s:g} GB/s memory, {device.link_gb_s:g} GB/s in a node, "
+        f"{device.network_gb_s:g} GB/s between nodes\n"
+        "Estimates, not measurements (docs/planner.md). Columns frozen to total: GiB of a GPU; host: GiB of a node.\n"
+    )
+
+
+def _regime_table(estimates: Sequence[Estimate]) -> str:
+    columns = (
+        "regime,frozen,gathered,activations,trained,work,total,host,MB sent,step ms,MFU %,rows,most rows,fits"
+    )
+    return _table(columns.split(","), [_regime_line(e) for e in estimates])
+
+
+def _regime_line(e: Estimate) -> list[str]:
+    m = e.memory
+    sizes = (m.frozen, m.gathered, m.activations, m.trained, m.workspace, m.total, e.host_bytes)
+    return [
+        e.regime.name,
+        *(f"{size / GIB:.2f}" for size in sizes),
+        f"{e.sent_bytes / 1e6:,.1f}",
+        f"{1000 * e.step_s:,.1f}",
+        f"{100 * e.mfu:.1f}",
+        str(e.micro_rows),
+        str(e.most_rows),
+        "yes" if e.fits else "no",
+    ]
+
+
+def _scaling_table(estimates: Sequence[Estimate]) -> str:
+    lines = [
+        [
+            str(nodes),
+            f"{e.rows_per_s * e.step_s:,.0f}",
+            f"{1000 * e.step_s:,.1f}",
+            f"{e.rows_per_s:,.0f}",
+            f"{100 * e.communication_share:.1f}",
+            f"{100 * e.mfu:.1f}",
+        ]
+        for nodes, e in zip(SCALED_NODES, estimates, strict=True)
+    ]
+    return _table(["nodes", "rows a step", "step ms", "rows/s", "communication %", "MFU %"], lines)
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> str:
+    align = ["left"] + ["right"] * (len(columns) - 1)
+    return tabulate(lines, columns, disable_numparse=True, colalign=align)
+
+
+def _dump(estimate: Estimate) -> dict[str, Any]:
+    return asdict(estimate) | {
+        "name": estimate.regime.name,
+        "total_gib": estimate.memory.total / GIB,
+        "fits": estimate.fits,
+    }

@@ -1,0 +1,146 @@
+"""What the planner must know of a run: sizes of the encoder and the adapter, and what a pass takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpc_dist.adapter.families import EncoderParts
+from gpc_dist.adapter.lane import Adapter
+from gpc_dist.config import AdapterConfig
+from gpc_dist.encoder.skeleton import build_skeleton
+from gpc_dist.errors import UserError
+from gpc_dist.planner.flops import attention_width, layer_parameters
+from gpc_dist.planner.memory import Passes, measure_passes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of a frozen encoder, counted; weights that layers share count once."""
+
+    layers: int
+    """L."""
+    table: int
+    """Of the token embeddings."""
+    tensors: tuple[int, ...]
+    """Sizes of all others."""
+    layer: int
+    """Of one layer, the largest."""
+    matrices: int
+    """Of the layers' matrices."""
+    matrix_rows: int
+    """Output features of these matrices, together."""
+    largest_matrix: int
+    multiplied: int
+    """Weights that a token is multiplied with: a layer that runs again counts again."""
+    attention_width: int
+    element_bytes: int
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return self.table + self.body
+
+    @property
+    def body(self) -> int:
+        """All but the token embeddings."""
+        return sum(self.tensors)
+
+    def persistent(self, threshold: int) -> int:
+        """Parameters in tensors that ZeRO-3 leaves whole on every rank."""
+        return sum(size for size in self.tensors if size <= threshold)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One optimizer step of a run, whatever it runs on."""
+
+    weights: Weights
+    adapter_tensors: tuple[int, ...]
+    """Sizes of what is trained."""
+    moments: int
+    """Values that the optimizer keeps for each trained one."""
+    passes: Passes
+    tokens: int
+    """T: text tokens of a row, at most."""
+    prompt_tokens: int
+    """P."""
+    rows: int
+    """Rows of a step over all ranks."""
+
+    @property
+    def adapter(self) -> int:
+        return sum(self.adapter_tensors)
+
+    @property
+    def row_tokens(self) -> int:
+        return self.prompt_tokens + self.tokens
+
+
+def count_weights(parts: EncoderParts, model_config: Any) -> Weights:
+    """The sizes of an encoder or of its skeleton."""
+    table = next(parts.token_embeddings.parameters())
+    others = [p for p in parts.encoder.parameters() if p is not table]
+    matrices = {p: p.shape for p in parts.layers.parameters() if p.dim() == 2}
+    return Weights(
+        layers=len(parts.layers),
+        table=table.numel(),
+        tensors=tuple(p.numel() for p in others),
+        layer=max(_numel(layer) for layer in parts.layers),
+        matrices=sum(shape.numel() for shape in matrices.values()),
+        matrix_rows=sum(shape[0] for shape in matrices.values()),
+        largest_matrix=max((shape.numel() for shape in matrices.values()), default=0),
+        multiplied=layer_parameters(parts),
+        attention_width=attention_width(model_config),
+        element_bytes=table.element_size(),
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def describe(
+    model_config: Any,
+    dtype: torch.dtype,
+    adapter: AdapterConfig,
+    outputs: int,
+    optimizer: str,
+    max_length: int,
+    rows: int,
+) -> Workload:
+    """The workload of an encoder and an adapter, from their configurations alone.
+
+    Args:
+        model_config: of the encoder, a configuration of `transformers`.
+        dtype: of the encoder.
+        outputs: of the adapter's head.
+        max_length: text tokens of a row; fewer if the encoder's positions leave less beside the prompt.
+        rows: of a step, over all ranks.
+
+    Raises:
+        UserError: a family that cannot hold a prompt, or a prompt that leaves no room for text.
+    """
+    parts = build_skeleton(model_config, dtype)
+    with torch.device("meta"):
+        trained = Adapter(adapter, parts.shape, outputs)
+    prompt = trained.prompt_tokens
+    tokens = max_length if parts.max_positions is None else min(max_length, parts.max_positions - prompt)
+    if tokens < 1:
+        raise UserError(
+            f"adapter.prompt_tokens {prompt} leaves none of the encoder's {parts.max_positions} positions for text: "
+            "use a shorter prompt"
+        )
+    return Workload(
+        weights=count_weights(parts, model_config),
+        adapter_tensors=tuple(p.numel() for p in trained.parameters()),
+        # Adafactor keeps a row and a column of a matrix
+        moments=2 if optimizer == "adamw" else 0,
+        passes=measure_passes(model_config, dtype, adapter, outputs, tokens),
+        tokens=tokens,
+        prompt_tokens=prompt,
+        rows=rows,
+    )

@@ -1,0 +1,1 @@
+"""Reports: comparisons, studies and inspections as tables, plots and pages."""

@@ -1,0 +1,303 @@
+"""`gpc-dist compare`: runs grouped into configurations, the configurations ranked by their metric.
+
+Runs that differ only in seed, name and folder are one configuration. Tasks are not comparable with each other,
+so each task, with the metric that selected its checkpoints, is a comparison of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from gpc_dist.errors import UserError
+from gpc_dist.runs.records import Record, read_folder
+from gpc_dist.tasks.metrics import LOWER_IS_BETTER
+from gpc_dist.tracking.experiment import read_experiment
+
+_LONGEST = 28
+"""Characters of a value in a table or a plot."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Runs with the same settings, one for each seed."""
+
+    runs: Sequence[Record]
+    """In the order of their seeds."""
+    values: Sequence[float]
+    """The metric of each run that has one."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.runs[0].settings)
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds; None for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def state(self) -> str:
+        """The state of all its runs, or how many are in which."""
+        counts = Counter(run.state for run in self.runs)
+        if len(counts) == 1:
+            return next(iter(counts))
+        return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall-clock time of a run, on average."""
+        return _mean(run.wall_s for run in self.runs)
+
+    @property
+    def cost_s(self) -> float | None:
+        """GPU-seconds (or seconds of CPU processes) of a run, on average."""
+        return _mean(run.cost_s for run in self.runs)
+
+    @property
+    def energy_j(self) -> float | None:
+        return _mean(run.energy_j for run in self.runs)
+
+    @property
+    def device(self) -> str:
+        """What `cost_s` counts the seconds of."""
+        return "GPU" if all(run.on_gpu for run in self.runs) else "CPU"
+
+    def baseline(self, metric: str) -> float | None:
+        return _mean(run.baseline.get(metric) for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The configurations of one task, ranked by one metric."""
+
+    task: str
+    metric: str
+    configurations: Sequence[Configuration]
+    """The best first; those without a value last."""
+
+    @property
+    def greater_is_better(self) -> bool:
+        return self.metric not in LOWER_IS_BETTER
+
+    @property
+    def ranked(self) -> list[Configuration]:
+        """The configurations that have a value."""
+        return [configuration for configuration in self.configurations if configuration.values]
+
+    @property
+    def runs(self) -> list[Record]:
+        return [run for configuration in self.configurations for run in configuration.runs]
+
+    @cached_property
+    def varied(self) -> dict[str, str]:
+        """Dotted key -> short name, of the settings in which the configurations differ.
+
+        The short name is the last part of the key, or the whole key where two would be the same.
+        """
+        keys = dict.fromkeys(key for c in self.configurations for key in c.settings)
+        varied = [
+            key for key in keys if len({_identity(c.settings.get(key)) for c in self.configurations}) > 1
+        ]
+        last = Counter(key.rpartition(".")[2] for key in varied)
+        return {key: short if last[short := key.rpartition(".")[2]] == 1 else key for key in varied}
+
+    @property
+    def baseline(self) -> float | None:
+        """The majority baseline, on average where it differs between the runs."""
+        return _mean(run.baseline.get(self.metric) for run in self.runs)
+
+
+def compare(place: str, metric: str | None = None, uri: str | None = None) -> list[Comparison]:
+    """One comparison for each task and main metric of the runs at a place.
+
+    Args:
+        place: a folder of runs, a search's folder, or else the name of an MLflow experiment.
+        metric: rank by this one, as of the checkpoint that the main metric selected.
+        uri: MLflow tracking store of the experiment; with it `place` is one, even where a folder has its name.
+
+    Raises:
+        UserError: no runs there, or none with this metric.
+        MachineError: the tracking store cannot be reached.
+    """
+    is_folder = uri is None and Path(place).is_dir()
+    records = read_folder(Path(place)) if is_folder else read_experiment(place, uri)
+    tasks: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        main = metric or record.main_metric or _usual_metric(records, record.task)
+        tasks.setdefault((record.task, main), []).append(record)
+    known = sorted({name for record in records for name in record.best})
+    if metric and metric not in known:
+        raise UserError(
+            f"no run in {place} has the metric '{metric}': "
+            + (f"give --metric one of {', '.join(known)}" if known else "none has been evaluated yet")
+        )
+    return [_comparison(task, main, runs) for (task, main), runs in sorted(tasks.items())]
+
+
+def _usual_metric(records: Iterable[Record], task: str) -> str:
+    """The metric of a run that was not evaluated yet, from its companions."""
+    names = [record.main_metric for record in records if record.task == task and record.main_metric]
+    return Counter(names).most_common(1)[0][0] if names else "metric"
+
+
+def _comparison(task: str, metric: str, runs: Iterable[Record]) -> Comparison:
+    groups: dict[str, dict[int, Record]] = {}
+    for run in sorted(
+        runs, key=lambda run: (metric in run.best, run.state.startswith("finished"), run.started_s)
+    ):
+        # one run for each seed: a repetition has nothing to say about the spread over seeds. The last one
+        # counts, but a finished one before others, and one with a value before one without.
+        groups.setdefault(_identity(run.settings), {})[run.seed] = run
+    found = []
+    for group in groups.values():
+        mine = [group[seed] for seed in sorted(group)]
+        found.append(Configuration(mine, [run.best[metric] for run in mine if metric in run.best]))
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+
+    def rank(configuration: Configuration) -> tuple[float, str]:
+        mean = configuration.mean
+        return math.inf if mean is None else sign * mean, configuration.runs[0].name
+
+    return Comparison(task, metric, sorted(found, key=rank))
+
+
+def _identity(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def show(value: Any) -> str:
+    """A setting's value as one would write it on the command line, numbers rounded."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def shorten(text: str, longest: int = _LONGEST) -> str:
+    """`text` with its middle left out where it is too long: paths differ at their ends."""
+    if len(text) <= longest:
+        return text
+    head = longest // 3
+    return f"{text[:head]}…{text[head + 1 - longest :]}"
+
+
+def show_score(configuration: Configuration) -> str:
+    """Mean and standard deviation over the seeds; a single seed has none, no value is a dash."""
+    if configuration.mean is None:
+        return "-"
+    spread = "" if configuration.std is None else f" ± {configuration.std:.4f}"
+    return f"{configuration.mean:.4f}{spread}"
+
+
+def show_seeds(configuration: Configuration) -> str:
+    """How many seeds the score is made of, and of how many if some have none yet."""
+    scored, all_ = len(configuration.values), len(configuration.runs)
+    return str(all_) if scored == all_ else f"{scored} of {all_}"
+
+
+def show_cost(configuration: Configuration) -> str:
+    """Such as `412 GPU-s`."""
+    cost_s = configuration.cost_s
+    return "-" if cost_s is None else f"{cost_s:,.0f} {configuration.device}-s"
+
+
+def show_number(value: float | None, form: str) -> str:
+    """The number in this format; a dash where it is not known."""
+    return "-" if value is None else format(value, form)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table, in the terminal and in the page."""
+
+    name: str
+    text: Callable[[Configuration], str]
+    order: Callable[[Configuration], Any]
+    """What to sort by: a number, a text or None."""
+
+    def is_numeric(self, configurations: Iterable[Configuration]) -> bool:
+        """Whether all that is known in the column are numbers."""
+        known = [value for c in configurations if (value := self.order(c)) is not None]
+        return bool(known) and all(map(is_number, known))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def columns(comparison: Comparison) -> list[Column]:
+    """The columns of a comparison; energy only where a run knows it."""
+
+    def setting(key: str, name: str) -> Column:
+        return Column(name, lambda c: show(c.settings.get(key)), lambda c: c.settings.get(key))
+
+    metric = comparison.metric
+    found = [
+        *(setting(key, name) for key, name in comparison.varied.items()),
+        Column("seeds", show_seeds, lambda c: len(c.values)),
+        Column(metric, show_score, lambda c: c.mean),
+        Column(
+            "majority",
+            lambda c: show_number(c.baseline(metric), ".4f"),
+            lambda c: c.baseline(metric),
+        ),
+        Column("state", lambda c: c.state, lambda c: c.state),
+        Column("seconds", lambda c: show_number(c.seconds, ",.0f"), lambda c: c.seconds),
+        Column("cost", show_cost, lambda c: c.cost_s),
+    ]
+    if any(c.energy_j is not None for c in comparison.configurations):
+        found.append(
+            Column(
+                "energy, kJ",
+                lambda c: show_number(None if c.energy_j is None else c.energy_j / 1000, ",.1f"),
+                lambda c: c.energy_j,
+            )
+        )
+    return found
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """One line for each configuration under a line that names the task; the best first."""
+    shown = columns(comparison)
+    lines = [[shorten(column.text(c)) for column in shown] for c in comparison.configurations]
+    numbered = [[str(number), *line] for number, line in enumerate(lines, start=1)]
+    table = tabulate(
+        numbered,
+        headers=["", *(column.name for column in shown)],
+        colalign=["right"] + ["right" if c.is_numeric(comparison.configurations) else "left" for c in shown],
+        disable_numparse=True,
+    )
+    return f"{summary(comparison)}\n\n{table}"
+
+
+def summary(comparison: Comparison) -> str:
+    """Such as `rte: 12 configurations, 36 runs, by accuracy (higher is better)`."""
+    direction = "higher" if comparison.greater_is_better else "lower"
+    return (
+        f"{comparison.task}: {counted(len(comparison.configurations), 'configuration')}, "
+        f"{counted(len(comparison.runs), 'run')}, by {comparison.metric} ({direction} is better)"
+    )
+
+
+def counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"

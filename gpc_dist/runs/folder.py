@@ -1,0 +1,213 @@
+"""Folders of runs, searches and trials: where everything they write has its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import yaml
+
+from gpc_dist import files
+from gpc_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+# the C library's, where PyYAML has it: a search reads the configurations of hundreds of trials
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+State = Literal["running", "finished", "failed", "killed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands (`status.json`).
+
+    `stopped` is an end on request with the training state saved; `killed` is an end without one.
+    """
+
+    state: State
+    reason: str = ""
+    host: str = ""
+    pid: int = 0
+    started_s: float = 0.0
+    """Unix time at which the run (or its latest resume) began."""
+    updated_s: float = 0.0
+    """Unix time of this state: the end of the run, once it is over."""
+
+
+class RunFolder:
+    """Paths of one run, and its small files.
+
+    Args:
+        path: the folder; it need not exist yet, and is made by the first write.
+    """
+
+    kind: ClassVar[str] = "run"
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).absolute()
+        self.config = self.path / "config.yaml"
+        self.ds_config = self.path / "ds_config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.facts = self.path / "facts.json"
+        self.result = self.path / "result.json"
+        self.status = self.path / "status.json"
+        self.tracking = self.path / "tracking.json"
+        self.tracking_log = self.path / "tracking.log"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.telemetry = self.path / "telemetry"
+        self.job = self.path / "job"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def host_telemetry(self, host: str | None = None) -> Path:
+        """The telemetry file of one host (this one when not given), written with `MetricLog`."""
+        return self.telemetry / f"{host or socket.gethostname()}.jsonl"
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved configuration as plain values.
+
+        Raises:
+            UserError: there is none, so this is not the folder of a run; or it is not YAML.
+        """
+        try:
+            tree = yaml.load(self.config.read_text(encoding="utf-8"), _YAML_LOADER)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} is not the folder of a {self.kind}: it has no {self.config.name}"
+            ) from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.config} is not valid YAML: {error}") from None
+        return tree or {}
+
+    def write_status(self, state: State, reason: str = "") -> None:
+        """Say where the run stands, as seen by the calling process.
+
+        `running` is written first of all files. An end state is written last: whoever reads it may
+        rely on everything else being complete.
+        """
+        started_s = time.time() if state == "running" else self.read_status().started_s
+        status = Status(state, reason, socket.gethostname(), os.getpid(), started_s, time.time())
+        files.write_json(self.status, asdict(status))
+
+    def read_status(self) -> Status:
+        """The last status written; `running` since the epoch when there is none yet."""
+        known = {field.name for field in fields(Status)}
+        values = files.read_json(self.status)
+        return Status(**{"state": "running"} | {k: v for k, v in values.items() if k in known})
+
+    def mark_killed(self, reason: str) -> None:
+        """Record the end of a trainer that could not do so itself, as of its last sign of life."""
+        ended_s = self.last_sign_of_life_s()
+        status = replace(self.read_status(), state="killed", reason=reason, updated_s=ended_s)
+        files.write_json(self.status, asdict(status))
+
+    def sign_of_life(self) -> None:
+        """The exporter's way to say that it, and so its trainer, is there."""
+        os.utime(self.tracking_log)
+
+    def last_sign_of_life_s(self) -> float:
+        """Unix time at which the trainer or its exporter last wrote; 0 for an empty folder."""
+        signs = (self.status, self.metrics, self.tracking_log)
+        return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
+
+    def start_over(self) -> None:
+        """Forget what an earlier run recorded here, so that a new MLflow run begins.
+
+        For a run that does not resume; checkpoints and adapter are not touched.
+
+        Raises:
+            UserError: the earlier run is still being recorded.
+        """
+        with self.hold_tracking():
+            for path in (self.metrics, self.facts, self.result, self.status, self.tracking):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.telemetry, ignore_errors=True)
+
+    def tracking_lock(self) -> BaseFileLock:
+        """The lock whose holder is the one writer of this run in MLflow and of `tracking.json`."""
+        from filelock import FileLock
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.path / ".tracking.lock")
+
+    @contextmanager
+    def hold_tracking(self) -> Iterator[None]:
+        """Hold `tracking_lock` in a `with` statement, or fail at once.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        from filelock import Timeout
+
+        lock = self.tracking_lock()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.path} is being recorded by another process (see {self.tracking_log.name} "
+                "there): wait until it ends"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class TrialFolder(RunFolder):
+    """A run that is part of a search, which says in `trial.json` how the two belong together."""
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self.trial = self.path / "trial.json"
+
+    @property
+    def begun(self) -> bool:
+        """Whether all is there that a record begins with."""
+        return all(path.exists() for path in (self.config, self.trial, self.status))
+
+
+class SearchFolder(RunFolder):
+    """A search: files of its own under the names a run has for them, and the folders of its trials."""
+
+    kind = "search"
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self.config = self.path / "search.yaml"
+        self.trials = self.path / "trials"
+
+    def trial(self, name: str) -> TrialFolder:
+        return TrialFolder(self.trials / name)
+
+    def begun_trials(self) -> list[TrialFolder]:
+        """The trials of which something can be recorded, by name."""
+        if not self.trials.is_dir():
+            return []
+        return [trial for path in sorted(self.trials.iterdir()) if (trial := TrialFolder(path)).begun]
+
+    def mark_killed(self, reason: str) -> None:
+        """Record the end of a driver, and with it of the trials, that could not do so themselves."""
+        self.mark_running_trials(reason)
+        super().mark_killed(reason)
+
+    def mark_running_trials(self, reason: str) -> None:
+        """Record the end of trials that the end of their search cut off."""
+        for trial in self.begun_trials():
+            if trial.read_status().state == "running":
+                trial.mark_killed(reason)
+
+    def last_sign_of_life_s(self) -> float:
+        """Unix time at which the driver, its exporter or one of the trials last wrote."""
+        signs = [trial.last_sign_of_life_s() for trial in self.begun_trials()]
+        return max([super().last_sign_of_life_s(), *signs])

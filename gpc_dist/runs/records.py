@@ -1,0 +1,204 @@
+"""Runs as they are read for a comparison, from their folders; `tracking.experiment` reads them from MLflow."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpc_dist import files
+from gpc_dist.errors import UserError
+from gpc_dist.runs.folder import RunFolder
+from gpc_dist.runs.metrics import STEP, TIME, read_metrics
+from gpc_dist.tasks.metrics import LOWER_IS_BETTER
+
+TRAIN_LOSS = "train/loss"
+EVALUATION = "val/"
+# what a run is called, where it is written and recorded, and how it starts: nothing of it changes what is learnt
+_NO_SETTINGS = ("run.", "tracking.", "train.resume")
+
+Curve = list[tuple[int, float]]
+"""Step and value, without the values that are not finite."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one run, finished or not."""
+
+    name: str
+    task: str
+    seed: int
+    settings: Mapping[str, Any]
+    """Dotted key -> value, of all keys that can change what is learnt or what it costs."""
+    main_metric: str | None
+    """The metric that selected the best checkpoint; None before the first evaluation."""
+    best: Mapping[str, float]
+    """Metrics of the best evaluation; empty before the first one."""
+    baseline: Mapping[str, float]
+    """Metrics of what asks nothing of the text; empty for an unfinished run, which has not said."""
+    curves: Mapping[str, Curve]
+    """`train/loss` and the evaluations' `val/...`."""
+    state: str
+    reason: str = ""
+    started_s: float = 0.0
+    wall_s: float | None = None
+    """Seconds of the run's latest start."""
+    share_s: float | None = None
+    """Of a trial that shared its encoder with others: its part of the seconds that they took together."""
+    ranks: int | None = None
+    on_gpu: bool = False
+    energy_j: float | None = None
+    command: str = ""
+    """The command line that was given."""
+    again: Sequence[str] = field(default_factory=list)
+    """Command lines that make the run once more, in a new folder."""
+
+    @property
+    def cost_s(self) -> float | None:
+        """Seconds of all its ranks together: GPU-seconds, or those of CPU processes."""
+        seconds = self.wall_s if self.share_s is None else self.share_s
+        return None if seconds is None or self.ranks is None else seconds * self.ranks
+
+
+def read_folder(place: Path) -> list[Record]:
+    """The runs in a folder: a run's own, a search's (`trials/`), or a folder of run folders.
+
+    Raises:
+        UserError: there is none in it, or a file in one is broken.
+    """
+    inside = place / "trials" if (place / "trials").is_dir() else place
+    candidates = [place, *sorted(path for path in inside.iterdir() if path.is_dir())]
+    folders = [run for run in map(RunFolder, candidates) if run.config.is_file()]
+    if not folders:
+        raise UserError(
+            f"{place} holds no run: give a folder of run folders such as runs, a search's folder, "
+            "or the name of an MLflow experiment"
+        )
+    return [_read_run(folder) for folder in folders]
+
+
+def _read_run(folder: RunFolder) -> Record:
+    status, trial = folder.read_status(), files.read_json(folder.path / "trial.json")
+    result = files.read_json(folder.result)
+    state: str = "finished" if result else status.state
+    if decision := trial.get("decision"):
+        state = f"{state} ({decision})"
+    shown = Path(folder.path.name)
+    return make_record(
+        folder.path.name,
+        folder.read_config(),
+        result,
+        files.read_json(folder.facts),
+        read_metrics(folder.metrics),
+        state,
+        status.reason,
+        status.started_s,
+        [f"gpc-dist train {shlex.quote(str(_relative(folder.config)))} {new_folder(shown.name)}"],
+    )
+
+
+def _relative(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def new_folder(name: str) -> str:
+    """Settings that keep a repetition from going on in the folder of the run it repeats."""
+    again = f"{name}-again"
+    return shlex.join(["--run.name", again, "--run.dir", f"runs/{again}"])
+
+
+def make_record(
+    name: str,
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    state: str,
+    reason: str,
+    started_s: float,
+    again: Sequence[str],
+) -> Record:
+    keys = flatten(config)
+    main = result.get("main_metric") or keys.get("task.metric") or _guessed_metric(lines)
+    metrics = result.get("metrics", {})
+    last_s = max((line[TIME] for line in lines if TIME in line), default=0.0)
+    return Record(
+        name=name,
+        task=str(result.get("task") or keys.get("task.name") or "unknown"),
+        seed=int(keys.get("run.seed") or 0),
+        settings={key: value for key, value in keys.items() if not key.startswith(_NO_SETTINGS)},
+        main_metric=main,
+        best=_finite(metrics.get("best") or {}) if result else _best_evaluation(lines, main),
+        baseline=_finite(result.get("majority_baseline") or {}),
+        curves=_curves(lines),
+        state=state,
+        reason=reason,
+        started_s=started_s,
+        wall_s=result.get("wall_s") or (last_s - started_s if 0 < started_s < last_s else None),
+        share_s=result.get("share_s"),
+        ranks=result.get("world_size") or _configured_ranks(keys, facts),
+        on_gpu="gpu" in facts and keys.get("engine.device") != "cpu",
+        energy_j=result.get("energy_j"),
+        command=str(facts.get("command", "")),
+        again=again,
+    )
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested mapping under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flatten(value, f"{path}{key}.")
+        else:
+            found[f"{path}{key}"] = value
+    return found
+
+
+def _configured_ranks(keys: Mapping[str, Any], facts: Mapping[str, Any]) -> int | None:
+    """Ranks of an unfinished run; None where the machine or the batch system chose them."""
+    ranks = keys.get("engine.ranks")
+    return ranks if isinstance(ranks, int) and "slurm_job_id" not in facts else None
+
+
+def _guessed_metric(lines: Iterable[Mapping[str, Any]]) -> str | None:
+    """The main metric of a run that does not say: tasks report it first, or as the average."""
+    for line in lines:
+        names = [key.removeprefix(EVALUATION) for key in line if key.startswith(EVALUATION)]
+        names = [name for name in names if name != "loss"]
+        if names:
+            return "average" if "average" in names else names[0]
+    return None
+
+
+def _best_evaluation(lines: Iterable[Mapping[str, Any]], main: str | None) -> dict[str, float]:
+    key = f"{EVALUATION}{main}"
+    evaluations = [line for line in lines if _is_finite(line.get(key))]
+    if not evaluations:
+        return {}
+    choose = min if main in LOWER_IS_BETTER else max
+    best = choose(evaluations, key=lambda line: line[key])  # of equal ones the first, as in training
+    return _finite(
+        {name.removeprefix(EVALUATION): best[name] for name in best if name.startswith(EVALUATION)}
+    )
+
+
+def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for line in lines:
+        for key, value in line.items():
+            if (key == TRAIN_LOSS or key.startswith(EVALUATION)) and _is_finite(value):
+                curves.setdefault(key, []).append((int(line[STEP]), float(value)))
+    return curves
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,43 @@
+"""What a search writes of its trials, in the folder that tracking reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpc_dist import files
+from gpc_dist.runs.folder import SearchFolder, TrialFolder
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What a search knows of one of its runs (`trial.json` in the run's folder)."""
+
+    search: str
+    trial: str
+    """Ray Tune's id."""
+    number: int
+    seed_group: str
+    """Equal for the seeds of one configuration."""
+    settings: Mapping[str, Any]
+    """Dotted keys that the search drew."""
+    lane: int | None = None
+    host: str = ""
+    decision: str = "running"
+    """running, completed, stopped by scheduler, or failed."""
+
+
+def recipe_of(search: SearchFolder) -> Path:
+    """The recipe as it was when the search began: trials of one search must not differ by a later edit."""
+    return search.path / "recipe.yaml"
+
+
+def trial_folder(search: SearchFolder, number: int) -> TrialFolder:
+    """The folder of a trial, from 0."""
+    return search.trial(f"{number:03d}")
+
+
+def write_trial(search: SearchFolder, record: TrialRecord) -> None:
+    files.write_json(trial_folder(search, record.number).trial, asdict(record))

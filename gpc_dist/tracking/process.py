@@ -1,0 +1,232 @@
+"""The exporter process: exports a folder to MLflow at low priority while the run or search goes on.
+
+The trainer calls `start` and, at the end, `ExporterProcess.finish`. The two processes share the run folder
+and a pipe: the trainer holds the writing end and never uses it, so its end, however it came, is the
+end of the file the exporter reads. `spawn` and `follow`, the two sides, serve a search and its
+driver as well (`search`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from gpc_dist.runs.facts import redact
+from gpc_dist.runs.folder import RunFolder
+from gpc_dist.tracking.exporter import Exporter
+from gpc_dist.tracking.run_exporter import RunExporter
+from gpc_dist.tracking.state import ExportState
+
+log = logging.getLogger(__name__)
+
+# Meant for the trainer, which saves and ends; the exporter stays to record that it did.
+_TRAINER_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_NICENESS = 10
+_POLL_S = 0.1
+_PERIOD_S = 2.0
+_LONGEST_PAUSE_S = 60.0
+_GRACE_S = 30.0  # for which an unreachable store is tried again after the trainer's end
+
+
+class ExporterProcess:
+    """The trainer's side of the process that records its run; made by `spawn`."""
+
+    def __init__(self, folder: RunFolder, process: subprocess.Popen[bytes]) -> None:
+        self._folder = folder
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_for_run_id(self, timeout_s: float) -> str | None:
+        """The run's id in MLflow; None when there is none after `timeout_s` or ever."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ended = self._process.poll() is not None
+            run_id = ExportState.load(self._folder).run_id
+            if run_id or ended or time.monotonic() >= deadline:
+                return run_id
+            time.sleep(_POLL_S)
+
+    def finish(self, timeout_s: float) -> ExportState:
+        """Let the exporter send what is left, and wait for it; never raises because of MLflow.
+
+        Call it after `result.json` and the end state are written. After `timeout_s` the exporter
+        goes on by itself, and a warning says how to complete the run should it be ended as well.
+        """
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            problem = f"MLflow has not taken everything within {timeout_s:g} s"
+        else:
+            problem = "MLflow did not take everything" if self._process.returncode else ""
+        state = ExportState.load(self._folder)
+        if problem:
+            cause = f" ({state.error})" if state.error else ""
+            log.warning("%s%s; complete it with: gpc-dist sync %s", problem, cause, self._folder)
+        return state
+
+
+def start(run_dir: Path | str, delay_s: float = 10.0) -> ExporterProcess:
+    """Start the exporter of a run whose `config.yaml` and `status.json` are written.
+
+    Call it once per run, from rank 0, before threads and GPUs are set up.
+
+    Args:
+        run_dir: the run folder.
+        delay_s: seconds for which the exporter stays idle, so that it does not compete with the
+            start-up of the trainer; the first line of metrics ends the wait.
+    """
+    return spawn(__name__, RunFolder(run_dir), delay_s)
+
+
+def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
+    """Start `python -m module FOLDER DELAY_S PID`, which is to `follow` this process."""
+    command = [sys.executable, "-m", module, str(folder), str(delay_s), str(os.getpid())]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+    }
+    # Blocked, not ignored: the child inherits the mask through exec, so that a signal to the whole
+    # job cannot end it before it has set its own handlers.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
+    try:
+        with folder.tracking_log.open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return ExporterProcess(folder, process)
+
+
+# -- inside the exporter process -------------------------------------------------------------------
+
+
+def main(run_dir: str, delay_s: float, trainer_pid: int) -> int:
+    """Record a run until its trainer ends, then what is left. Returns the exit code."""
+    folder = RunFolder(run_dir)
+    return follow(folder, partial(RunExporter, folder), delay_s, trainer_pid)
+
+
+def follow(folder: RunFolder, open_exporter: Callable[[], Exporter], delay_s: float, trainer_pid: int) -> int:
+    """Run an exporter until the process that writes its folder ends, and then until all is sent.
+
+    Args:
+        folder: the folder; its tracking lock is held meanwhile.
+        open_exporter: makes the exporter; called again after it failed.
+        delay_s: see `start`.
+        trainer_pid: the process that called `spawn`.
+
+    Returns:
+        The exit code: 0 when MLflow holds everything.
+    """
+    os.nice(_NICENESS)
+    for number in _TRAINER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
+
+    trainer = _Trainer(trainer_pid)
+    with folder.tracking_lock():  # the exporter before a resume may still be at its end
+        _wait_for_metrics(folder, trainer, delay_s)
+        attempts = _Attempts(folder, open_exporter)
+        attempts.update()
+        while not trainer.ended_within(attempts.pause_s):
+            folder.sign_of_life()
+            attempts.update()
+        return _complete(folder, trainer, attempts)
+
+
+class _Trainer:
+    """The process at the other end of standard input."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def ended_within(self, timeout_s: float) -> bool:
+        # It never writes, so readable means the end of the file. The parent's id is for trainers
+        # that leave forked children behind, which hold the pipe open.
+        readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
+        return bool(readable) or os.getppid() != self.pid
+
+
+class _Attempts:
+    """Runs the exporter again and again, and notes in `tracking.json` why when that fails."""
+
+    def __init__(self, folder: RunFolder, open_exporter: Callable[[], Exporter]) -> None:
+        self._folder = folder
+        self._open_exporter = open_exporter
+        self._exporter: Exporter | None = None
+        self._failures = 0
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds until the next attempt: the usual rhythm, or longer after each failure."""
+        return min(_PERIOD_S * 2.0**self._failures, _LONGEST_PAUSE_S)
+
+    def update(self) -> bool:
+        """Whether MLflow now holds all there is."""
+        error = None
+        try:
+            if self._exporter is None:
+                self._exporter = self._open_exporter()
+            self._exporter.update()
+            self._failures = 0
+        except Exception as caught:  # whatever it is, training must not notice
+            self._failures += 1
+            error = redact(f"{type(caught).__name__}: {caught}")
+            print(f"attempt {self._failures} failed: {error}", flush=True)
+        state = self._exporter.state if self._exporter else ExportState.load(self._folder)
+        if state.error != error:
+            state.error = error
+            state.save(self._folder)
+        return error is None
+
+
+def _wait_for_metrics(folder: RunFolder, trainer: _Trainer, delay_s: float) -> None:
+    deadline = time.monotonic() + delay_s
+    before = _size(folder.metrics)
+    while time.monotonic() < deadline and _size(folder.metrics) == before:
+        if trainer.ended_within(_POLL_S):
+            return
+
+
+def _complete(folder: RunFolder, trainer: _Trainer, attempts: _Attempts) -> int:
+    status = folder.read_status()
+    if (status.host, status.pid) != (socket.gethostname(), trainer.pid):
+        return 0  # resumed already: the next exporter waits for the lock and goes on from here
+    if status.state == "running":
+        folder.mark_killed(f"the {folder.kind}'s process ended without a word (SIGKILL, out of memory?)")
+    deadline = time.monotonic() + _GRACE_S
+    while not attempts.update():
+        if time.monotonic() + attempts.pause_s > deadline:
+            return 1
+        time.sleep(attempts.pause_s)
+    return 0
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))

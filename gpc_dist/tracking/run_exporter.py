@@ -1,0 +1,130 @@
+"""Exports a run folder to MLflow.
+
+| file              | in MLflow                                                              |
+|-------------------|------------------------------------------------------------------------|
+| `config.yaml`     | params under their dotted names; artifact                              |
+| `ds_config.json`  | artifact                                                               |
+| `facts.json`      | tags (`version.torch`, ...), description, data set input; artifact     |
+| `metrics.jsonl`   | metrics                                                                |
+| `telemetry/`      | metrics `system/<host>/...`, shown as system metrics                   |
+| `result.json`     | metrics `final/...`; artifact                                          |
+| `adapter/`        | an MLflow model, once the run is finished                              |
+| `status.json`     | the run's status; tags `gpc.state`, `gpc.reason`                       |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpc_dist import files
+from gpc_dist.runs import metrics
+from gpc_dist.runs.folder import RunFolder, Status
+from gpc_dist.tracking import model, translate
+from gpc_dist.tracking.exporter import Exporter
+
+
+class RunExporter(Exporter):
+    """Brings MLflow up to date with a run folder.
+
+    Args:
+        folder: a run folder with at least `config.yaml`.
+        uri: tracking store; the one of the run's configuration when not given.
+        loader_module: module that loads the adapter as a model.
+
+    Raises:
+        UserError: the folder is not that of a run.
+    """
+
+    def __init__(
+        self, folder: RunFolder, uri: str | None = None, loader_module: str = model.SERVING_MODULE
+    ) -> None:
+        super().__init__(folder, uri)
+        self._loader_module = loader_module
+        self._read: dict[Path, tuple[int, int, int]] = {}  # file -> inode, bytes and lines sent
+
+    def _send_content(self, status: Status) -> None:
+        self._send_new(self._folder.config, self._send_config)
+        self._send_new(self._folder.ds_config)
+        self._send_new(self._folder.facts, self._send_facts)
+        self._send_new_metrics()
+        if self._wants_model(status):
+            self._send_adapter()
+        self._send_new(self._folder.result, self._send_result)
+
+    def _wants_model(self, status: Status) -> bool:
+        return status.state == "finished"
+
+    def _run_name(self) -> str:
+        return self._config.get("run", {}).get("name") or super()._run_name()
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def _send_config(self) -> None:
+        self._config = self._folder.read_config()
+        self._send_params(translate.params(self._config), translate.config_tags(self._config))
+
+    def _send_result(self) -> None:
+        result = files.read_json(self._folder.result)
+        step = int(result.get("steps", 0))
+        time_ms = translate.ms(self._folder.result.stat().st_mtime)
+        self._send_metrics(
+            ((f"final/{name}", value, time_ms, step) for name, value in translate.numbers(result)),
+            model_id=self.state.model_id,
+        )
+
+    def _send_adapter(self) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        adapter = self._folder.adapter
+        if not adapter.is_dir():
+            return
+        version = model.digest(adapter)
+        if self.state.sent.get("adapter") == version:
+            return
+        if self.state.sent.get("adapter created") != version:
+            created = self.client.create_logged_model(
+                self.experiment_id,
+                name="adapter",
+                source_run_id=self.run_id,
+                params=translate.params(self._config),
+                model_type="gpc-dist adapter",
+            )
+            self.state.model_id = created.model_id
+            self.state.sent["adapter created"] = version
+            self._save()
+        facts = files.read_json(self._folder.facts)
+        model_id = str(self.state.model_id)
+        model.log_adapter(self.client, model_id, adapter, facts, self._loader_module)
+        step = int(files.read_json(self._folder.result).get("steps", 0))
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+        self.state.sent["adapter"] = version
+        self._save()
+
+    # -- metrics ---------------------------------------------------------------------------------
+
+    def _send_new_metrics(self) -> None:
+        self._send_log(self._folder.metrics)
+        for path in sorted(self._folder.telemetry.glob("*.jsonl")):
+            self._send_log(path, host=path.stem)
+
+    def _send_log(self, path: Path, host: str | None = None) -> None:
+        """Send the lines of a `MetricLog` that were added since the last call."""
+        if not path.exists():
+            return
+        stat = path.stat()
+        inode, offset, count = self._read.get(path, (0, 0, 0))
+        if inode != stat.st_ino or stat.st_size < offset:  # a resume has put a shorter one in its place
+            offset = count = 0
+        lines, end = files.read_lines(path, offset)
+        points: list[translate.Point] = []
+        for number, line in enumerate(lines, start=count):
+            if host is None and metrics.STEP in line:
+                points += translate.points(line, step=line[metrics.STEP])
+            elif host is not None:
+                # Samples have no step of their own and go on in the same file after a resume: the
+                # number of the line is one.
+                points += translate.points(line, step=number, prefix=f"system/{host}/")
+        self._send_metrics(points)
+        # Not kept in the state: a resume may have cut the file. Reading it again from its start
+        # is cheap, and `state.steps` knows what MLflow holds.
+        self._read[path] = (stat.st_ino, end, count + len(lines))

@@ -1,0 +1,142 @@
+"""Exports a trial to MLflow: as any run, but as a child of its search's run.
+
+What differs from a run of its own: store, experiment and parent are those of the search, whatever
+the trial's configuration says; `trial.json` becomes tags; `final/best` is the best value of what
+the search optimises, for trials that were cut off too; and the adapter becomes a model only if the
+trial is the best one, because hundreds of models would bury it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gpc_dist import files
+from gpc_dist.runs import metrics
+from gpc_dist.runs.folder import RunFolder, State, Status, TrialFolder
+from gpc_dist.tracking import translate
+from gpc_dist.tracking.run_exporter import RunExporter
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BEST = "final/best"
+"""Metric of a trial and of a search: sorts trials in MLflow, however they ended."""
+
+_PARENT = "parent"
+_MODEL_BEST = f"{BEST} of the model"
+_TAGS = ("search", "trial", "number", "seed_group", "lane", "decision", "host")
+
+# What the driver decided explains an end that the trainer did not come to by itself.
+_MLFLOW_STATUS = {
+    "stopped by scheduler": "FINISHED",  # it did what it should
+    "failed": "FAILED",
+    "paused": "SCHEDULED",
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a search optimises."""
+
+    metric: str
+    """As in `metrics.jsonl`, or without the `val/` there."""
+    mode: str
+    """`max` or `min`."""
+
+    def best(self, folder: RunFolder) -> tuple[float, int] | None:
+        """The best value a run measured, and its last step; None when it has measured none."""
+        lines = metrics.read_metrics(folder.metrics)
+        measured = [line.get(self.metric, line.get(f"val/{self.metric}")) for line in lines]
+        values = [float(value) for value in measured if value is not None and math.isfinite(value)]
+        if not values:
+            return None
+        return max(values) if self.mode == "max" else min(values), int(lines[-1][metrics.STEP])
+
+
+class Search(Protocol):
+    """What a trial needs to know of its search."""
+
+    uri: str
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def objective(self) -> Objective | None: ...
+
+    @property
+    def client(self) -> MlflowClient: ...
+
+    @property
+    def run_id(self) -> str: ...
+
+    @property
+    def experiment_id(self) -> str: ...
+
+
+class TrialExporter(RunExporter):
+    """Brings MLflow up to date with a trial's folder; call it under the tracking lock of the search.
+
+    Args:
+        folder: a trial that has begun.
+        search: the search, whose run is open.
+        loader_module: module that loads the adapter as a model.
+        best: whether this is the best trial of a finished search.
+
+    Raises:
+        UserError: the folder is not that of a run, or `trial.json` is broken.
+    """
+
+    def __init__(self, folder: TrialFolder, search: Search, loader_module: str, best: bool = False) -> None:
+        super().__init__(folder, search.uri, loader_module)
+        self._trial_file = folder.trial
+        self._trial = files.read_json(folder.trial)
+        self._search = search
+        self._best = best
+
+    def _send_content(self, status: Status) -> None:
+        super()._send_content(status)
+        if self.state.sent.get(_PARENT) != self._search.run_id:
+            self.state.sent.pop(self._trial_file.name, None)
+        self._send_new(self._trial_file, self._send_trial)
+        if status.state != "running":
+            self._send_best()
+
+    def _connect(self) -> tuple[MlflowClient, str]:
+        return self._search.client, self._search.experiment_id
+
+    def _run_name(self) -> str:
+        number = self._trial.get("number")
+        return self._folder.path.name if number is None else f"{self._search.name}-{number:03d}"
+
+    def _first_tags(self) -> dict[str, str]:
+        return {"mlflow.parentRunId": self._search.run_id}
+
+    def _wants_model(self, status: Status) -> bool:
+        return self._best
+
+    def _mlflow_status(self, state: State) -> str:
+        usual = super()._mlflow_status(state)
+        return _MLFLOW_STATUS.get(self._trial.get("decision", ""), usual) if usual == "KILLED" else usual
+
+    def _send_trial(self) -> None:
+        self._trial = files.read_json(self._trial_file)
+        tags: dict[str, Any] = {name: self._trial.get(name) for name in _TAGS}
+        # the parent once more: its run may have been deleted in MLflow and begun anew
+        self._set_tags(tags | self._first_tags())
+        self.state.sent[_PARENT] = self._search.run_id
+        self.state.sent.pop(self._folder.status.name, None)  # the decision has a say in the status
+
+    def _send_best(self) -> None:
+        objective = self._search.objective
+        if objective is None or (found := objective.best(self._folder)) is None:
+            return
+        value, step = found
+        time_ms = translate.ms(self._folder.metrics.stat().st_mtime)
+        model_id = self.state.model_id
+        if model_id is not None and self.state.sent.get(_MODEL_BEST) != model_id:
+            self.state.steps.pop(BEST, None)  # the run may hold it, and ignores it then; the model does not
+            self.state.sent[_MODEL_BEST] = model_id
+        self._send_metrics([(BEST, value, time_ms, step)], model_id)

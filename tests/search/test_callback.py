@@ -1,0 +1,92 @@
+"""What a scheduler knows after a restart."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpc_dist.runs.folder import SearchFolder
+from gpc_dist.search import spec
+from gpc_dist.search.callback import replay
+from gpc_dist.search.tuner import make_scheduler
+
+SETTINGS = {"scheduler.grace_steps": "20", "scheduler.perturb_every": "20"}
+
+
+@dataclass(frozen=True)
+class FakeTrial:
+    """As much of Ray Tune's as schedulers look at."""
+
+    trial_id: str
+    finished: bool
+
+    def is_finished(self) -> bool:
+        return self.finished
+
+
+class Controller:
+    """As much of Ray Tune's as schedulers ask for here."""
+
+    search_alg = None
+
+    def get_live_trials(self) -> list[FakeTrial]:
+        return []
+
+
+def scheduler(name: str, trials: list[FakeTrial]) -> Any:
+    made: Any = make_scheduler(spec.load("cb-asha", {"scheduler.name": name, **SETTINGS}))
+    made.set_search_properties("val/average", "max")
+    for trial in trials:
+        made.on_trial_add(Controller(), trial)
+    return made
+
+
+def drive(told: Any, trials: list[FakeTrial], folder: SearchFolder) -> int:
+    """Evaluations at four rungs, in no order of trials, written as runs do; stopped trials make no more. How many."""
+    chance, going, count = random.Random(0), list(range(9)), 0
+    for step in (20, 40, 60, 80):
+        for number in chance.sample(going, len(going)):
+            count += 1
+            line = {"step": step, "time_s": float(count), "val/average": chance.random()}
+            file = folder.trial(f"{number:03d}").metrics
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as lines:
+                lines.write(json.dumps({"step": step, "time_s": line["time_s"], "train/loss": 1.0}) + "\n")
+                lines.write(json.dumps(line) + "\n")
+            if (
+                told.on_trial_result(Controller(), trials[number], {**line, "training_iteration": 1})
+                == "STOP"
+            ):
+                going.remove(number)
+    assert going
+    return count
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_scheduler_decides_after_a_restart_as_it_would_have_before(tmp_path: Path, name: str) -> None:
+    trials = [FakeTrial(f"x_{number:05d}", finished=True) for number in range(9)]
+    last = FakeTrial("x_00009", finished=False)
+    told, again = scheduler(name, [*trials, last]), scheduler(name, [*trials, last])
+    count = drive(told, trials, SearchFolder(tmp_path))
+    assert replay(SearchFolder(tmp_path), trials, again, "val/average") == count
+    assert again.debug_string() == told.debug_string()
+    result = {"step": 20, "val/average": 0.1, "training_iteration": 1}
+    assert told.on_trial_result(Controller(), last, dict(result)) == "STOP"
+    assert again.on_trial_result(Controller(), last, dict(result)) == "STOP"
+
+
+def test_each_scheduler_hears_what_it_can_bear(tmp_path: Path) -> None:
+    trials = [FakeTrial(f"x_{number:05d}", finished=number > 0) for number in range(9)]
+    folder = SearchFolder(tmp_path)
+    count = drive(scheduler("asha", trials), trials, folder)
+    running = sum("val/" in line for line in folder.trial("000").metrics.read_text().splitlines())
+    assert running
+    assert replay(folder, trials, scheduler("asha", trials), "val/average") == count
+    assert replay(folder, trials[1:], scheduler("median", trials), "val/average") == count - running
+    assert replay(folder, trials[:1], scheduler("median", trials), "val/average") == 0
+    assert replay(folder, trials, scheduler("pbt", []), "val/average") == 0
