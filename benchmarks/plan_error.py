@@ -96,8 +96,8 @@ def run_rank(case: Case, folder: Path, out: Path) -> None:
     from gpc_dist.encoder.shapes import known_config
     from gpc_dist.encoder.skeleton import build_skeleton
     from gpc_dist.tasks import make_task
-    from gpc_dist.training.session import fresh_adapter, load_base, open_session
-    from gpc_dist.training.step import Work, backward, finish, prepare
+    from gpc_dist.training.session import load_base, open_session
+    from gpc_dist.training.step import LaneExamples, backward, finish, prepare
 
     config = build(case.settings(folder) | {"task": {"text": ["text"], "labels": ["no", "yes"]}})
     world = init_world(config.engine)
@@ -106,15 +106,15 @@ def run_rank(case: Case, folder: Path, out: Path) -> None:
         import deepspeed  # noqa: F401
     idle = _reset_peak(world.device)
     task, base = make_task(config.task, config.data), load_base(config, world)
-    session = open_session(config, world, task, base, [fresh_adapter(config, task, base)])
-    lane = LaneOptimizer(session.model.adapter, config.train, world, case.zero_stage)
-    session.model.train()
+    session = open_session(config, world, task, base)
+    adapter = session.new_adapter(config)
+    optimizer = LaneOptimizer(adapter, config.train, world, case.zero_stage)
     rows = case.rows * world.size
     vocabulary = session.model.token_embeddings.num_embeddings
     encoded = synthetic(np.full(rows, case.tokens), vocabulary, seed=0)
     for _ in range(STEPS):
-        step = prepare(session, [Work(encoded, np.arange(rows))])
-        finish(session, [lane], backward(session, step))
+        step = prepare(session, [LaneExamples(adapter, encoded, np.arange(rows))])
+        finish(session, [optimizer], backward(session, step))
     found = world.gather(_peak(world.device) - idle)
     if world.is_main:
         out.write_text(json.dumps(found))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gpc_dist.errors import UserError
-from gpc_dist.schema import Section, all_keys, explain, parse_overrides, parse_yaml
+from gpc_dist.schema import Section, all_keys, explain, parse_overrides, read_yaml, yaml_names
+from gpc_dist.shipped import shipped_folder
 
 
 class RunConfig(Section):
@@ -314,19 +314,7 @@ class Config(Section):
 
 
 def recipe_names() -> list[str]:
-    folder = resources.files("gpc_dist") / "recipes"
-    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def _recipe_text(recipe: str) -> str:
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"recipe file {path} does not exist")
-        return path.read_text(encoding="utf-8")
-    if recipe in recipe_names():
-        return (resources.files("gpc_dist") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
-    raise UserError(f"no recipe '{recipe}': give a YAML file or one of {', '.join(recipe_names())}")
+    return yaml_names(shipped_folder("recipes"))
 
 
 def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
@@ -344,7 +332,7 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
 
 def recipe_tree(recipe: str) -> Any:
     """What a packaged recipe or a YAML file says, for `build` or `apply` to check."""
-    return parse_yaml(_recipe_text(recipe), f"recipe {recipe}") or {}
+    return read_yaml("recipe", recipe, shipped_folder("recipes"))[1]
 
 
 def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Config:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -58,12 +59,66 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source} is not valid YAML: {error}") from None
 
 
+def yaml_names(folder: Path) -> list[str]:
+    """Names of the YAML files in a packaged folder, sorted."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def read_yaml(kind: str, given: str, folder: Path) -> tuple[Path, Any]:
+    """The YAML file that a user means, and what it says ({} for an empty one).
+
+    Args:
+        kind: what to call it in errors.
+        given: a path, or the name of a file in the packaged `folder`.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    path = Path(given)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"{kind} file {path} does not exist")
+    elif given in yaml_names(folder):
+        path = folder / f"{given}.yaml"
+    else:
+        raise UserError(f"no {kind} '{given}': give a YAML file or one of {', '.join(yaml_names(folder))}")
+    return path, parse_yaml(path.read_text(encoding="utf-8"), f"{kind} {given}") or {}
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, str]:
+    """The `--dotted.key VALUE` and `--dotted.key=VALUE` pairs of a command line.
+
+    Raises:
+        UserError: something else, a key without a value, or a key given twice.
+    """
+    found: dict[str, str] = {}
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument '{word}': settings are given as --section.key VALUE")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not pending:
+                raise UserError(f"--{key} needs a value")
+            value = pending.pop(0)
+        if key in found:
+            raise UserError(f"--{key} is given twice: keep one of them")
+        found[key] = value
+    return found
+
+
 def parse_overrides(overrides: dict[str, str], valid: Sequence[str]) -> dict[str, Any]:
     """The values of dotted overrides given as YAML scalar text; raises `UserError` for a key that is not valid."""
     for key in overrides:
         if key not in valid:
             raise UserError(unknown_key(key, valid))
-    return {key: parse_yaml(text, f"--{key}") if text else text for key, text in overrides.items()}
+    return {key: parse_value(key, text) for key, text in overrides.items()}
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The value of an override given as YAML scalar text; raises `UserError` for anything that is no YAML."""
+    return parse_yaml(text, f"--{key}") if text else text
 
 
 def unknown_key(key: str, valid: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from gpc_dist.errors import MachineError, UserError
@@ -18,25 +19,14 @@ def shipped_folder(name: str) -> Path:
     raise MachineError(f"the installation lacks its folder {name}: install gpc-dist again")
 
 
-def yaml_names(folder: Path) -> list[str]:
-    """Names of the YAML files in a packaged folder, sorted."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
-def yaml_file(kind: str, given: str, folder: Path) -> Path:
-    """The YAML file that a user means: a path, or the name of one in a packaged folder.
-
-    Args:
-        kind: what to call it in errors.
+def copy_shipped(folder: Path) -> None:
+    """Copy every shipped folder into `folder`.
 
     Raises:
-        UserError: there is none.
+        UserError: one of them is there already; nothing has been copied.
     """
-    path = Path(given)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"{kind} file {path} does not exist")
-        return path
-    if given in yaml_names(folder):
-        return folder / f"{given}.yaml"
-    raise UserError(f"no {kind} '{given}': give a YAML file or one of {', '.join(yaml_names(folder))}")
+    if present := [name for name in SHIPPED if (folder / name).exists()]:
+        raise UserError(f"{folder} already has {', '.join(present)}: move it away, or choose another DIR")
+    for name in SHIPPED:
+        ignored = shutil.ignore_patterns("__pycache__", "*.py", "demo_data")
+        shutil.copytree(shipped_folder(name), folder / name, ignore=ignored)

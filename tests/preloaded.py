@@ -13,7 +13,7 @@ for name in (
     "gpc_dist.cluster.submit",
     "gpc_dist.bench.bench",
     "gpc_dist.inference.adapters",
-    "gpc_dist.training.run",
+    "gpc_dist.training.train",
     "mlflow",
     "sklearn.metrics",
     "transformers.models.auto.modeling_auto",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist import cli, schema
+from gpc_dist import cli, config, schema
 from gpc_dist.errors import EXIT_USAGE
 from tests.processes import cold_command
 
@@ -31,16 +31,16 @@ def test_help_names_every_command_and_every_key() -> None:
     for name in cli.COMMANDS:
         assert f"\n    {name} " in shown
     keys = cold_command("train", "--help").stdout
-    for key in schema.all_keys(cli.config.Config):
+    for key in schema.all_keys(config.Config):
         assert f"--{key} " in keys
 
 
 def test_init_copies_files_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["init", str(tmp_path / "work")]) == 0
     recipes = sorted((tmp_path / "work" / "recipes").glob("*.yaml"))
-    assert [recipe.stem for recipe in recipes] == cli.config.recipe_names()
+    assert [recipe.stem for recipe in recipes] == config.recipe_names()
     for recipe in recipes:
-        assert cli.config.load(str(recipe)) == cli.config.load(recipe.stem)
+        assert config.load(str(recipe)) == config.load(recipe.stem)
     for file in ("ds_configs/zero3.json", "slurm/train.sbatch", "tune/demo.yaml", "tune/studies/minilm.yaml"):
         assert (tmp_path / "work" / file).is_file()
     assert cli.main(["init", str(tmp_path / "work")]) == EXIT_USAGE

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist import cli, config
+from gpc_dist import cli, config, schema
 from gpc_dist.encoder.frozen import encoder_path
-from gpc_dist.parser import build_parser
 from gpc_dist.search import spec
 from gpc_dist.study import spec as study
 
@@ -28,8 +27,8 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_of_the_readme_is_understood(words: list[str]) -> None:
-    options, rest = build_parser().parse_known_args(words[1:])
-    overrides = cli.overrides(rest)
+    options, rest = cli.build_parser().parse_known_args(words[1:])
+    overrides = schema.read_overrides(rest)
     if words[1] == "tune":
         if not options.resume:  # of a search that was begun before
             spec.load(options.search, overrides)

@@ -38,21 +38,29 @@ if TYPE_CHECKING:
 class _Pass:
     """What the hooks must know of the pass they run in."""
 
+    lanes: Sequence[Adapter]
     rows: list[slice]
-    """Rows of each lane."""
+    """Of each lane."""
+    prompt_tokens: int
+    """P."""
     attention_mask: Tensor
     """Of the text, `[R, T]`."""
     prompts: dict[int, Tensor] = field(default_factory=dict)
     """`p_l [R, P, H]` of a layer, while it runs."""
+
+    def rewrites_after(self, layer: int) -> bool:
+        return any(lane.rewrites_after(layer) for lane in self.lanes)
 
 
 class GraftedEncoder(nn.Module):
     """A frozen encoder with one or more adapters (lanes). With method `fine-tuning` the one adapter takes the
     encoder (`Adapter.take_encoder`), which then is what it trains.
 
-    Use `attach` to make one from a `transformers` model. `lanes` may be changed between passes; all
-    lanes of one pass have the same number of prompt tokens. The hooks act within a pass of this object
+    Use `attach` to make one from a `transformers` model. The hooks act within a pass of this object
     only: called by itself, or through another graft, the encoder is what it was.
+
+    Args:
+        lanes: the attached adapters, which run where a pass is given no others.
     """
 
     def __init__(self, parts: EncoderParts, lanes: Sequence[Adapter]):
@@ -77,26 +85,19 @@ class GraftedEncoder(nn.Module):
 
     @property
     def adapters(self) -> list[Adapter]:
-        """The adapters of all lanes, in order."""
+        """The attached adapters, in order."""
         return list(self.lanes)  # type: ignore[arg-type]
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter of a single-lane encoder."""
+        """The adapter, where one is attached."""
         (adapter,) = self.adapters
         return adapter
 
     @property
     def prompt_tokens(self) -> int:
-        """P, which is the same for all lanes of a pass.
-
-        Raises:
-            ValueError: lanes with prompts of different lengths.
-        """
-        lengths = {adapter.prompt_tokens for adapter in self.adapters}
-        if len(lengths) > 1:
-            raise ValueError(f"lanes of one pass need equal prompt lengths, not {sorted(lengths)}")
-        return lengths.pop()
+        """P of the attached adapters, see `shared_prompt_tokens`."""
+        return shared_prompt_tokens(self.adapters)
 
     def train(self, mode: bool = True) -> GraftedEncoder:
         """As `nn.Module.train`, but the frozen encoder stays in eval mode: no dropout inside it."""
@@ -110,6 +111,7 @@ class GraftedEncoder(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         lane_rows: Sequence[int] | None = None,
+        lanes: Sequence[Adapter] | None = None,
     ) -> Any:
         """Outputs of the head for every row of a batch.
 
@@ -117,33 +119,32 @@ class GraftedEncoder(nn.Module):
             input_ids: text tokens `[R, T]`, padded on the right.
             attention_mask: 1 for text, 0 for padding `[R, T]`; all text when not given.
             token_type_ids: segment numbers `[R, T]`, for encoders that take them.
-            lane_rows: rows of each lane, in the order of `lanes`: the batch holds the rows of the first lane,
-                then those of the second, and so on. Not needed for one lane.
+            lane_rows: rows of each lane: the batch holds the rows of the first lane, then those of the second, and
+                so on. Not needed for one lane.
+            lanes: adapters of this pass, on the device of the batch; the attached ones when not given.
 
         Returns:
             float32 `[R, outputs]`, or with `lane_rows` a list of `[R_k, outputs_k]`, one for each lane.
         """
         counts = [len(input_ids)] if lane_rows is None else list(lane_rows)
-        if len(counts) != len(self.lanes) or sum(counts) != len(input_ids) or min(counts) < 0:
+        lanes = self.adapters if lanes is None else lanes
+        if len(counts) != len(lanes) or sum(counts) != len(input_ids) or min(counts) < 0:
             raise ValueError(
-                f"lane_rows {counts} must have one count of rows for each of {len(self.lanes)} lanes and add "
+                f"lane_rows {counts} must have one count of rows for each of {len(lanes)} lanes and add "
                 f"up to {len(input_ids)}"
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         edges = [sum(counts[:k]) for k in range(len(counts) + 1)]
         rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-        states = self._encode(input_ids, attention_mask, token_type_ids, rows)
-        outputs = [
-            lane.read_out(states[r], attention_mask[r]) for lane, r in zip(self.adapters, rows, strict=True)
-        ]
+        this_pass = _Pass(lanes, rows, shared_prompt_tokens(lanes), attention_mask)
+        states = self._encode(input_ids, token_type_ids, this_pass)
+        outputs = [lane.read_out(states[r], attention_mask[r]) for lane, r in zip(lanes, rows, strict=True)]
         return outputs[0] if lane_rows is None else outputs
 
-    def _encode(
-        self, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None, rows: list[slice]
-    ) -> Tensor:
+    def _encode(self, input_ids: Tensor, token_types: Tensor | None, this_pass: _Pass) -> Tensor:
         """States of the last layer: `[R, P+T, H]`."""
-        tokens, positions = self.prompt_tokens, self.parts.max_positions
+        tokens, positions = this_pass.prompt_tokens, self.parts.max_positions
         if positions is not None and tokens + input_ids.shape[1] > positions:
             raise ValueError(
                 f"{input_ids.shape[1]} text tokens do not fit beside {tokens} prompt tokens: the encoder has "
@@ -151,14 +152,15 @@ class GraftedEncoder(nn.Module):
             )
         table: Any = self.token_embeddings.weight
         embeds = self.token_embeddings(input_ids.to(table.device)).to(input_ids.device)
-        mask, extra = attention_mask, {}
+        mask, extra = this_pass.attention_mask, {}
         if token_types is not None and self.parts.takes_token_types:
             extra["token_type_ids"] = _pad_left(token_types, tokens, 0)
         if tokens:
-            starts = [lane.start(r.stop - r.start) for lane, r in zip(self.adapters, rows, strict=True)]
+            lanes = zip(this_pass.lanes, this_pass.rows, strict=True)
+            starts = [lane.start(r.stop - r.start) for lane, r in lanes]
             embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
-            mask = _pad_left(attention_mask, tokens, 1)
-        self._pass = _Pass(rows, attention_mask)
+            mask = _pad_left(mask, tokens, 1)
+        self._pass = this_pass
         try:
             with self._cast(embeds.device):
                 output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
@@ -171,32 +173,29 @@ class GraftedEncoder(nn.Module):
 
     def _before(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of layer `index`: note the prompt state that enters it."""
-        if self._pass is None or not self._rewrites_after(index):
+        if self._pass is None or not self._pass.rewrites_after(index):
             return None
-        states, self._pass.prompts[index] = read_prompt(args[0], self.prompt_tokens)
+        states, self._pass.prompts[index] = read_prompt(args[0], self._pass.prompt_tokens)
         return states, *args[1:]
 
     def _after(self, index: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of layer `index`: put the next prompt state before the text states."""
-        if self._pass is None or not self._rewrites_after(index):
+        if self._pass is None or not self._pass.rewrites_after(index):
             return None
-        rows, mask = self._pass.rows, self._pass.attention_mask
+        lanes, rows, mask = self._pass.lanes, self._pass.rows, self._pass.attention_mask
         encoded = output[0] if isinstance(output, tuple) else output
-        text = encoded.detach()[:, self.prompt_tokens :]
+        text = encoded.detach()[:, self._pass.prompt_tokens :]
 
         def rule(e: Tensor, p: Tensor) -> Tensor:
             parts = [
                 lane.next_prompt(index, e[r], p[r], text[r], mask[r])
-                for lane, r in zip(self.adapters, rows, strict=True)
+                for lane, r in zip(lanes, rows, strict=True)
             ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        trained = [p for lane in self.adapters for p in lane.rewriting_parameters(index)]
+        trained = [p for lane in lanes for p in lane.rewriting_parameters(index)]
         written = write_prompt(rule, encoded, self._pass.prompts.pop(index), trained)
         return (written, *output[1:]) if isinstance(output, tuple) else written
-
-    def _rewrites_after(self, index: int) -> bool:
-        return any(lane.rewrites_after(index) for lane in self.adapters)
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in the forward pass and compute the layer again in the backward
@@ -237,6 +236,18 @@ class GraftedEncoder(nn.Module):
         parts = locate(encoder)
         card.check_encoder(identify(parts.encoder))
         return cls(parts, [adapter.to(next(parts.token_embeddings.parameters()).device)])
+
+
+def shared_prompt_tokens(lanes: Sequence[Adapter]) -> int:
+    """P, which is the same for all lanes of a pass.
+
+    Raises:
+        ValueError: lanes with prompts of different lengths.
+    """
+    lengths = {lane.prompt_tokens for lane in lanes}
+    if len(lengths) > 1:
+        raise ValueError(f"lanes of one pass need equal prompt lengths, not {sorted(lengths)}")
+    return lengths.pop()
 
 
 def attach(

@@ -21,8 +21,6 @@ from gpc_dist.files import new_folder
 WEIGHTS = "adapter.safetensors"
 CARD = "adapter_config.json"
 _FORMAT = 1
-_EARLIER = {"cell_norm": False, "cell_scale": "none"}
-"""What cells were like before their cards said it; these are no defaults any more."""
 _ENCODER = "encoder."
 """Begins the names of a fine-tuned encoder's tensors."""
 
@@ -79,8 +77,10 @@ def read_card(folder: str | Path) -> AdapterCard:
         card = json.loads(path.read_text(encoding="utf-8"))
         if card["format"] != _FORMAT:
             raise UserError(f"{path} has format {card['format']}; this version reads {_FORMAT}")
+        if missing := AdapterConfig.model_fields.keys() - card["adapter"].keys():
+            raise KeyError(*sorted(missing))
         return AdapterCard(
-            AdapterConfig.model_validate(_EARLIER | card["adapter"]),
+            AdapterConfig.model_validate(card["adapter"]),
             EncoderShape(**card["shape"]),
             card["outputs"],
             EncoderIdentity(**card["encoder"]),

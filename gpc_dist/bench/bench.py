@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tabulate import tabulate
 
@@ -35,8 +34,8 @@ from gpc_dist.planner.recipe import planned
 from gpc_dist.tasks import EpochPlan, Task
 from gpc_dist.tasks.encode import Encoded
 from gpc_dist.tasks.metrics import accuracy
-from gpc_dist.training.session import Base, Session, check_input, fresh_adapter, load_base, open_session
-from gpc_dist.training.step import Work, backward, finish, prepare
+from gpc_dist.training.session import Base, Session, check_input, load_base, open_session
+from gpc_dist.training.step import LaneExamples, backward, finish, prepare
 
 PROFILED_STEPS = 3
 
@@ -81,20 +80,20 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     else:
         base = _random_base(shape, config, world)
     multiplied = flops.layer_parameters(base.parts)  # ZeRO-3 leaves shards, which do not tell
-    session = open_session(config, world, task, base, [fresh_adapter(config, task, base)])
+    session = open_session(config, world, task, base)
+    adapter = session.new_adapter(config)
     examples = _examples(session, lengths, steps)
-    lane = LaneOptimizer(session.model.adapter, config.train, world, config.engine.zero_stage)
-    lane.set_factor(0.0)
-    session.model.train()
+    optimizer = LaneOptimizer(adapter, config.train, world, config.engine.zero_stage)
+    optimizer.set_factor(0.0)
 
     plan = EpochPlan(examples.sizes, config.run.seed, config.train.batch_size, config.train.batch_tokens)
-    batches = plan.steps(0)
-    by_work = sorted(batches, key=examples.sizes.padded_tokens)
+    steps_examples = [LaneExamples(adapter, examples, indices) for indices in plan.steps(0)]
+    by_work = sorted(steps_examples, key=lambda each: examples.sizes.padded_tokens(each.indices))
     # the allocator, the compiler and caches see the shortest, the middle and the longest batch first
-    _run(session, lane, examples, [by_work[-1], by_work[0], by_work[len(by_work) // 2]])
-    seconds, padded = _run(session, lane, examples, batches)
+    _run(session, optimizer, [by_work[-1], by_work[0], by_work[len(by_work) // 2]])
+    seconds, padded = _run(session, optimizer, steps_examples)
     memory = world.gather(peak_memory_mib(world.device))
-    spent = communication(lambda: _run(session, lane, examples, batches[:PROFILED_STEPS]), world)
+    spent = communication(lambda: _run(session, optimizer, steps_examples[:PROFILED_STEPS]), world)
     dtype = encoder_dtype(config.engine, world.device)
     sums = world.sum(torch.tensor([matmul_tflops(world.device, dtype), padded], device=world.device))
     measured_tflops, padded = sums.tolist()
@@ -103,7 +102,7 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
         multiplied,
         len(base.parts.layers),
         flops.attention_width(base.parts.encoder.config),
-        (examples.lengths + session.model.prompt_tokens).tolist(),
+        (examples.lengths + adapter.prompt_tokens).tolist(),
         config.engine.activation_checkpointing,
     )
     total_s, tokens = sum(seconds), int(examples.lengths.sum())
@@ -111,9 +110,9 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     return {
         "encoder": config.encoder.path if shape is None else f"{shape}, random weights",
         "frozen_parameters": base.parameters,
-        "trainable_parameters": sum(p.numel() for p in session.model.adapter.parameters()),
+        "trainable_parameters": sum(p.numel() for p in adapter.parameters()),
         "method": config.adapter.method,
-        "prompt_tokens": session.model.prompt_tokens,
+        "prompt_tokens": adapter.prompt_tokens,
         "lengths": lengths,
         "max_length": session.text_tokens,
         "engine": config.dump()["engine"],
@@ -201,7 +200,7 @@ def _examples(session: Session, lengths: str, steps: int) -> Encoded:
 
 
 def _run(
-    session: Session, lane: LaneOptimizer, examples: Encoded, batches: Sequence[np.ndarray]
+    session: Session, optimizer: LaneOptimizer, steps_examples: Sequence[LaneExamples]
 ) -> tuple[list[float], int]:
     """Run these steps as the training loop does: seconds of each, and the tokens with padding that this rank
     ran in them.
@@ -210,13 +209,13 @@ def _run(
         UserError: a loss that is not finite: the update would be left out.
     """
     seconds, padded = [], 0
-    step = prepare(session, [Work(examples, batches[0])])
+    step = prepare(session, [steps_examples[0]])
     synchronize(session.world.device)
-    for upcoming in [*batches[1:], batches[0]]:
+    for upcoming in [*steps_examples[1:], steps_examples[0]]:
         start = time.perf_counter()
         loss = backward(session, step)
-        following = prepare(session, [Work(examples, upcoming)])
-        (done,), _ = finish(session, [lane], loss)
+        following = prepare(session, [upcoming])
+        (done,), _ = finish(session, [optimizer], loss)
         seconds.append(time.perf_counter() - start)
         if not done.finite:
             raise UserError("the loss is not finite, so this measures nothing: set engine.dtype fp32 or bf16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from gpc_dist.cluster import slurm
 from gpc_dist.cluster.job_record import read_record
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT
 from gpc_dist.runs.folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 _PERIOD_S = 2.0
 
@@ -29,13 +32,11 @@ def follow(folder: RunFolder, job_id: str) -> int:
             break
         state = f"job {job_id}: {job.state}" + (f" ({job.reason})" if job.state == "PENDING" else "")
         if state != said:
-            print(state, file=sys.stderr)
+            log.info(state)
             said = state
         time.sleep(_PERIOD_S)
     status = folder.read_status()
-    print(
-        f"job {job_id}: {job.state if job else 'gone'}; run {status.state} {status.reason}", file=sys.stderr
-    )
+    log.info("job %s: %s; run %s %s", job_id, job.state if job else "gone", status.state, status.reason)
     return EXIT_DONE if status.state == "finished" else EXIT_ENVIRONMENT
 
 

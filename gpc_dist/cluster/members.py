@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 
 import yaml
@@ -14,6 +14,7 @@ from gpc_dist.cluster.submit import Member
 from gpc_dist.config import Config
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder, SearchFolder
+from gpc_dist.schema import read_overrides
 from gpc_dist.search import space
 from gpc_dist.search.spec import SearchSpec
 
@@ -40,8 +41,21 @@ def seeds(recipe: str, overrides: dict[str, str], text: str) -> list[Member]:
     return [_of_array(recipe, overrides | {"run.seed": str(seed)}, seed, "seed-") for seed in found]
 
 
-def lines(recipe: str, overrides: dict[str, str], each: Sequence[dict[str, str]]) -> list[Member]:
-    """An array with one run for each set of overrides, on top of those that all share."""
+def lines(recipe: str, overrides: dict[str, str], file: Path) -> list[Member]:
+    """An array with one run for each line of a file: its settings, on top of those that all share. Empty lines and
+    those that begin with # are left out.
+
+    Raises:
+        UserError: the file cannot be read, or has no settings.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--array {file}: {error.strerror}") from None
+    found = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    if not found:
+        raise UserError(f"--array {file} has no settings: give one line of --section.key VALUE for each run")
+    each = [read_overrides(words) for words in found]
     return [_of_array(recipe, overrides | own, task) for task, own in enumerate(each)]
 
 

@@ -27,6 +27,8 @@ from gpc_dist.files import new_folder, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+FORMAT = 1
+"""Of the folder and its files; another one is refused."""
 _MARKER = "COMPLETE"
 _FILES = ("trained.safetensors", "rng.safetensors", "state.json")
 
@@ -51,7 +53,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     with new_folder(path) as temporary:
         save_file(checkpoint.tensors, temporary / _FILES[0])
         save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, temporary / _FILES[1])
-        state = {"step": checkpoint.step, **checkpoint.state}
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
         (temporary / _FILES[2]).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         digests = {name: _sha256(temporary / name) for name in _FILES}
     write_text(path / _MARKER, json.dumps(digests, indent=2) + "\n")
@@ -66,7 +68,7 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint and verify its checksums.
 
     Raises:
-        UserError: incomplete or damaged; the message names the file and the remedy.
+        UserError: incomplete, damaged or of another format; the message names the file and the remedy.
     """
     from safetensors.torch import load_file
 
@@ -79,6 +81,11 @@ def load(path: Path) -> Checkpoint:
         raise UserError(_remedy(path, f"{', '.join(damaged)} changed after it was written"))
     rng = load_file(path / _FILES[1])
     state = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    if (found := state.pop("format", None)) != FORMAT:
+        raise UserError(
+            f"checkpoint {path} has format {found}; this version reads {FORMAT}: go on with the version of gpc-dist "
+            "that wrote it, or give --train.resume false to start again"
+        )
     step = state.pop("step")
     tensors = load_file(path / _FILES[0])
     return Checkpoint(step, tensors, [rng[str(r)] for r in range(len(rng))], state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -16,8 +17,12 @@ from typing import IO
 from gpc_dist.config import EngineConfig
 from gpc_dist.errors import MachineError
 
+log = logging.getLogger(__name__)
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _GRACE_S = 20.0
+_STARTED_S = "GPC_DIST_STARTED_S"
+"""Environment variable through which the ranks know when the user's command began."""
 
 
 def given_ranks() -> bool:
@@ -43,6 +48,27 @@ def wanted_ranks(config: EngineConfig) -> int:
     if config.ranks != "auto":
         return config.ranks
     return 1 if config.device == "cpu" else max(1, visible_gpus())
+
+
+def command_started_s() -> float:
+    """Unix time at which the user's command began, for ranks that it has started as well."""
+    return float(os.environ.get(_STARTED_S, time.time()))
+
+
+def run_as_ranks(config: EngineConfig, words: Sequence[str]) -> int | None:
+    """Run this command as several ranks, if several are wanted and none were given.
+
+    Args:
+        words: of the command line after `gpc-dist`.
+
+    Returns:
+        The exit code; None when this process is to run the command itself.
+    """
+    ranks = wanted_ranks(config)
+    if given_ranks() or ranks == 1:
+        return None
+    os.environ.setdefault(_STARTED_S, str(time.time()))
+    return start_ranks([sys.executable, "-m", "gpc_dist", *words], ranks, cpu_only=not visible_gpus())
 
 
 def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
@@ -105,7 +131,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]])
     if first > 0 and (silent or code < 0):
         errors[first - 1].seek(0)
         text = errors[first - 1].read().decode(errors="replace")
-        print(f"rank {first} ended with {_describe(code)}\n{text[-8000:]}", file=sys.stderr)
+        log.error("rank %d ended with %s\n%s", first, _describe(code), text[-8000:])
     return 128 - code if code < 0 else code
 
 

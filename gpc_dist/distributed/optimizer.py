@@ -13,9 +13,10 @@ gradients (Rajbhandari et al. 2020, sections 5.1 and 5.2) is done here by whole 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -124,6 +125,27 @@ class Reduced:
     """The numbers given to `reduce_gradients`, summed over the ranks."""
     norms: list[float]
     """Gradient norm of each lane before clipping; not finite if its loss was not."""
+
+
+def schedule_factor(
+    schedule: Literal["linear", "cosine", "constant"], step: int, warmup: int, total: int
+) -> float:
+    """Share of the peak learning rate at a step, between 0 and 1.
+
+    Rises in a line over the first `warmup` steps; then stays (`constant`), or falls to 0 at `total`
+    in a line or along half a cosine.
+
+    Args:
+        step: steps made so far, from 0.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return max(0.0, 1.0 - done)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
 def reduce_gradients(lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage: int) -> Reduced:

@@ -35,6 +35,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set; every rank must call it."""
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
     def sum_to(self, tensor: Tensor, rank: int) -> None:
         """`tensor` summed over all ranks, in place on `rank` only; undefined elsewhere."""
         if self.size > 1:

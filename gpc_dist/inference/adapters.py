@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from gpc_dist import config as configuration
+from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
 from gpc_dist.config import Config
 from gpc_dist.distributed.world import World, init_world
@@ -88,11 +89,10 @@ def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[s
     return 0
 
 
-def adapter_outputs(session: Session, split: Split) -> Any:
-    """Outputs of the session's adapter for every example of a split, on rank 0; None elsewhere."""
-    session.model.eval()
-    tokens = session.config.train.eval_batch_tokens
-    outputs = all_outputs(session.model, split.encoded, session.pad_id, session.world, tokens)
+def adapter_outputs(session: Session, split: Split, adapter: Adapter | None = None) -> Any:
+    """Outputs of an adapter (the attached one when not given) for every example of a split, on rank 0; None
+    elsewhere."""
+    outputs = all_outputs(session, [adapter or session.model.adapter], split.encoded)
     return None if outputs is None else outputs[0]
 
 

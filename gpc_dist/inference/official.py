@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gpc_dist import config as configuration
 from gpc_dist import files
@@ -48,10 +47,19 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
         if (run.path / name).exists():
             continue
         settings = configuration.apply(run.read_config(), _HERE)
-        session = _open(run, settings, session)
+        if session is None or not _shares(session.config, settings):
+            cuda = settings.engine.device != "cpu" and torch.cuda.is_available()
+            world = World(0, 1, 0, torch.device("cuda" if cuda else "cpu"))
+            session = open_adapter(run.adapter, settings, world)
+            adapter = session.model.adapter
+        else:
+            session = replace(session, config=settings)
+            adapter, card = load_adapter(run.adapter)
+            card.check_encoder(session.base.identity)
+            adapter = adapter.to(session.world.device)
         task = session.task
         examples = task.read("validation")
-        outputs = adapter_outputs(session, session.split(examples))
+        outputs = adapter_outputs(session, session.split(examples), adapter)
         found = {
             "task": task.name,
             "metric": task.main_metric,
@@ -62,18 +70,8 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
         files.write_text(run.path / name, json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _open(run: RunFolder, settings: Config, session: Session | None) -> Session:
-    """A session with the run's adapter: the last one with another adapter in it, if that will do."""
-    if session is None or settings.adapter.trains_encoder or not _shares(session.config, settings):
-        cuda = settings.engine.device != "cpu" and torch.cuda.is_available()
-        return open_adapter(run.adapter, settings, World(0, 1, 0, torch.device("cuda" if cuda else "cpu")))
-    adapter, card = load_adapter(run.adapter)
-    card.check_encoder(session.base.identity)
-    session.model.lanes = nn.ModuleList([adapter.to(session.world.device)])
-    return replace(session, config=settings)
-
-
 def _shares(one: Config, other: Config) -> bool:
     """Whether a session of the one can run the other's adapter."""
     sections = ("encoder", "task", "data", "engine")
-    return not one.adapter.trains_encoder and all(getattr(one, s) == getattr(other, s) for s in sections)
+    frozen = not (one.adapter.trains_encoder or other.adapter.trains_encoder)
+    return frozen and all(getattr(one, section) == getattr(other, section) for section in sections)

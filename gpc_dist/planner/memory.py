@@ -61,10 +61,16 @@ class Activations:
     """Footprint of a pass for any number of rows of one length."""
 
     few: Footprint
+    """With `_ROWS[0]` rows."""
     many: Footprint
+    """With `_ROWS[1]` rows."""
 
     def at(self, rows: float) -> Footprint:
         return self.few.toward(self.many, (rows - _ROWS[0]) / (_ROWS[1] - _ROWS[0]))
+
+    def toward(self, other: Activations, part: float) -> Activations:
+        """As `Footprint.toward`."""
+        return Activations(self.few.toward(other.few, part), self.many.toward(other.many, part))
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,15 @@ class Passes:
         if sharded:
             return self.recomputed_sharded if recompute else self.kept_sharded
         return self.recomputed if recompute else self.kept
+
+    def toward(self, other: Passes, part: float) -> Passes:
+        """As `Footprint.toward`."""
+        return Passes(
+            kept=self.kept.toward(other.kept, part),
+            recomputed=self.recomputed.toward(other.recomputed, part),
+            kept_sharded=self.kept_sharded.toward(other.kept_sharded, part),
+            recomputed_sharded=self.recomputed_sharded.toward(other.recomputed_sharded, part),
+        )
 
 
 def measure_passes(
@@ -106,11 +121,7 @@ def measure_passes(
         depth: _dry_runs(_with_depth(model_config, depth), dtype, adapter, outputs, tokens)
         for depth in {shallow, deeper}
     }
-    few_and_many = [a.toward(b, part) for a, b in zip(runs[shallow], runs[deeper], strict=True)]
-    kept, kept_sharded, recomputed, recomputed_sharded = (
-        Activations(*few_and_many[n : n + 2]) for n in range(0, 8, 2)
-    )
-    return Passes(kept, recomputed, kept_sharded, recomputed_sharded)
+    return runs[shallow].toward(runs[deeper], part)
 
 
 def _depths(model_config: Any) -> tuple[int, int]:
@@ -138,20 +149,24 @@ def _with_depth(model_config: Any, layers: int) -> Any:
 
 def _dry_runs(
     model_config: Any, dtype: torch.dtype, config: AdapterConfig, outputs: int, tokens: int
-) -> list[Footprint]:
-    """Footprints at both numbers of rows: whole and sharded, then the same with layers run again."""
+) -> Passes:
     parts = build_skeleton(model_config, dtype)
-    found = []
+
+    def measured() -> Activations:
+        few, many = (dry_run(model, rows, tokens) for rows in _ROWS)
+        return Activations(few, many)
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_fake_values(parts)
-        model = GraftedEncoder(parts, [Adapter(config, parts.shape, outputs)]).train()
-        for recompute in (False, True):
-            if recompute:
-                model.checkpoint_activations()
-            found += [dry_run(model, rows, tokens) for rows in _ROWS]
-            with inputs_saved():
-                found += [dry_run(model, rows, tokens) for rows in _ROWS]
-    return found
+        model = GraftedEncoder(parts, [Adapter(config, parts.shape, outputs)])
+        kept = measured()
+        with inputs_saved():
+            kept_sharded = measured()
+        model.checkpoint_activations()
+        recomputed = measured()
+        with inputs_saved():
+            recomputed_sharded = measured()
+    return Passes(kept, recomputed, kept_sharded, recomputed_sharded)
 
 
 @contextmanager

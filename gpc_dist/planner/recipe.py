@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 from collections import Counter
@@ -22,6 +23,8 @@ from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, recommend
 from gpc_dist.planner.regime import REGIMES
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import describe
+
+log = logging.getLogger(__name__)
 
 _HEAP = 2.0
 """On a CPU, memory for each byte in use: glibc's heap keeps what was freed. Measured: up to 1.7."""
@@ -68,7 +71,7 @@ def plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) 
         "activation_checkpointing": chosen.regime.recompute,
         "micro_batch_tokens": chosen.most_rows * planner.workload.row_tokens,
     }
-    print(f"engine.plan: {', '.join(f'{key} {value}' for key, value in values.items())}. {said}")
+    log.info("engine.plan: %s. %s", ", ".join(f"{key} {value}" for key, value in values.items()), said)
     return values
 
 

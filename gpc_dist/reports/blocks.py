@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from tabulate import tabulate
 
-from gpc_dist.reports.page import cell, figure, head, page
+from gpc_dist.reports import html
 from gpc_dist.reports.plots import Plot
 
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
@@ -23,6 +22,20 @@ class Table:
     note: str
     columns: Sequence[str]
     lines: Sequence[Sequence[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether a number stands in it."""
+        columns = zip(*self.lines, strict=True)
+        return [any(_NUMBER.match(text) for text in column) for column in columns]
+
+    @property
+    def html_columns(self) -> list[html.Column]:
+        return [html.Column(name, numeric) for name, numeric in zip(self.columns, self.numeric, strict=True)]
+
+    @property
+    def html_lines(self) -> list[list[html.Cell]]:
+        return [[html.Cell(text, _order(text)) for text in line] for line in self.lines]
 
 
 Block = str | Table | Plot
@@ -38,7 +51,7 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
         elif isinstance(block, Plot):
             parts.append(f"## {block.title}\n\n![{block.title}]({block.name}.png)\n\n{block.caption}")
         else:
-            align = ["right" if numeric else "left" for numeric in _numeric(block)]
+            align = ["right" if numeric else "left" for numeric in block.numeric]
             lines = [[text.replace("|", "\\|") for text in line] for line in block.lines]
             table = tabulate(lines, block.columns, tablefmt="pipe", disable_numparse=True, colalign=align)
             parts.append(f"## {block.title}\n\n{table}\n\n{block.note}")
@@ -47,30 +60,7 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """A page that needs no other file."""
-    return page(title, [f"<section>\n{_html(block)}\n</section>" for block in blocks])
-
-
-def _html(block: Block) -> str:
-    if isinstance(block, str):
-        return f"<p>{escape(block)}</p>"
-    if isinstance(block, Plot):
-        return figure(block)
-    numeric = _numeric(block)
-    heads = "".join(head(name, aligned) for name, aligned in zip(block.columns, numeric, strict=True))
-    lines = "\n".join(
-        "<tr>" + "".join(cell(text, _order(text), n) for text, n in zip(line, numeric, strict=True)) + "</tr>"
-        for line in block.lines
-    )
-    return (
-        f'<h3>{escape(block.title)}</h3>\n<div class="table"><table>\n<thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>\n{lines}\n</tbody></table></div>\n<p>{escape(block.note)}</p>"
-    )
-
-
-def _numeric(table: Table) -> list[bool]:
-    """Of each column, whether a number stands in it."""
-    columns = zip(*table.lines, strict=True)
-    return [any(_NUMBER.match(text) for text in column) for column in columns]
+    return html.render("blocks.html", title=title, blocks=blocks)
 
 
 def _order(text: str) -> float | str:

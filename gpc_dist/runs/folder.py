@@ -65,6 +65,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.telemetry = self.path / "telemetry"
+        self.logs = self.path / "logs"
         self.job = self.path / "job"
 
     def __str__(self) -> str:
@@ -73,6 +74,10 @@ class RunFolder:
     def host_telemetry(self, host: str | None = None) -> Path:
         """The telemetry file of one host (this one when not given), written with `MetricLog`."""
         return self.telemetry / f"{host or socket.gethostname()}.jsonl"
+
+    def rank_log(self, rank: int) -> Path:
+        """The log file of a rank above 0; rank 0 logs to the terminal or the job's log."""
+        return self.logs / f"rank-{rank}.log"
 
     def read_config(self) -> dict[str, Any]:
         """The resolved configuration as plain values.
@@ -113,7 +118,7 @@ class RunFolder:
         files.write_json(self.status, asdict(status))
 
     def sign_of_life(self) -> None:
-        """The exporter's way to say that it, and so its trainer, is there."""
+        """Show that the exporter process, and with it the trainer, is alive."""
         os.utime(self.tracking_log)
 
     def last_sign_of_life_s(self) -> float:

@@ -38,7 +38,7 @@ class Record:
     best: Mapping[str, float]
     """Metrics of the best evaluation; empty before the first one."""
     baseline: Mapping[str, float]
-    """Metrics of what asks nothing of the text; empty for an unfinished run, which has not said."""
+    """Metrics of the majority baseline; empty for an unfinished run, whose folder does not hold them yet."""
     curves: Mapping[str, Curve]
     """`train/loss` and the evaluations' `val/...`."""
     state: str
@@ -89,14 +89,14 @@ def _read_run(folder: RunFolder) -> Record:
     shown = Path(folder.path.name)
     return make_record(
         folder.path.name,
-        folder.read_config(),
-        result,
-        files.read_json(folder.facts),
-        read_metrics(folder.metrics),
-        state,
-        status.reason,
-        status.started_s,
-        [f"gpc-dist train {shlex.quote(str(_relative(folder.config)))} {new_folder(shown.name)}"],
+        config=folder.read_config(),
+        result=result,
+        facts=files.read_json(folder.facts),
+        lines=read_metrics(folder.metrics),
+        state=state,
+        reason=status.reason,
+        started_s=status.started_s,
+        again=[f"gpc-dist train {shlex.quote(str(_relative(folder.config)))} {new_folder(shown.name)}"],
     )
 
 
@@ -113,6 +113,7 @@ def new_folder(name: str) -> str:
 
 def make_record(
     name: str,
+    *,
     config: Mapping[str, Any],
     result: Mapping[str, Any],
     facts: Mapping[str, Any],

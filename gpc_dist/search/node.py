@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpc_dist.errors import EXIT_ENVIRONMENT
+from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.spec import SearchSpec
 
@@ -61,11 +61,7 @@ def _head(address: str, arguments: Sequence[str]) -> int:
         ray = _start(["--head", "--include-dashboard=false", *own])
         try:
             if not _wait_for(address, ray):
-                print(
-                    f"gpc-dist: error: Ray did not start at {address} within {_START_S:.0f} s",
-                    file=sys.stderr,
-                )
-                return EXIT_ENVIRONMENT
+                raise MachineError(f"Ray did not start at {address} within {_START_S:.0f} s")
             cluster = {"RAY_ADDRESS": address, NODES: os.environ["SLURM_JOB_NUM_NODES"]}
             words = [sys.executable, "-m", "gpc_dist", *arguments]
             search = subprocess.Popen(words, env=os.environ | cluster)

@@ -130,7 +130,7 @@ class Packs:
         return Place(pack.number, lane.number, lane.visit, pack.host)
 
     async def next(self, name: str) -> Any:
-        """The next `training.event.Event` of a run; it is trained while this waits.
+        """The next `training.progress.Event` of a run; it is trained while this waits.
 
         Raises:
             RuntimeError: the pack has ended: a rank died.
@@ -239,8 +239,11 @@ class Packs:
             self._fail(pack, error)
 
     async def _ready(self, pack: _Pack) -> list[str]:
-        """The runs to train next, once all trials have decided or the patience with them is over; those about to
-        join are waited for, since steps made without them cost nearly as much as with them."""
+        """The runs to train next.
+
+        Waits until every trial has decided whether it goes on, for at most `_DECIDE_S`, and until those that were
+        given a lane have joined: a step without them costs nearly as much as a step with them.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _DECIDE_S
         while pack.alive:

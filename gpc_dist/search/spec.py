@@ -18,7 +18,7 @@ from gpc_dist.config import RIVALS, Config, TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
-from gpc_dist.shipped import shipped_folder, yaml_file, yaml_names
+from gpc_dist.shipped import shipped_folder
 
 RESERVED = {
     "run.name": "each trial gets a name of its own",
@@ -224,10 +224,6 @@ def _reserved(key: str) -> str:
     return f"'{key}' is set by the search itself: {RESERVED[key]}"
 
 
-def search_names() -> list[str]:
-    return yaml_names(shipped_folder("tune"))
-
-
 def all_keys() -> list[str]:
     """Every dotted key an override may have; those of the recipe stand under `settings.` and `space.`."""
     found: list[str] = []
@@ -252,8 +248,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
     Raises:
         UserError: unknown search, invalid YAML, unknown or duplicate key, value out of range.
     """
-    path = yaml_file("search", search, shipped_folder("tune"))
-    tree = schema.parse_yaml(path.read_text(encoding="utf-8"), f"search {search}") or {}
+    path, tree = schema.read_yaml("search", search, shipped_folder("tune"))
     if not isinstance(tree, dict):
         raise UserError("a search is a mapping of: " + ", ".join(SearchSpec.model_fields))
     valid = all_keys()

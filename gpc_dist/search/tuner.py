@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,22 +15,12 @@ from typing import Any
 import ray
 import yaml
 from ray import tune
-from ray.tune import stopper
-from ray.tune.experiment import Experiment
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    PopulationBasedTraining,
-    TrialScheduler,
-)
-from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Searcher
 
 from gpc_dist import config, files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.runs.facts import collect_facts
 from gpc_dist.runs.folder import SearchFolder, State
-from gpc_dist.search import space
+from gpc_dist.search import algorithm, space
 from gpc_dist.search.callback import TrialCallback, best_trial
 from gpc_dist.search.node import NODES
 from gpc_dist.search.packs import ACTOR, Packs, Shape
@@ -41,12 +30,12 @@ from gpc_dist.search.trial_files import recipe_of
 from gpc_dist.tracking.search_exporter import start_exporter
 from gpc_dist.tracking.store import tracking_uri, ui_command
 
+log = logging.getLogger(__name__)
+
 _NAMESPACE = "gpc-dist"
 _NODES_S = 120.0
 _RAY = "ray"
 """Of a search's folder: where Ray Tune keeps its own records."""
-_LAST_STEP = 10**9
-"""For schedulers that want to know the longest run."""
 
 
 def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
@@ -75,8 +64,7 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
             ray.shutdown()
         if signals:
             folder.write_status("stopped", signals[0])
-            again = f"gpc-dist tune {folder.config} --resume"
-            print(f"stopped by {signals[0]}; go on with: {again}", file=sys.stderr)
+            log.info("stopped by %s; go on with: gpc-dist tune %s --resume", signals[0], folder.config)
             return EXIT_STOPPED
         return _close(folder, *goal, trials, start_s)
     except BaseException as error:
@@ -96,18 +84,18 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     base = space.base_config(spec)
     packs.warm.remote(space.pack_key(base), base.dump())
-    scheduler, concurrent = make_scheduler(spec), _concurrent(spec, shape)
+    scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
         tune.with_parameters(Trial, search=str(folder.path), place=str(Path.cwd())),
         name=_RAY,
         storage_path=str(folder.path),
         metric=metric,
         mode=mode,
-        config=_param_space(spec),
-        num_samples=_samples(spec),
-        search_alg=_algorithm(spec, metric, mode, concurrent),
+        config=algorithm.param_space(spec),
+        num_samples=algorithm.samples(spec),
+        search_alg=algorithm.searcher(spec, metric, mode, concurrent),
         scheduler=scheduler,
-        stop=_stopper(spec, metric, mode),
+        stop=algorithm.stop_rule(spec, metric, mode),
         # a trial's process only waits; the ranks that work for it ask for resources of their own
         resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
         # which Tune heeds for searchers only
@@ -212,108 +200,13 @@ def pack_shape(spec: SearchSpec) -> Shape:
             f"cluster has {there.get('CPU', 0):g} CPU(s) and {there.get('GPU', 0):g} GPU(s): give a smaller "
             "--resources.ranks, --resources.cpus_per_rank or --resources.gpus_per_rank"
         )
-    at_once = min(_trials(spec), resources.concurrent or math.inf)
+    at_once = min(algorithm.trials(spec), resources.concurrent or math.inf)
     lanes = min(resources.pack, math.ceil(at_once / room))
     return Shape(resources.ranks, resources.cpus_per_rank, gpus, lanes, room, str(Path.cwd()))
 
 
 def _concurrent(spec: SearchSpec, shape: Shape) -> int:
     return min(spec.resources.concurrent or shape.most * shape.lanes, shape.most * shape.lanes)
-
-
-def _param_space(spec: SearchSpec) -> dict[str, Any]:
-    if spec.algorithm == "optuna":
-        return {SEED: spec.seeds[0]}
-    return {SAMPLE: tune.grid_search(draw(spec)), SEED: tune.grid_search(list(spec.seeds))}
-
-
-def draw(spec: SearchSpec) -> list[dict[str, Any]]:
-    """The configurations of a random or grid search, drawn by Ray Tune: each is tried with every seed, which its own
-    repetition cannot do for conditional keys. Those that the search gives one by one as they stand, with all keys in
-    each: Tune's table looks for them."""
-    if spec.configurations is not None:
-        return [dict.fromkeys(spec.tried_keys, space.NOT_SET) | each for each in spec.configurations]
-    generator = BasicVariantGenerator(random_state=spec.seed)
-    drawn = Experiment("draw", run=lambda _: None, config=space.to_ray(spec), num_samples=spec.trials or 1)
-    generator.add_configurations([drawn])
-    found = []
-    while (trial := generator.next_trial()) is not None:
-        found.append(trial.config)
-    return found
-
-
-def _samples(spec: SearchSpec) -> int:
-    return _trials(spec) if spec.algorithm == "optuna" else 1
-
-
-def _trials(spec: SearchSpec) -> int:
-    """All trials of a search."""
-    configurations = (spec.trials or 1) if spec.algorithm == "optuna" else len(draw(spec))
-    return configurations * len(spec.seeds)
-
-
-def _algorithm(spec: SearchSpec, metric: str, mode: str, concurrent: int) -> Searcher | SearchAlgorithm:
-    if spec.algorithm != "optuna":
-        return BasicVariantGenerator(max_concurrent=concurrent)
-    try:
-        from ray.tune.search.optuna import OptunaSearch
-
-        searcher: Searcher = OptunaSearch(space.to_optuna(spec), metric=metric, mode=mode, seed=spec.seed)
-    except (ImportError, AssertionError):
-        raise UserError("algorithm 'optuna' needs the extra: pip install 'gpc-dist[optuna]'") from None
-    return Repeater(searcher, repeat=len(spec.seeds)) if len(spec.seeds) > 1 else searcher
-
-
-def make_scheduler(spec: SearchSpec) -> TrialScheduler:
-    """Ray Tune's scheduler, counting in optimizer steps."""
-    wanted = spec.scheduler
-    match wanted.name:
-        case "asha":
-            return ASHAScheduler(
-                time_attr=STEP,
-                max_t=_LAST_STEP,
-                grace_period=wanted.grace_steps or 1,
-                reduction_factor=wanted.reduction_factor,
-                brackets=wanted.brackets,
-            )
-        case "median":
-            return MedianStoppingRule(time_attr=STEP, grace_period=wanted.grace_steps or 1)
-        case "pbt":
-            return PopulationBasedTraining(
-                time_attr=STEP,
-                perturbation_interval=wanted.perturb_every or 1,
-                hyperparam_mutations={SAMPLE: space.mutations(spec)},
-                quantile_fraction=wanted.quantile_fraction,
-                resample_probability=wanted.resample_probability,
-                log_config=False,
-            )
-    return FIFOScheduler()
-
-
-def _stopper(spec: SearchSpec, metric: str, mode: str) -> stopper.Stopper | None:
-    rules: list[stopper.Stopper] = []
-    if spec.stop.max_s is not None:
-        rules.append(stopper.TimeoutStopper(spec.stop.max_s))
-    if spec.stop.threshold is not None:
-        rules.append(_Threshold(metric, mode, spec.stop.threshold))
-    if spec.stop.patience is not None:
-        rules.append(stopper.ExperimentPlateauStopper(metric, top=1, mode=mode, patience=spec.stop.patience))
-    return stopper.CombinedStopper(*rules) if rules else None
-
-
-class _Threshold(stopper.Stopper):
-    """Ends the search at a value of the metric."""
-
-    def __init__(self, metric: str, mode: str, value: float):
-        self._metric, self._sign, self._value = metric, 1 if mode == "max" else -1, value
-        self._reached = False
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._reached = self._reached or self._sign * (result[self._metric] - self._value) >= 0
-        return self._reached
-
-    def stop_all(self) -> bool:
-        return self._reached
 
 
 def _reporter(spec: SearchSpec, metric: str) -> tune.CLIReporter:
@@ -333,7 +226,7 @@ def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: f
         decision = files.read_json(trial.trial).get("decision")
         decisions[decision] += 1
         if decision == "failed":
-            print(f"trial {trial.path.name} failed: {trial.read_status().reason}")
+            log.warning("trial %s failed: %s", trial.path.name, trial.read_status().reason)
     best = best_trial(folder, metric, mode)
     result = {
         "metric": metric,

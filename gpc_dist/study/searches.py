@@ -12,7 +12,7 @@ from typing import Any
 
 from gpc_dist import config
 from gpc_dist.errors import UserError
-from gpc_dist.search import space, tuner
+from gpc_dist.search import algorithm, space
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.layout import Part, Stage, StudyFolder
 from gpc_dist.study.spec import StudySpec
@@ -66,7 +66,7 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
         }
     )
     space.validate(spec)
-    found = [fixed | space.settings_of(sample) for sample in tuner.draw(spec)]
+    found = [fixed | space.settings_of(sample) for sample in algorithm.draw(spec)]
     return list({identity(each): each for each in found}.values())
 
 

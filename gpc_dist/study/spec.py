@@ -18,7 +18,7 @@ from gpc_dist.errors import UserError
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
 from gpc_dist.search.spec import ResourcesConfig, check_keys, check_seeds
-from gpc_dist.shipped import shipped_folder, yaml_file, yaml_names
+from gpc_dist.shipped import shipped_folder
 
 METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
 _METHOD = "adapter.method"
@@ -169,14 +169,6 @@ class StudySpec(Section):
         return self
 
 
-def study_names() -> list[str]:
-    return yaml_names(_shipped())
-
-
-def _shipped() -> Path:
-    return shipped_folder("tune") / "studies"
-
-
 def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     """A packaged study or a YAML file, with dotted overrides on top.
 
@@ -189,8 +181,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     Raises:
         UserError: unknown study, invalid YAML, unknown or duplicate key, value out of range.
     """
-    path = yaml_file("study", study, _shipped())
-    tree = schema.parse_yaml(path.read_text(encoding="utf-8"), f"study {study}") or {}
+    path, tree = schema.read_yaml("study", study, shipped_folder("tune") / "studies")
     if not isinstance(tree, dict):
         raise UserError("a study is a mapping of: " + ", ".join(StudySpec.model_fields))
     tree.setdefault("name", path.stem)
@@ -198,7 +189,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     if isinstance(tracking, dict):
         tracking.setdefault("experiment", tree["name"])
     for key, text in (overrides or {}).items():
-        _override(tree, key, schema.parse_yaml(text, f"--{key}") if text else text)
+        _override(tree, key, schema.parse_value(key, text))
     tree["tasks"] = {name: task or {} for name, task in _mapping(tree, "tasks").items()}
     tree["methods"] = {name: method or {} for name, method in _mapping(tree, "methods").items()}
     for task in tree["tasks"].values():

@@ -98,14 +98,14 @@ def _read_mlflow_run(client: MlflowClient, run: MlflowRun) -> Record | None:
     )
     return make_record(
         name,
-        config,
-        result,
-        facts,
-        _history(client, run),
-        tags.get("gpc.state", run.info.status.lower()),
-        tags.get("gpc.reason", ""),
-        (run.info.start_time or 0) / 1000,
-        [download, f"gpc-dist train {config_file} {new_folder(name)}"],
+        config=config,
+        result=result,
+        facts=facts,
+        lines=_history(client, run),
+        state=tags.get("gpc.state", run.info.status.lower()),
+        reason=tags.get("gpc.reason", ""),
+        started_s=(run.info.start_time or 0) / 1000,
+        again=[download, f"gpc-dist train {config_file} {new_folder(name)}"],
     )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from gpc_dist import logs
 from gpc_dist.runs.facts import redact
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tracking.exporter import Exporter
@@ -141,6 +142,7 @@ def follow(folder: RunFolder, open_exporter: Callable[[], Exporter], delay_s: fl
         The exit code: 0 when MLflow holds everything.
     """
     os.nice(_NICENESS)
+    logs.configure(0)
     for number in _TRAINER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
@@ -194,7 +196,7 @@ class _Attempts:
         except Exception as caught:  # whatever it is, training must not notice
             self._failures += 1
             error = redact(f"{type(caught).__name__}: {caught}")
-            print(f"attempt {self._failures} failed: {error}", flush=True)
+            log.warning("attempt %d failed: %s", self._failures, error)
         state = self._exporter.state if self._exporter else ExportState.load(self._folder)
         if state.error != error:
             state.error = error

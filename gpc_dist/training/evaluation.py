@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gpc_dist.adapter.graft import GraftedEncoder
-from gpc_dist.distributed.world import World
-from gpc_dist.tasks import Encoded, LaneBatch, collate, evaluation_batches, merge_lanes
+from gpc_dist.adapter.graft import shared_prompt_tokens
+from gpc_dist.adapter.lane import Adapter
+from gpc_dist.tasks import Encoded, collate, evaluation_batches, merge_lanes
 from gpc_dist.training.losses import split_outputs
+from gpc_dist.training.session import Session, Split
 
 
-def run_lanes(model: GraftedEncoder, batch: LaneBatch) -> list[Tensor]:
-    """Outputs `[R_k, outputs]` of each lane's rows, for a batch on the model's device."""
-    return model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows)
+def evaluate(
+    session: Session, lanes: Sequence[Adapter], split: Split, stop: Callable[[], bool]
+) -> list[dict[str, float]] | None:
+    """Metrics of the task on a split, and its mean `loss`: a mapping for each lane, on every rank.
+
+    Args:
+        stop: whether this rank wants the evaluation to end; if any rank does, all return None.
+    """
+    task, world = session.task, session.world
+
+    def check_stop() -> None:
+        if world.any(stop()):
+            raise _StopError
+
+    try:
+        outputs = all_outputs(session, lanes, split.encoded, check_stop)
+    except _StopError:
+        return None
+    metrics = None if outputs is None else [task.measure(split.examples, lane) for lane in outputs]
+    return world.from_main(metrics)
+
+
+class _StopError(Exception):
+    """A stop was asked for, and all ranks know."""
 
 
 @torch.no_grad()
 def all_outputs(
-    model: GraftedEncoder,
-    encoded: Encoded,
-    pad_id: int,
-    world: World,
-    batch_tokens: int,
-    on_batch: Callable[[], None] = lambda: None,
+    session: Session, lanes: Sequence[Adapter], encoded: Encoded, on_batch: Callable[[], None] = lambda: None
 ) -> list[list[np.ndarray]] | None:
-    """Outputs of every lane for every example in the order of the split, on rank 0; None elsewhere.
+    """Outputs of each lane for every example in the order of the split, on rank 0; None on other ranks.
 
     Args:
-        batch_tokens: padded tokens, prompt included, of one batch of a rank, all lanes together.
         on_batch: called after each batch.
     """
-    lanes = len(model.adapters)
-    tokens = max(1, batch_tokens // lanes)
+    world, pad_id = session.world, session.pad_id
+    tokens = max(1, session.config.train.eval_batch_tokens // len(lanes))
     found: list[tuple[int, list[np.ndarray]]] = []
-    for indices in evaluation_batches(encoded.sizes, world.rank, world.size, tokens, model.prompt_tokens):
+    for indices in evaluation_batches(
+        encoded.sizes, world.rank, world.size, tokens, shared_prompt_tokens(lanes)
+    ):
         # under ZeRO-3 a pass is a collective: a rank without examples runs one and drops the result
         batch = collate(encoded, indices if len(indices) else [0], pad_id)
-        outputs = run_lanes(model, merge_lanes([batch] * lanes, pad_id).to(world.device))
+        outputs = session.run(merge_lanes([batch] * len(lanes), pad_id).to(world.device), lanes)
         by_lane = [split_outputs(out, batch) for out in outputs]
         found += list(zip(indices.tolist(), map(list, zip(*by_lane, strict=True)), strict=False))
         on_batch()
@@ -51,4 +68,4 @@ def all_outputs(
     total = sum(len(part) for part in gathered)
     if len(ordered) != len(encoded) or total != len(encoded):
         raise AssertionError(f"{total} outputs for {len(encoded)} examples")
-    return [[ordered[index][lane] for index in range(len(encoded))] for lane in range(lanes)]
+    return [[ordered[index][lane] for index in range(len(encoded))] for lane in range(len(lanes))]

@@ -1,41 +1,65 @@
-"""What the user sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+"""What is told of runs while they go on: events for the caller, a bar or plain lines for the user."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A run was evaluated, has ended or has failed."""
+
+    name: str
+    step: int
+    metrics: dict[str, float]
+    """Of the newest evaluation; empty for a run that failed."""
+    over: bool = False
+    """It has left its lane: finished, or failed."""
+    failure: str = ""
 
 
 class Progress:
-    """Progress of a run on rank 0; silent on the other ranks.
+    """Progress of a run: a bar where rank 0 has a terminal, log lines elsewhere.
 
     Args:
         total: steps of the whole run; `done` of them were made before.
+        main: whether this is rank 0.
     """
 
-    def __init__(self, total: int, done: int, enabled: bool):
-        self._enabled = enabled
-        self._terminal = sys.stderr.isatty()
+    def __init__(self, total: int, done: int, main: bool):
+        self._terminal = main and sys.stderr.isatty()
         self._total, self._first, self._start_s = total, done, time.monotonic()
         self._shown: dict[str, str] = {}
         self._bar = tqdm(
             total=total,
             initial=done,
             unit="step",
-            disable=not (enabled and self._terminal),
+            disable=not self._terminal,
             dynamic_ncols=True,
+        )
+        self._redirected = (
+            logging_redirect_tqdm([logging.getLogger("gpc_dist")]) if self._terminal else nullcontext()
         )
 
     def __enter__(self) -> Progress:
+        self._redirected.__enter__()  # log lines above the bar
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._redirected.__exit__(kind, error, trace)
         self._bar.close()
 
     def step(self) -> None:
@@ -50,12 +74,7 @@ class Progress:
             per_step = (time.monotonic() - self._start_s) / max(1, step - self._first)
             left = tqdm.format_interval(per_step * (self._total - step))
             figures = "  ".join(f"{name} {value}" for name, value in self._shown.items())
-            self.say(f"step {step}/{self._total}  {figures}  {left} left")
-
-    def say(self, message: str) -> None:
-        """A line of its own."""
-        if self._enabled:
-            self._bar.write(message, file=sys.stderr)
+            log.info("step %d/%d  %s  %s left", step, self._total, figures, left)
 
 
 def _short(value: float) -> str:

@@ -12,7 +12,7 @@ from gpc_dist.config import Config
 from gpc_dist.runs import facts
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tasks import Example, Task, selection_part
-from gpc_dist.training.lane_run import LaneRun
+from gpc_dist.training.run import Run
 
 
 def open_folder(
@@ -53,7 +53,7 @@ def open_folder(
     files.write_json(folder.facts, facts.collect_facts(argv) | described)
 
 
-def run_result(run: LaneRun) -> dict[str, Any]:
+def run_result(run: Run) -> dict[str, Any]:
     """What came of a run, for `result.json`; memory, energy and total time are the caller's to add."""
     session, config, position = run.session, run.config, run.position
     return {

@@ -1,170 +1,222 @@
-"""`gpc-dist train`: one run, from its configuration to `result.json`."""
+"""One run in a lane of an encoder: what it learns from, how far it is, and what it writes into its folder."""
 
 from __future__ import annotations
 
-import sys
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from gpc_dist import files
-from gpc_dist.config import Config
+from gpc_dist.adapter.lane import Adapter
+from gpc_dist.adapter.store import save_adapter
+from gpc_dist.config import Config, warmup_steps
 from gpc_dist.distributed.checkpoint import Checkpoint
-from gpc_dist.distributed.memory import peak_memory_mib
-from gpc_dist.distributed.world import World, init_world, lost_rank
-from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
-from gpc_dist.planner.recipe import planned
+from gpc_dist.distributed.optimizer import LaneOptimizer, schedule_factor
+from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import MetricLog
-from gpc_dist.runs.telemetry import GpuTelemetry, Write
-from gpc_dist.tasks import Example, Task, make_task, read_part, selection_part
-from gpc_dist.tracking import process as tracking
-from gpc_dist.tracking.store import tracking_uri, ui_command
-from gpc_dist.training import loop
-from gpc_dist.training.lane_run import LaneRun, Outlet, saved_state
-from gpc_dist.training.record import open_folder, run_result
-from gpc_dist.training.session import (
-    check_input,
-    fresh_adapter,
-    load_base,
-    open_session,
-    seed_everything,
-)
-from gpc_dist.training.stop import StopRequest
+from gpc_dist.tasks import EpochPlan, Task
+from gpc_dist.training.session import Session, Split
+from gpc_dist.training.state import Position, restore_state, save_state
+from gpc_dist.training.step import Done, LaneExamples
 
-_RUN_ID_TIMEOUT_S = 30.0
-"""How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
-
-_STOPPED_TIMEOUT_S = 5.0
-"""How long a stopped run waits for MLflow: a batch system's grace is short, and a resume records the rest."""
+_EPOCHS = 10.0
 
 
-def run_training(config: Config, started_s: float, argv: Sequence[str], stop: StopRequest) -> int:
-    """Train as configured, as one rank of the job; returns the exit code.
+@dataclass
+class Speed:
+    """What the steps of this process cost, evaluation and saving left out."""
+
+    step_s: list[float] = field(default_factory=list)
+    examples: int = 0
+    tokens: int = 0
+    """Text tokens without padding."""
+    padded_tokens: int = 0
+    """Text tokens if every row of a step were as long as its longest: ranks and micro-batches pad less."""
+    first_step_at_s: float | None = None
+    """Unix time at which the first step was done."""
+
+    def count(self, split: Split, indices: np.ndarray, seconds: float) -> None:
+        """Add a step; the first one, which also warms up, is left out."""
+        if self.first_step_at_s is None:
+            self.first_step_at_s = time.time()
+            return
+        encoded = split.encoded
+        rows = [r for i in indices for r in range(*encoded.example_starts[i : i + 2])]
+        lengths = encoded.lengths[rows]
+        self.step_s.append(seconds)
+        self.examples += len(indices)
+        self.tokens += int(lengths.sum())
+        self.padded_tokens += int(len(lengths) * lengths.max())
+
+    def figures(self) -> dict[str, float | None]:
+        """For `result.json`."""
+        total_s = sum(self.step_s)
+        return {
+            "samples_per_s": self.examples / total_s if total_s else None,
+            "tokens_per_s": self.tokens / total_s if total_s else None,
+            "padding_pct": 100 * (1 - self.tokens / self.padded_tokens) if self.padded_tokens else None,
+            "step_ms": 1000 * statistics.median(self.step_s) if self.step_s else None,
+        }
+
+
+class Run:
+    """One run in a lane of a session's encoder. Every rank has its own copy, in step with the others.
+
+    Rank 0 writes the metrics log and the best adapter; all write checkpoints together.
 
     Args:
-        started_s: unix time at which the user's command began.
-        argv: that command, for the record.
-        stop: asked for before training begins, it comes after the first step.
+        name: what events call it.
+        config: of this run; what a session fixes (encoder, task, engine) is the session's.
+        folder: the run's own, see `record.open_folder`.
+        adapter: what is trained, see `Session.new_adapter`.
+        saved: the state to go on from.
+
+    Raises:
+        UserError: the state is of an encoder with other weights.
     """
-    world = init_world(config.engine)
-    try:
-        return _run(config, world, started_s, argv, stop)
-    finally:
-        world.leave()
 
+    def __init__(
+        self,
+        name: str,
+        session: Session,
+        config: Config,
+        folder: RunFolder,
+        *,
+        adapter: Adapter,
+        training: Split,
+        validation: Split,
+        saved: Checkpoint | None = None,
+    ):
+        settings = config.train
+        self.name, self.session, self.config, self.folder = name, session, config, folder
+        self.adapter, self.training, self.validation = adapter, training, validation
+        self.plan = EpochPlan(
+            training.encoded.sizes, config.run.seed, settings.batch_size, settings.batch_tokens
+        )
+        self.total = settings.steps or self.plan.total_steps(settings.epochs or _EPOCHS)
+        self.optimizer = LaneOptimizer(self.adapter, settings, session.world, config.engine.zero_stage)
+        encoder = session.base.identity
+        self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()
+        self.speed = Speed()
+        self.started_s = time.time()
+        self.failure = ""
+        """Why the run cannot go on, once it has failed."""
+        self._nonfinite = 0
+        self._batches = self.plan.batches(self.position.step)
+        self._next: LaneExamples | None = None
+        self._log: MetricLog | None = None
+        if session.world.is_main:
+            files.write_json(folder.ds_config, session.ds_config)
+            self._log = MetricLog(folder.metrics)
+            self._log.truncate_after(self.position.step)
 
-def _run(config: Config, world: World, started_s: float, argv: Sequence[str], stop: StopRequest) -> int:
-    task = make_task(config.task, config.data)
-    train = read_part(task, config.data, "train", config.run.seed)
-    validation = read_part(task, config.data, selection_part(config.data))
-    config = planned(config, world, task.outputs)
-    folder = RunFolder(config.run.folder)
-    saved = saved_state(folder.checkpoints, config)
-    check_input(config, world)
-    seed_everything(config.run.seed)
-    # from here on the folder is this run's: what is wrong with the input has been said
-    recording = None
-    if world.is_main:
-        open_folder(folder, config, argv, task, train, validation)
-        if config.tracking.enabled:
-            recording = tracking.start(folder.path)
-    try:
-        outcome, result = _train(config, world, folder, saved, task, train, validation, started_s, stop)
-    except BaseException as error:
-        lost = lost_rank(error, config.engine)
-        if world.is_main:
-            reason = str(lost or error) or type(error).__name__
-            folder.write_status("failed" if isinstance(error, Exception) else "killed", reason)
-            if recording:
-                recording.finish(config.tracking.finish_timeout_s)
-        if lost:
-            raise lost from None
-        raise
-    if world.is_main:
-        patience_s: float = config.tracking.finish_timeout_s
-        if outcome.stopped_by is None:
-            run_id = recording.wait_for_run_id(_RUN_ID_TIMEOUT_S) if recording else None
-            files.write_json(folder.result, result | {"mlflow_run_id": run_id})
-            folder.write_status("finished")
-            _print_result(result)
-        else:
-            folder.write_status("stopped", f"{outcome.stopped_by} at step {outcome.position.step}")
-            patience_s = min(patience_s, _STOPPED_TIMEOUT_S)
-            print(
-                f"stopped by {outcome.stopped_by}; state saved at step {outcome.position.step}: the same command "
-                "goes on from there",
-                file=sys.stderr,
+    @property
+    def over(self) -> bool:
+        """Whether its steps are done, or early stopping has ended it."""
+        return self.position.step >= self.total or self.position.ended
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is over and evaluated."""
+        return self.over and not self.evaluation_due
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the state it has reached is to be evaluated, and was not yet."""
+        step, every = self.position.step, self.config.train.eval_every
+        periodic = self.plan.locate(step)[1] == 0 if every is None else step % every == 0
+        return step > self.position.evaluated_step and (step == self.total or periodic)
+
+    @property
+    def next_examples(self) -> LaneExamples:
+        """What the next step learns from: the same until `begin_step`."""
+        if self._next is None:
+            _, indices = next(self._batches)
+            self._next = LaneExamples(self.adapter, self.training.encoded, indices)
+        return self._next
+
+    def begin_step(self) -> None:
+        """Use up `next_examples`, and set the learning rates of the step."""
+        self._next = None
+        warmup = warmup_steps(self.config.train, self.total)
+        schedule = self.config.train.schedule
+        self.optimizer.set_factor(schedule_factor(schedule, self.position.step, warmup, self.total))
+
+    def finish_step(self, examples: LaneExamples, done: Done, step_s: float) -> dict[str, float] | None:
+        """Count a step; returns its figures if they were logged.
+
+        Raises:
+            UserError: the loss stays non-finite.
+        """
+        settings, position = self.config.train, self.position
+        epoch = self.plan.locate(position.step)[0]
+        position.step += 1
+        self.speed.count(self.training, examples.indices, step_s)
+        self._nonfinite = 0 if done.finite else self._nonfinite + 1
+        if self._nonfinite >= settings.nonfinite_patience:
+            raise UserError(
+                f"the loss was not finite (nan or inf) for {self._nonfinite} steps up to step {position.step}: lower "
+                "train.lr, use a longer train.warmup, or set engine.dtype fp32"
             )
-        if recording:
-            recording.finish(patience_s)
-        _say_where(config, folder)
-    # the main rank alone speaks of a stop: `srun` ends all others when one of them ends with an error
-    return EXIT_STOPPED if outcome.stopped_by and world.is_main else EXIT_DONE
+        last = position.step == self.total
+        if not (position.step % settings.log_every == 0 or last or not done.finite):
+            return None
+        speed = self.speed.figures()
+        figures: dict[str, float] = {
+            "train/loss": done.loss,
+            "train/grad_norm": done.norm,
+            "train/lr_factor": self.optimizer.factor,
+            "train/epoch": epoch,
+            "train/tokens_per_s": speed["tokens_per_s"] or 0.0,
+            "train/samples_per_s": speed["samples_per_s"] or 0.0,
+            "train/progress_pct": 100 * position.step / self.total,
+        }
+        self._write(figures)
+        return figures
+
+    def finish_evaluation(self, metrics: dict[str, float]) -> None:
+        """Keep the adapter if it is the best so far; end the run if none was for too long."""
+        task, position, patience = self.session.task, self.position, self.config.train.patience
+        position.last, position.evaluated_step = metrics, position.step
+        value, best = metrics[task.main_metric], position.best.get(task.main_metric)
+        if best is None or (value > best if task.greater_is_better else value < best):
+            position.best, position.best_step, position.stale = metrics, position.step, 0
+            if self.session.world.is_main:
+                card = _task_card(self.config, task)
+                save_adapter(self.folder.adapter, self.adapter, self.session.base.identity, card)
+        else:
+            position.stale += 1
+            position.ended = patience is not None and position.stale >= patience
+        self._write({f"val/{name}": metric for name, metric in metrics.items()})
+
+    def save_due(self, evaluated: bool) -> bool:
+        """Whether its state is to be saved after this step."""
+        every = self.config.train.save_every
+        return self.over or (evaluated if every is None else self.position.step % every == 0)
+
+    def save(self) -> None:
+        """Save its state; every rank must call it."""
+        encoder = self.session.base.identity
+        save_state(self.folder.checkpoints, self.config, encoder, self.optimizer, self.position)
+
+    def close(self) -> None:
+        """Close the metrics log."""
+        if self._log:
+            self._log.close()
+
+    def _write(self, figures: dict[str, float]) -> None:
+        if self._log:
+            self._log.append(self.position.step, figures)
 
 
-def _train(
-    config: Config,
-    world: World,
-    folder: RunFolder,
-    saved: Checkpoint | None,
-    task: Task,
-    train: list[Example],
-    validation: list[Example],
-    started_s: float,
-    stop: StopRequest,
-) -> tuple[loop.Outcome, dict[str, Any]]:
-    """Train, and say what came of it: the contents of `result.json`, on rank 0."""
-    base = load_base(config, world)
-    adapter = fresh_adapter(config, task, base)
-    session = open_session(config, world, task, base, [adapter])
-    if world.is_main:
-        files.write_json(folder.ds_config, session.ds_config)
-    training, evaluation = session.split(train), session.split(validation)
-    with ExitStack() as stack:
-        log = None
-        if world.is_main:
-            log = stack.enter_context(MetricLog(folder.metrics))
-            log.truncate_after(saved.step if saved else 0)
-        sampler = GpuTelemetry(partial(_telemetry_log, folder), enabled=world.local_rank == 0)
-        telemetry = stack.enter_context(sampler)
-        outlet = Outlet(folder.checkpoints, folder.adapter, log.append if log else None)
-        run = LaneRun(session, config, adapter, training, evaluation, outlet, saved)
-        outcome = loop.train(run, stop)
-    energy = world.gather(telemetry.energy_j)
-    memory = world.gather(peak_memory_mib(world.device))
-    if memory is None or energy is None:  # not the main rank
-        return outcome, {}
-    result = run_result(run)
-    spent = [joules for joules in energy if joules is not None]
-    first = outcome.speed.first_step_at_s
-    return outcome, result | {
-        "peak_memory_mib": memory,
-        "energy_j": sum(spent) if spent else None,
-        "first_step_s": None if first is None else first - started_s,
-        "wall_s": time.time() - started_s,
-    }
-
-
-@contextmanager
-def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
-    with MetricLog(folder.host_telemetry()) as log:
-        yield log.append
-
-
-def _print_result(result: dict[str, Any]) -> None:
-    name = result["main_metric"]
-    best, baseline = result["metrics"]["best"].get(name), result["majority_baseline"][name]
-    print(
-        f"{result['task']} with {result['method']}: best {name} {best:.4f} at step "
-        f"{result['metrics']['best_step']} (majority baseline {baseline:.4f}), "
-        f"{result['trainable_parameters']:,} parameters trained, {result['frozen_parameters']:,} frozen"
-    )
-
-
-def _say_where(config: Config, folder: RunFolder) -> None:
-    print(f"run folder: {folder}")
-    if config.tracking.enabled:
-        print(f"compare runs: {ui_command(tracking_uri(config.tracking, folder.path))}")
+def _task_card(config: Config, task: Task) -> dict[str, Any]:
+    """The `task` entry of an adapter's card: enough to evaluate and predict without its run's folder."""
+    values = config.dump()
+    if config.task.text or config.task.choices:
+        # a table's labels must not depend on finding its training split again
+        values["task"]["labels"] = list(task.labels) or None
+    return {"task": values["task"], "data": values["data"]}

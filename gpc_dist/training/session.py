@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.adapter.fingerprint import EncoderIdentity, identify
@@ -22,7 +23,7 @@ from gpc_dist.distributed.world import World, encoder_dtype
 from gpc_dist.encoder import frozen
 from gpc_dist.encoder.attention import keep_short_scores
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import Encoded, Example, Task, encode
+from gpc_dist.tasks import Encoded, Example, LaneBatch, Task, encode
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,41 @@ class Session:
     @property
     def pad_id(self) -> int:
         return getattr(self.base.tokenizer, "pad_token_id", None) or 0
+
+    def run(self, batch: LaneBatch, lanes: Sequence[Adapter]) -> list[Tensor]:
+        """Outputs `[R_k, outputs_k]` of each lane's rows, for a batch on the session's device."""
+        return self.model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows, lanes)
+
+    def new_adapter(self, config: Config) -> Adapter:
+        """An adapter of a run, started from `run.seed`, on this session's device.
+
+        Raises:
+            UserError: see `hand_over_encoder`.
+        """
+        adapter = new_adapter(
+            self.base.parts,
+            config.adapter,
+            self.task.outputs,
+            tokenizer=self.base.tokenizer,
+            label_words=self.task.label_words,
+            seed=config.run.seed,
+        ).to(self.world.device)
+        self.hand_over_encoder(adapter)
+        return adapter
+
+    def hand_over_encoder(self, adapter: Adapter) -> None:
+        """Make the encoder a part of an adapter whose method trains it; others get nothing.
+
+        Raises:
+            UserError: it is another adapter's already.
+        """
+        if not adapter.config.trains_encoder:
+            return
+        parts = self.base.parts
+        frozen.thaw(parts)
+        adapter.take_encoder(parts.encoder, parts.token_embeddings)
+        dtype = encoder_dtype(self.config.engine, self.world.device)
+        self.model.autocast = None if dtype == torch.float32 else dtype
 
     def split(self, examples: list[Example]) -> Split:
         """Tokenise examples for this session's encoder."""
@@ -124,25 +160,17 @@ def load_base(config: Config, world: World) -> Base:
     return Base(encoder, identity, tokenizer, parameters, time.monotonic() - start)
 
 
-def fresh_adapter(config: Config, task: Task, base: Base) -> Adapter:
-    """An adapter for a task, started from `run.seed`; on the CPU, or where the token table lies."""
-    return new_adapter(
-        base.parts,
-        config.adapter,
-        task.outputs,
-        tokenizer=base.tokenizer,
-        label_words=task.label_words,
-        seed=config.run.seed,
-    )
-
-
 def open_session(
-    config: Config, world: World, task: Task, base: Base, adapters: Sequence[Adapter]
+    config: Config, world: World, task: Task, base: Base, attached: Sequence[Adapter] = ()
 ) -> Session:
-    """Graft adapters onto the encoder and place all where they run."""
+    """Graft the encoder, and place it where it runs.
+
+    Args:
+        attached: adapters that run where a pass is given no others.
+    """
     dtype = encoder_dtype(config.engine, world.device)
     ds_config = deepspeed_config.resolve(config, world.size, dtype)
-    model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in adapters])
+    model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in attached])
     if config.engine.compile:
         model.compile_layers()
     if config.engine.activation_checkpointing:
@@ -153,21 +181,6 @@ def open_session(
     frozen.place(base.encoder, world, config.engine, ds_config)
     load_s = base.load_s + time.monotonic() - start
     session = Session(config, world, task, base, model, ds_config, load_s)
-    for adapter in adapters:
-        hand_over_encoder(session, adapter)
+    for adapter in attached:
+        session.hand_over_encoder(adapter)
     return session
-
-
-def hand_over_encoder(session: Session, adapter: Adapter) -> None:
-    """Make the session's encoder a part of an adapter whose method trains it; others get nothing.
-
-    Raises:
-        UserError: it is another adapter's already.
-    """
-    if not adapter.config.trains_encoder:
-        return
-    parts = session.base.parts
-    frozen.thaw(parts)
-    adapter.take_encoder(parts.encoder, parts.token_embeddings)
-    dtype = encoder_dtype(session.config.engine, session.world.device)
-    session.model.autocast = None if dtype == torch.float32 else dtype

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpc_dist.adapter.graft import shared_prompt_tokens
+from gpc_dist.adapter.lane import Adapter
 from gpc_dist.distributed.optimizer import LaneOptimizer, reduce_gradients, send_updates
 from gpc_dist.tasks import Encoded, LaneBatch, Sizes, collate, merge_lanes, share
-from gpc_dist.training.evaluation import run_lanes
 from gpc_dist.training.losses import summed_loss
 from gpc_dist.training.session import Session
 
@@ -29,9 +30,10 @@ PASS_TOKENS = 50
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a lane learns from in a step."""
+class LaneExamples:
+    """What an adapter learns from in a step."""
 
+    adapter: Adapter
     encoded: Encoded
     indices: np.ndarray
     """int64 `[B]`: the lane's examples, over all ranks."""
@@ -50,8 +52,8 @@ class MicroBatch:
 class Step:
     """What the lanes learn from, and this rank's part of it."""
 
-    works: list[Work]
-    """Of each lane, in the order of the model's lanes."""
+    lanes: list[LaneExamples]
+    """Of each lane, in order."""
     passes: list[MicroBatch]
 
 
@@ -70,53 +72,51 @@ class Done:
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-def prepare(session: Session, works: Sequence[Work]) -> Step:
-    """The step of these examples, one entry for each lane. Copies to a GPU are queued, not waited for.
+def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
+    """The step in which these lanes learn from these examples. Copies to a GPU are queued, not waited for.
 
     Ranks and passes share out all lanes' examples together, so that rows of similar length meet whichever lane
     they belong to.
     """
     world = session.world
     sizes = Sizes(
-        np.concatenate([work.encoded.sizes.rows[work.indices] for work in works]),
-        np.concatenate([work.encoded.sizes.longest[work.indices] for work in works]),
+        np.concatenate([lane.encoded.sizes.rows[lane.indices] for lane in lanes]),
+        np.concatenate([lane.encoded.sizes.longest[lane.indices] for lane in lanes]),
     )
-    edges = np.cumsum([len(work.indices) for work in works])
+    ends = np.cumsum([len(lane.indices) for lane in lanes])
     parts = share(
         np.arange(len(sizes)),
         sizes,
         world.rank,
         world.size,
         session.config.engine.micro_batch_tokens,
-        session.model.prompt_tokens,
+        shared_prompt_tokens([lane.adapter for lane in lanes]),
         PASS_TOKENS if world.device.type == "cpu" and session.config.engine.zero_stage < 3 else None,
     )
     passes = []
     for part in parts:
         # under ZeRO-3 a pass is a collective: a rank without examples runs one that counts nothing
         chosen = part if len(part) else np.array([len(sizes) - 1])
-        lane = np.searchsorted(edges, chosen, side="right")
-        batches = [
-            collate(
-                work.encoded, work.indices[chosen[lane == k] - edges[k] + len(work.indices)], session.pad_id
-            )
-            for k, work in enumerate(works)
-        ]
+        batches = []
+        for lane, end in zip(lanes, ends, strict=True):
+            places = chosen - (end - len(lane.indices))  # among the lane's own examples
+            own = places[(places >= 0) & (places < len(lane.indices))]
+            batches.append(collate(lane.encoded, lane.indices[own], session.pad_id))
         batch = merge_lanes(batches, session.pad_id).to(world.device)
         passes.append(MicroBatch(batch, counts=len(part) > 0))
-    return Step(list(works), passes)
+    return Step(list(lanes), passes)
 
 
 def backward(session: Session, step: Step) -> Tensor:
     """Gradients of this rank's part of a step; returns its part of each lane's mean loss, `[K]`, which a GPU may
     still be working on."""
-    total = torch.zeros(len(step.works), device=session.world.device)
+    total = torch.zeros(len(step.lanes), device=session.world.device)
     for micro in step.passes:
-        outputs = run_lanes(session.model, micro.batch)
+        outputs = session.run(micro.batch, [lane.adapter for lane in step.lanes])
         losses = torch.stack(
             [
-                summed_loss(session.task.kind, out, batch) / len(work.indices) if len(out) else out.sum()
-                for out, batch, work in zip(outputs, micro.batch.lanes, step.works, strict=True)
+                summed_loss(session.task.kind, out, batch) / len(lane.indices) if len(out) else out.sum()
+                for out, batch, lane in zip(outputs, micro.batch.lanes, step.lanes, strict=True)
             ]
         )
         if not micro.counts:
@@ -127,7 +127,7 @@ def backward(session: Session, step: Step) -> Tensor:
 
 
 def finish(
-    session: Session, lanes: Sequence[LaneOptimizer], losses: Tensor, flag: bool = False
+    session: Session, optimizers: Sequence[LaneOptimizer], losses: Tensor, flag: bool = False
 ) -> tuple[list[Done], bool]:
     """Sum the gradients over the ranks and update the adapters, but those with something that is not finite.
 
@@ -140,13 +140,13 @@ def finish(
     """
     # filled by the device itself: a copy from the host would wait for all that is queued before it
     flags = torch.full_like(losses[:1], float(flag))
-    reduced = reduce_gradients(lanes, torch.cat([losses, flags]), session.config.engine.zero_stage)
+    reduced = reduce_gradients(optimizers, torch.cat([losses, flags]), session.config.engine.zero_stage)
     *means, raised = reduced.sums
     done = [Done(*found) for found in zip(means, reduced.norms, strict=True)]
-    finite = [(lane, one) for lane, one in zip(lanes, done, strict=True) if one.finite]
-    for lane, one in finite:
-        lane.apply(one.norm)
-    send_updates([lane for lane, _ in finite])
-    for lane in lanes:
-        lane.clear()
+    finite = [(optimizer, one) for optimizer, one in zip(optimizers, done, strict=True) if one.finite]
+    for optimizer, one in finite:
+        optimizer.apply(one.norm)
+    send_updates([optimizer for optimizer, _ in finite])
+    for optimizer in optimizers:
+        optimizer.clear()
     return done, raised > 0

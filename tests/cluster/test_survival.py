@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from gpc_dist.runs.folder import RunFolder
-from gpc_dist.tracking.state import TrackingState
+from gpc_dist.tracking.state import ExportState
 from tests.cluster.conftest import HELD, SlurmLab, recorded_once, same_run
 from tests.conftest import ROOT
 from tests.holds import Hold
@@ -94,13 +94,13 @@ def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     Hold(run.path, HELD)
     job = start(slurm, long_recipe, tmp_path)
-    wait_until(lambda: TrackingState.load(run).run_id is not None, failed=lambda: log_of(tmp_path))
+    wait_until(lambda: ExportState.load(run).run_id is not None, failed=lambda: log_of(tmp_path))
     slurm.call("scancel", job)
     assert slurm.wait(job)["JobState"] == "CANCELLED"
     # Slurm may have ended the exporter before it could tell MLflow
     assert command("sync", run.path).returncode == 0
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    recorded = client.get_run(str(TrackingState.load(run).run_id))
+    recorded = client.get_run(str(ExportState.load(run).run_id))
     assert recorded.info.status == "KILLED"
     assert recorded.data.tags["gpc.state"] == "stopped"
     assert slurm.job(job)["Restarts"] == "0"

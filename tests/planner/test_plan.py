@@ -81,7 +81,7 @@ def test_every_lm_adapted_t5_is_a_known_shape(size: str, width: int, layers: int
 def test_train_takes_the_recommendation(tiny_recipe: Path, tmp_path: Path) -> None:
     done = command("train", tiny_recipe, "--run.dir", tmp_path, "--engine.ranks", 2, "--engine.plan", "auto")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("engine.plan: zero_stage 0, offload_param none") == 1
+    assert done.stderr.count("engine.plan: zero_stage 0, offload_param none") == 1
     assert len(losses(tmp_path)) == 12
     engine = yaml.safe_load((tmp_path / "config.yaml").read_text())["engine"]
     assert engine["plan"] == "none"

@@ -15,12 +15,13 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from gpc_dist import cli, files
+from gpc_dist import cli, config, files
 from gpc_dist.errors import UserError
 from gpc_dist.reports.comparison import compare
+from gpc_dist.reports.comparison_plots import plots
 from gpc_dist.reports.importance import importance
 from gpc_dist.reports.page import write_comparison
-from gpc_dist.reports.plots import plots, to_svg
+from gpc_dist.reports.plots import to_svg
 
 from .test_comparison import write_run
 
@@ -200,10 +201,10 @@ def test_the_best_can_be_made_once_more(tmp_path: Path, monkeypatch: pytest.Monk
     page = make_page(tmp_path / "my runs", tmp_path / "page.html")
     assert "0.1000 ahead of the second" in page
     assert (
-        "<pre>gpc-dist train &#x27;my runs/a/config.yaml&#x27; --run.name a-again --run.dir runs/a-again</pre>"
+        "<pre>gpc-dist train &#39;my runs/a/config.yaml&#39; --run.name a-again --run.dir runs/a-again</pre>"
         in page
     )
-    again = cli.config.load("my runs/a/config.yaml", {"run.name": "a-again", "run.dir": "runs/a-again"})
+    again = config.load("my runs/a/config.yaml", {"run.name": "a-again", "run.dir": "runs/a-again"})
     assert (again.train.lr, str(again.run.folder)) == (0.1, "runs/a-again")
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import spec
+from gpc_dist.search.algorithm import make_scheduler
 from gpc_dist.search.callback import replay
-from gpc_dist.search.tuner import make_scheduler
 
 SETTINGS = {"scheduler.grace_steps": "20", "scheduler.perturb_every": "20"}
 

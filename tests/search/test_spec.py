@@ -11,6 +11,7 @@ from gpc_dist.errors import UserError
 from gpc_dist.search import space, spec
 from gpc_dist.shipped import SHIPPED, shipped_folder
 
+SEARCHES = schema.yaml_names(shipped_folder("tune"))
 LEAST = "recipe: rte\nspace: {train.lr: [0.1, 0.2]}\n"
 
 
@@ -20,7 +21,7 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", spec.search_names())
+@pytest.mark.parametrize("name", SEARCHES)
 def test_every_packaged_search_is_valid_and_says_how_to_run_it(name: str) -> None:
     loaded = spec.load(name)
     space.validate(loaded)
@@ -31,7 +32,7 @@ def test_every_packaged_search_is_valid_and_says_how_to_run_it(name: str) -> Non
 
 
 def test_the_promised_searches_are_there() -> None:
-    assert {"cb-asha", "rte-asha", "demo", "demo-grid", "t5-xl-pbt"} <= set(spec.search_names())
+    assert {"cb-asha", "rte-asha", "demo", "demo-grid", "t5-xl-pbt"} <= set(SEARCHES)
     assert "tune" in SHIPPED
 
 
@@ -40,7 +41,7 @@ def test_every_key_is_documented() -> None:
     assert [key for key, field in fields.items() if not field.description] == []
 
 
-@pytest.mark.parametrize("name", spec.search_names())
+@pytest.mark.parametrize("name", SEARCHES)
 def test_the_written_search_is_the_same_search(tmp_path: Path, name: str) -> None:
     loaded = spec.load(name)
     assert spec.load(write(tmp_path, loaded.to_yaml())) == loaded
@@ -70,7 +71,7 @@ def test_a_fixed_key_can_be_searched_and_a_searched_one_left_out() -> None:
 
 
 def test_configurations_are_tried_as_they_stand(tmp_path: Path) -> None:
-    from gpc_dist.search.tuner import draw
+    from gpc_dist.search.algorithm import draw
 
     text = """
 recipe: demo

@@ -167,7 +167,7 @@ def test_a_trial_that_fails_does_not_end_the_search(place: Path, shared_ray: dic
     path = write_search(place, space=space, algorithm="grid", trials=None, settings=settings)
     done = command("tune", path, cwd=place, **shared_ray)
     assert done.returncode == 0, done.stderr
-    assert "trial 001 failed: the loss was not finite" in done.stdout
+    assert "trial 001 failed: the loss was not finite" in done.stderr
     search = place / "searches" / "mine"
     decisions = {
         yaml.safe_load((path / "config.yaml").read_text())["train"]["lr"]: read(path / "trial.json")[

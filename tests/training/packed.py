@@ -6,8 +6,8 @@ from typing import Any
 
 from gpc_dist import config
 from gpc_dist.distributed.world import init_world
-from gpc_dist.training.event import Event
 from gpc_dist.training.pack import Pack
+from gpc_dist.training.progress import Event
 
 
 def run_pack(plan: dict[str, Any]) -> list[Event]:

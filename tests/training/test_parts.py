@@ -18,27 +18,32 @@ from torch import Tensor
 
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.config import AdapterConfig, DataConfig, TaskConfig, TrainConfig
-from gpc_dist.distributed.optimizer import LaneOptimizer, Reduced, reduce_gradients, send_updates
+from gpc_dist.distributed.optimizer import (
+    LaneOptimizer,
+    Reduced,
+    reduce_gradients,
+    schedule_factor,
+    send_updates,
+)
 from gpc_dist.distributed.world import World
 from gpc_dist.tasks import Batch, Example, make_task
 from gpc_dist.training.losses import split_outputs, summed_loss
-from gpc_dist.training.schedule import factor
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_warm_up_rises_in_a_line(schedule: str) -> None:
-    assert [factor(schedule, step, 4, 20) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]  # type: ignore[arg-type]
+    assert [schedule_factor(schedule, step, 4, 20) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]  # type: ignore[arg-type]
 
 
 def test_schedules_after_warm_up() -> None:
-    assert factor("constant", 19, 4, 20) == 1
-    assert factor("linear", 12, 4, 20) == pytest.approx(0.5)
-    assert factor("cosine", 12, 4, 20) == pytest.approx(0.5)
-    assert factor("cosine", 8, 4, 20) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
-    assert factor("linear", 20, 4, 20) == 0
-    assert factor("linear", 0, 0, 20) == 1
+    assert schedule_factor("constant", 19, 4, 20) == 1
+    assert schedule_factor("linear", 12, 4, 20) == pytest.approx(0.5)
+    assert schedule_factor("cosine", 12, 4, 20) == pytest.approx(0.5)
+    assert schedule_factor("cosine", 8, 4, 20) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert schedule_factor("linear", 20, 4, 20) == 0
+    assert schedule_factor("linear", 0, 0, 20) == 1
 
 
 def batch(rows: list[int], targets: torch.Tensor) -> Batch:

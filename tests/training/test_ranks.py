@@ -128,7 +128,7 @@ def test_resume_on_other_ranks_and_stages(
 
 def train_and_keep_shards(recipe: Path, run: Path, folder: Path) -> None:
     """On a rank: train, then write this rank's part of every sharded weight, and the token table."""
-    from gpc_dist.training import run as training
+    from gpc_dist.training import train as training
 
     bases = []
 

@@ -11,7 +11,7 @@ import pytest
 
 from gpc_dist import cli
 from gpc_dist.runs.folder import RunFolder
-from gpc_dist.tracking.state import TrackingState
+from gpc_dist.tracking.state import ExportState
 from tests.holds import Hold
 from tests.processes import TIMEOUT_S, cold_start, wait_until
 
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
     recorded = ("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S)
     process = cold_start("train", tiny_recipe, "--run.dir", folder, *recorded, "--engine.ranks", 2)
     hold.wait()
-    wait_until(lambda: TrackingState.load(RunFolder(folder)).run_id)  # for which its end would not wait long
+    wait_until(lambda: ExportState.load(RunFolder(folder)).run_id)  # for which its end would not wait long
     hold.release()
     _, said = process.communicate()
     assert process.returncode == 0, said

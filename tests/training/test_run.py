@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from gpc_dist import config, schema
 from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_USAGE, UserError
-from gpc_dist.training.lane_run import saved_state
+from gpc_dist.training.state import saved_state
 from tests.conftest import gpc, losses
 
 
@@ -224,13 +224,13 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(
     assert not list(folder.glob("*99*"))
 
 
-def test_a_state_from_before_a_key_existed_means_its_default(run: Path, tmp_path: Path) -> None:
+def test_a_state_of_other_data_or_of_another_format_is_refused_by_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     newest = checkpoint.newest(run / "checkpoints")
     assert newest is not None
     saved = checkpoint.load(newest)
     settings = config.load(str(run / "config.yaml"))
-    for section, key in (("adapter", "cell_scale"), ("data", "holdout")):
-        del saved.state["identity"][section][key]
     checkpoint.save(tmp_path, saved)
     found = saved_state(tmp_path, settings)
     assert found is not None
@@ -238,6 +238,13 @@ def test_a_state_from_before_a_key_existed_means_its_default(run: Path, tmp_path
     other = settings.model_copy(update={"data": settings.data.model_copy(update={"holdout": 0.1})})
     with pytest.raises(UserError, match="belongs to a run with another data:"):
         saved_state(tmp_path, other)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        checkpoint.save(tmp_path, saved)
+    with pytest.raises(
+        UserError, match=f"has format {checkpoint.FORMAT + 1}; this version reads {checkpoint.FORMAT}"
+    ):
+        saved_state(tmp_path, settings)
 
 
 def test_a_save_cut_off_before_its_marker_is_not_read(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""What a command is made of, and argument types that several commands use."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Run = Callable[[Any, dict[str, str], list[str]], int]
+"""Takes the parsed arguments, the settings (dotted key -> text), and the words of the whole command line after
+`gpc-dist`. Returns the exit code."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what its help says, which arguments it takes, and what it calls."""
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Run
+    detail: str = ""
+    settings: Literal["none", "recipe", "own"] = "none"
+    """Settings it takes: none, those of a recipe (`--section.key VALUE`), or those of a file of its own."""
+
+    @property
+    def usage(self) -> str:
+        """How its settings stand in the usage line."""
+        return {"none": "", "recipe": " [--section.key VALUE ...]", "own": " [--key VALUE ...]"}[
+            self.settings
+        ]
+
+
+def count(text: str) -> int:
+    """Argument type: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The argument of commands that take a recipe as `gpc-dist train` does."""
+    parser.add_argument("recipe", metavar="RECIPE", help="as of `gpc-dist train`")

@@ -1,0 +1,38 @@
+"""`gpc-dist evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gpc_dist import config
+from gpc_dist.commands.command import Command
+from gpc_dist.distributed import launch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+    parser.add_argument(
+        "--split",
+        choices=["validation", "holdout"],
+        default="validation",
+        help="the official split, or what data.holdout kept out of training [validation]",
+    )
+
+
+def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
+    if (code := launch.run_as_ranks(config.build({}, settings).engine, words)) is not None:
+        return code
+    from gpc_dist.inference.adapters import run_evaluation
+
+    return run_evaluation(options.adapter, options.split, settings)
+
+
+COMMAND = Command(
+    "Measure a trained adapter on its task's validation split.",
+    add_arguments,
+    run,
+    "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
+    settings="recipe",
+)

@@ -1,0 +1,31 @@
+"""`gpc-dist jobs`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gpc_dist.commands.command import Command
+from gpc_dist.errors import EXIT_DONE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="*",
+        help="folder of a run or a search, or of several [runs, searches]",
+    )
+
+
+def run(options: Any, _: dict[str, str], __: list[str]) -> int:
+    from gpc_dist.cluster.jobs import jobs_table
+
+    usual = [path for path in (Path("runs"), Path("searches")) if path.is_dir()]
+    print(jobs_table(options.runs or usual))
+    return EXIT_DONE
+
+
+COMMAND = Command("Show this project's Slurm jobs.", add_arguments, run)

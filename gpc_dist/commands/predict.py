@@ -1,0 +1,39 @@
+"""`gpc-dist predict`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gpc_dist import config
+from gpc_dist.commands.command import Command
+from gpc_dist.distributed import launch
+from gpc_dist.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of a run")
+    parser.add_argument("--input", required=True, type=Path, help="JSONL, CSV, TSV or Parquet file")
+    parser.add_argument("--output", required=True, type=Path, help="file to write, or a folder")
+
+
+def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
+    if not options.input.is_file():
+        raise UserError(f"--input {options.input} does not exist")
+    if (code := launch.run_as_ranks(config.build({}, settings).engine, words)) is not None:
+        return code
+    from gpc_dist.inference.adapters import run_prediction
+
+    return run_prediction(options.adapter, options.input, options.output, settings)
+
+
+COMMAND = Command(
+    "Write a trained adapter's predictions for a file.",
+    add_arguments,
+    run,
+    "A packaged task is written in its benchmark's submission format, any other as JSON lines with\n"
+    "probabilities. The input has the columns of the training data; labels are not needed.\n\n"
+    "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
+    settings="recipe",
+)

@@ -1,0 +1,34 @@
+"""`gpc-dist sync`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gpc_dist.commands.command import Command
+from gpc_dist.errors import EXIT_DONE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "places", metavar="PLACE", type=Path, nargs="+", help="folder of a run or of a search"
+    )
+    parser.add_argument("--uri", help="MLflow tracking URI; the folder's own when not given")
+
+
+def run(options: Any, _: dict[str, str], __: list[str]) -> int:
+    from gpc_dist.tracking.sync import sync
+
+    for folder in options.places:
+        state = sync(folder, options.uri)
+        print(f"{folder}: MLflow run {state.run_id} is up to date")
+    return EXIT_DONE
+
+
+COMMAND = Command(
+    "Bring MLflow up to date with the folder of a run or of a search.",
+    add_arguments,
+    run,
+    "For those whose tracking server was down or out of reach. Nothing is recorded twice.",
+)

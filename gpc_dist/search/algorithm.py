@@ -1,0 +1,130 @@
+"""The parts of Ray Tune that a search is made of: its samples, searcher, scheduler and stop rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+from ray.tune import stopper
+from ray.tune.experiment import Experiment
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Searcher
+
+from gpc_dist.errors import UserError
+from gpc_dist.search import space
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.search.trial import SAMPLE, SEED, STEP
+
+_LAST_STEP = 10**9
+"""For schedulers that want to know the longest run."""
+
+
+def param_space(spec: SearchSpec) -> dict[str, Any]:
+    """What a trial's configuration is drawn from; a searcher draws its samples itself."""
+    if spec.algorithm == "optuna":
+        return {SEED: spec.seeds[0]}
+    return {SAMPLE: tune.grid_search(draw(spec)), SEED: tune.grid_search(list(spec.seeds))}
+
+
+def draw(spec: SearchSpec) -> list[dict[str, Any]]:
+    """The configurations of a random or grid search; each is tried with every seed.
+
+    Ray Tune draws them, once: it would draw conditional keys anew for each repetition. Configurations that the search
+    lists are returned with all keys in each, because Tune's table looks for them.
+    """
+    if spec.configurations is not None:
+        return [dict.fromkeys(spec.tried_keys, space.NOT_SET) | each for each in spec.configurations]
+    generator = BasicVariantGenerator(random_state=spec.seed)
+    drawn = Experiment("draw", run=lambda _: None, config=space.to_ray(spec), num_samples=spec.trials or 1)
+    generator.add_configurations([drawn])
+    found = []
+    while (trial := generator.next_trial()) is not None:
+        found.append(trial.config)
+    return found
+
+
+def samples(spec: SearchSpec) -> int:
+    """How often Ray Tune draws from `param_space`."""
+    return trials(spec) if spec.algorithm == "optuna" else 1
+
+
+def trials(spec: SearchSpec) -> int:
+    """Number of trials of a search: configurations times seeds."""
+    configurations = (spec.trials or 1) if spec.algorithm == "optuna" else len(draw(spec))
+    return configurations * len(spec.seeds)
+
+
+def searcher(spec: SearchSpec, metric: str, mode: str, concurrent: int) -> Searcher | SearchAlgorithm:
+    """What chooses the next trials.
+
+    Raises:
+        UserError: it needs a package that is not installed.
+    """
+    if spec.algorithm != "optuna":
+        return BasicVariantGenerator(max_concurrent=concurrent)
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        found: Searcher = OptunaSearch(space.to_optuna(spec), metric=metric, mode=mode, seed=spec.seed)
+    except (ImportError, AssertionError):
+        raise UserError("algorithm 'optuna' needs the extra: pip install 'gpc-dist[optuna]'") from None
+    return Repeater(found, repeat=len(spec.seeds)) if len(spec.seeds) > 1 else found
+
+
+def make_scheduler(spec: SearchSpec) -> TrialScheduler:
+    """Ray Tune's scheduler, counting in optimizer steps."""
+    wanted = spec.scheduler
+    match wanted.name:
+        case "asha":
+            return ASHAScheduler(
+                time_attr=STEP,
+                max_t=_LAST_STEP,
+                grace_period=wanted.grace_steps or 1,
+                reduction_factor=wanted.reduction_factor,
+                brackets=wanted.brackets,
+            )
+        case "median":
+            return MedianStoppingRule(time_attr=STEP, grace_period=wanted.grace_steps or 1)
+        case "pbt":
+            return PopulationBasedTraining(
+                time_attr=STEP,
+                perturbation_interval=wanted.perturb_every or 1,
+                hyperparam_mutations={SAMPLE: space.mutations(spec)},
+                quantile_fraction=wanted.quantile_fraction,
+                resample_probability=wanted.resample_probability,
+                log_config=False,
+            )
+    return FIFOScheduler()
+
+
+def stop_rule(spec: SearchSpec, metric: str, mode: str) -> stopper.Stopper | None:
+    """What ends a whole search early; None for nothing."""
+    rules: list[stopper.Stopper] = []
+    if spec.stop.max_s is not None:
+        rules.append(stopper.TimeoutStopper(spec.stop.max_s))
+    if spec.stop.threshold is not None:
+        rules.append(_Threshold(metric, mode, spec.stop.threshold))
+    if spec.stop.patience is not None:
+        rules.append(stopper.ExperimentPlateauStopper(metric, top=1, mode=mode, patience=spec.stop.patience))
+    return stopper.CombinedStopper(*rules) if rules else None
+
+
+class _Threshold(stopper.Stopper):
+    """Ends the search at a value of the metric."""
+
+    def __init__(self, metric: str, mode: str, value: float):
+        self._metric, self._sign, self._value = metric, 1 if mode == "max" else -1, value
+        self._reached = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self._reached = self._reached or self._sign * (result[self._metric] - self._value) >= 0
+        return self._reached
+
+    def stop_all(self) -> bool:
+        return self._reached

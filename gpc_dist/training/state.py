@@ -1,0 +1,110 @@
+"""Saving a run's state and going on from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpc_dist.adapter.fingerprint import EncoderIdentity
+from gpc_dist.config import Config
+from gpc_dist.distributed import checkpoint
+from gpc_dist.distributed.checkpoint import Checkpoint
+from gpc_dist.distributed.optimizer import LaneOptimizer
+from gpc_dist.distributed.world import World
+from gpc_dist.errors import UserError
+
+
+@dataclass
+class Position:
+    """How far a run is: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """Metrics of the best evaluation so far."""
+    best_step: int | None = None
+    last: dict[str, float] = field(default_factory=dict)
+    """Metrics of the newest evaluation."""
+    evaluated_step: int = 0
+    """Step of the newest evaluation."""
+    stale: int = 0
+    """Evaluations since the best one."""
+    ended: bool = False
+    """Early stopping has ended the run."""
+    share_s: float = 0.0
+    """Seconds spent on the run: each step and evaluation divided by the number of runs in it."""
+
+
+def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
+    """The newest complete checkpoint, verified; None where there is none or `train.resume` is false.
+
+    Raises:
+        UserError: it is damaged, or another run's.
+    """
+    path = checkpoint.newest(checkpoints) if config.train.resume else None
+    if path is None:
+        return None
+    saved = checkpoint.load(path)
+    mine, theirs = identity(config), saved.state["identity"]
+    if differing := [key for key in mine if mine[key] != theirs.get(key)]:
+        raise UserError(
+            f"{path} belongs to a run with another {', '.join(differing)}: give this run its own --run.name, "
+            "or --train.resume false to start again here"
+        )
+    return saved
+
+
+def save_state(
+    checkpoints: Path,
+    config: Config,
+    encoder: EncoderIdentity,
+    optimizer: LaneOptimizer,
+    position: Position,
+) -> None:
+    """Write a checkpoint and remove those that `train.keep_last` does not keep. Every rank must call it."""
+    world = optimizer.world
+    tensors = optimizer.state()
+    rng = world.gather(checkpoint.rng_state())
+    if rng is None:  # not rank 0
+        return
+    state = {
+        "position": asdict(position),
+        "identity": identity(config),
+        "encoder_sha256": encoder.sha256,
+    }
+    checkpoint.save(checkpoints, Checkpoint(position.step, tensors, rng, state))
+    checkpoint.prune(checkpoints, config.train.keep_last, position.best_step)
+
+
+def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOptimizer) -> Position:
+    """Put the tensors of a checkpoint, and this rank's random generator, where they were; returns the position.
+
+    Raises:
+        UserError: the encoder's weights have changed since.
+    """
+    if saved.state["encoder_sha256"] != encoder.sha256:
+        raise UserError(
+            f"the weights of encoder '{encoder.path}' have changed since step {saved.step} was saved: restore them, "
+            "or give --train.resume false to start again"
+        )
+    world: World = optimizer.world
+    optimizer.load(saved.tensors)
+    if len(saved.rng) == world.size:
+        torch.set_rng_state(saved.rng[world.rank])
+    return Position(**saved.state["position"])
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What two parts of one run must agree on for the second to go on from the first's checkpoint."""
+    values = config.dump()
+    train = ("batch_size", "batch_tokens", "optimizer")
+    return {
+        "encoder": values["encoder"],
+        "adapter": values["adapter"],
+        "task": values["task"],
+        "data": values["data"],
+        "seed": values["run"]["seed"],
+        **{f"train.{key}": values["train"][key] for key in train},
+    }

@@ -1,0 +1,225 @@
+"""`gpc-dist train`: one run, from its configuration to `result.json`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from gpc_dist import files, logs
+from gpc_dist.config import Config
+from gpc_dist.distributed.checkpoint import Checkpoint
+from gpc_dist.distributed.memory import peak_memory_mib
+from gpc_dist.distributed.world import World, init_world, lost_rank
+from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from gpc_dist.planner.recipe import planned
+from gpc_dist.runs.folder import RunFolder, State
+from gpc_dist.runs.metrics import MetricLog
+from gpc_dist.runs.telemetry import GpuTelemetry, Write
+from gpc_dist.tasks import Example, Task, make_task, read_part, selection_part
+from gpc_dist.tracking import process as exporter_process
+from gpc_dist.tracking.process import ExporterProcess
+from gpc_dist.tracking.store import tracking_uri, ui_command
+from gpc_dist.training.progress import Progress
+from gpc_dist.training.record import open_folder, run_result
+from gpc_dist.training.run import Run
+from gpc_dist.training.session import check_input, load_base, open_session, seed_everything
+from gpc_dist.training.state import saved_state
+from gpc_dist.training.stop import StopRequest
+from gpc_dist.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+_RUN_ID_TIMEOUT_S = 30.0
+"""How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
+
+_STOPPED_TIMEOUT_S = 5.0
+"""How long a stopped run waits for MLflow: a batch system's grace is short, and a resume records the rest."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run begins with, read and checked before its folder is touched."""
+
+    config: Config
+    world: World
+    folder: RunFolder
+    task: Task
+    training: list[Example]
+    validation: list[Example]
+    saved: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What training came to."""
+
+    step: int
+    stopped_by: str | None
+    """The signal that asked for the stop; None when the run is complete."""
+    result: dict[str, Any]
+    """Contents of `result.json`; empty on ranks above 0."""
+
+
+def run_training(config: Config, started_s: float, argv: Sequence[str], stop: StopRequest) -> int:
+    """Train as configured, as one rank of the job; returns the exit code.
+
+    Args:
+        started_s: unix time at which the user's command began.
+        argv: that command, for the record.
+        stop: a request that comes before training begins takes effect after the first step.
+    """
+    world = init_world(config.engine)
+    try:
+        inputs = _read_inputs(config, world)
+        exporter = None
+        if world.is_main:
+            exporter = _open_record(inputs, argv)
+        try:
+            outcome = _train(inputs, started_s, stop)
+        except BaseException as error:
+            lost = lost_rank(error, config.engine)
+            if world.is_main:
+                _record_failure(inputs, exporter, lost or error)
+            if lost:
+                raise lost from None
+            raise
+        if world.is_main:
+            _record_outcome(inputs, exporter, outcome)
+    finally:
+        world.leave()
+    # the main rank alone speaks of a stop: `srun` ends all others when one of them ends with an error
+    return EXIT_STOPPED if outcome.stopped_by and world.is_main else EXIT_DONE
+
+
+def _read_inputs(config: Config, world: World) -> _Inputs:
+    task = make_task(config.task, config.data)
+    training = read_part(task, config.data, "train", config.run.seed)
+    validation = read_part(task, config.data, selection_part(config.data))
+    config = planned(config, world, task.outputs)
+    folder = RunFolder(config.run.folder)
+    saved = saved_state(folder.checkpoints, config)
+    check_input(config, world)
+    return _Inputs(config, world, folder, task, training, validation, saved)
+
+
+def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
+    """Load the encoder and train until the run is complete or a stop was asked for."""
+    config, world, folder = inputs.config, inputs.world, inputs.folder
+    if not world.is_main:
+        logs.log_rank_to(folder.rank_log(world.rank))
+    log.debug("one of %d ranks, on %s of %s", world.size, world.device, socket.gethostname())
+    seed_everything(config.run.seed)
+    session = open_session(config, world, inputs.task, load_base(config, world))
+    log.debug("encoder in place after %.1f s", session.load_s)
+    run = Run(
+        config.run.name,
+        session,
+        config,
+        folder,
+        adapter=session.new_adapter(config),
+        training=session.split(inputs.training),
+        validation=session.split(inputs.validation),
+        saved=inputs.saved,
+    )
+    with GpuTelemetry(partial(_telemetry_log, folder), enabled=world.local_rank == 0) as telemetry:
+        stopped = _advance(run, stop)
+    run.close()
+    energy = world.gather(telemetry.energy_j)
+    memory = world.gather(peak_memory_mib(world.device))
+    stopped_by = (world.from_main(stop.signal) or "a signal on another rank") if stopped else None
+    if memory is None or energy is None:  # not the main rank
+        return _Outcome(run.position.step, stopped_by, {})
+    spent = [joules for joules in energy if joules is not None]
+    first = run.speed.first_step_at_s
+    measured = {
+        "peak_memory_mib": memory,
+        "energy_j": sum(spent) if spent else None,
+        "first_step_s": None if first is None else first - started_s,
+        "wall_s": time.time() - started_s,
+    }
+    return _Outcome(run.position.step, stopped_by, run_result(run) | measured)
+
+
+def _advance(run: Run, stop: StopRequest) -> bool:
+    """Train a run to its end, and show its progress; returns whether a stop came first.
+
+    Raises:
+        UserError: the loss stays non-finite.
+    """
+    main = run.session.task.main_metric
+    with stop, Progress(run.total, run.position.step, run.session.world.is_main) as progress:
+
+        def on_step(_: Run, figures: dict[str, float] | None) -> None:
+            if figures:
+                shown = {"loss": figures["train/loss"], "tokens/s": figures["train/tokens_per_s"]}
+                progress.show(run.position.step, shown)
+            progress.step()
+
+        trainer = Trainer(run.session, lambda: stop.signal is not None, on_step)
+        while not trainer.stopped:
+            for event in trainer.advance([run]):
+                if event.failure:
+                    raise UserError(event.failure)
+                progress.show(event.step, {f"val/{main}": event.metrics[main]})
+                if event.over:
+                    return False
+    return True
+
+
+@contextmanager
+def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
+    with MetricLog(folder.host_telemetry()) as log:
+        yield log.append
+
+
+def _open_record(inputs: _Inputs, argv: Sequence[str]) -> ExporterProcess | None:
+    """Open the run's folder and start its export to MLflow, if it is to be exported."""
+    open_folder(inputs.folder, inputs.config, argv, inputs.task, inputs.training, inputs.validation)
+    return exporter_process.start(inputs.folder.path) if inputs.config.tracking.enabled else None
+
+
+def _record_failure(inputs: _Inputs, exporter: ExporterProcess | None, error: BaseException) -> None:
+    state: State = "failed" if isinstance(error, Exception) else "killed"
+    inputs.folder.write_status(state, str(error) or type(error).__name__)
+    if exporter:
+        exporter.finish(inputs.config.tracking.finish_timeout_s)
+
+
+def _record_outcome(inputs: _Inputs, exporter: ExporterProcess | None, outcome: _Outcome) -> None:
+    """Write the end of the run into its folder, let MLflow have it, and tell the user."""
+    config, folder = inputs.config, inputs.folder
+    timeout_s: float = config.tracking.finish_timeout_s
+    if outcome.stopped_by is None:
+        run_id = exporter.wait_for_run_id(_RUN_ID_TIMEOUT_S) if exporter else None
+        files.write_json(folder.result, outcome.result | {"mlflow_run_id": run_id})
+        folder.write_status("finished")
+        _print_result(outcome.result)
+    else:
+        folder.write_status("stopped", f"{outcome.stopped_by} at step {outcome.step}")
+        timeout_s = min(timeout_s, _STOPPED_TIMEOUT_S)
+        log.info(
+            "stopped by %s; state saved at step %d: the same command goes on from there",
+            outcome.stopped_by,
+            outcome.step,
+        )
+    if exporter:
+        exporter.finish(timeout_s)
+    print(f"run folder: {folder}")
+    if config.tracking.enabled:
+        print(f"compare runs: {ui_command(tracking_uri(config.tracking, folder.path))}")
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    name = result["main_metric"]
+    best, baseline = result["metrics"]["best"].get(name), result["majority_baseline"][name]
+    print(
+        f"{result['task']} with {result['method']}: best {name} {best:.4f} at step "
+        f"{result['metrics']['best_step']} (majority baseline {baseline:.4f}), "
+        f"{result['trainable_parameters']:,} parameters trained, {result['frozen_parameters']:,} frozen"
+    )

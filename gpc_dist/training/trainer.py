@@ -1,0 +1,117 @@
+"""The training loop: K >= 1 runs in the lanes of one encoder, each trained as it would be alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from gpc_dist.errors import UserError
+from gpc_dist.training.evaluation import evaluate
+from gpc_dist.training.progress import Event
+from gpc_dist.training.run import Run
+from gpc_dist.training.session import Session
+from gpc_dist.training.step import Step, backward, finish, prepare
+
+StepCallback = Callable[[Run, dict[str, float] | None], None]
+"""Takes a run that has made a step, and the step's figures if they were logged."""
+
+
+def _never() -> bool:
+    return False
+
+
+class Trainer:
+    """Trains runs together. Every rank makes the same calls in the same order; runs may come and go between calls.
+
+    Args:
+        session: the encoder that the runs share.
+        stop: whether this rank was asked to stop.
+        on_step: called for each run after each of its steps.
+    """
+
+    def __init__(
+        self, session: Session, stop: Callable[[], bool] = _never, on_step: StepCallback | None = None
+    ):
+        self._session, self._stop, self._on_step = session, stop, on_step
+        self._prefetched: tuple[Sequence[Run], Step] | None = None
+        self.stopped = False
+        """A rank was asked to stop: all ranks have stopped, with the states of the runs saved."""
+
+    def advance(self, runs: Sequence[Run], pause: Callable[[], bool] = _never) -> list[Event]:
+        """Train until one of these runs was evaluated, has ended or has failed, or until any rank stops or pauses.
+
+        Args:
+            pause: whether this rank wants the call to return after the current step; nothing is saved then.
+        """
+        events = self._settle(
+            runs, stepped=False
+        )  # a stop may have come before the evaluation of a resumed run
+        paused = not runs
+        while not (events or paused or self.stopped):
+            failed, paused = self._step(runs, pause)
+            events = [*failed, *self._settle([run for run in runs if not run.failure], stepped=True)]
+        return events
+
+    def _step(self, runs: Sequence[Run], pause: Callable[[], bool]) -> tuple[list[Event], bool]:
+        """One step of all runs. Returns the events of runs that failed, and whether any rank stops or pauses."""
+        session, started_s = self._session, time.monotonic()
+        step = self._next_step(runs)
+        for run in runs:
+            run.begin_step()
+        losses = backward(session, step)
+        self._prefetched = runs, self._prepare(runs)  # while the GPU works on this one
+        flag = self._stop() or pause()
+        done, flagged = finish(session, [run.optimizer for run in runs], losses, flag)
+        self.stopped = flagged and session.world.any(self._stop())
+        step_s = time.monotonic() - started_s
+
+        failed = []
+        for run, examples, result in zip(runs, step.lanes, done, strict=True):
+            run.position.share_s += step_s / len(runs)
+            try:
+                figures = run.finish_step(examples, result, step_s)
+            except UserError as error:
+                run.failure = str(error)
+                failed.append(Event(run.name, run.position.step, {}, over=True, failure=run.failure))
+            else:
+                if self._on_step:
+                    self._on_step(run, figures)
+        return failed, flagged
+
+    def _next_step(self, runs: Sequence[Run]) -> Step:
+        if self._prefetched is not None and self._prefetched[0] == runs:
+            return self._prefetched[1]
+        return self._prepare(runs)
+
+    def _prepare(self, runs: Sequence[Run]) -> Step:
+        return prepare(self._session, [run.next_examples for run in runs])
+
+    def _settle(self, runs: Sequence[Run], stepped: bool) -> list[Event]:
+        """Evaluate and save the runs for which that is due. Returns the events of those evaluated or complete."""
+        evaluated = [] if self.stopped else self._evaluate([run for run in runs if run.evaluation_due])
+        for run in runs:
+            due = self.stopped or run.save_due(run in evaluated) if stepped else run in evaluated
+            if due:
+                run.save()
+        return [
+            Event(run.name, run.position.step, run.position.last, over=run.complete)
+            for run in runs
+            if run in evaluated or run.complete
+        ]
+
+    def _evaluate(self, runs: Sequence[Run]) -> list[Run]:
+        """Evaluate runs, those of one split in one pass. Returns the evaluated ones: a stop cuts off the others."""
+        evaluated: list[Run] = []
+        for split in {id(run.validation): run.validation for run in runs}.values():
+            together = [run for run in runs if run.validation is split]
+            started_s = time.monotonic()
+            metrics = evaluate(self._session, [run.adapter for run in together], split, self._stop)
+            if metrics is None:
+                self.stopped = True
+                break
+            share_s = (time.monotonic() - started_s) / len(together)
+            for run, of_run in zip(together, metrics, strict=True):
+                run.finish_evaluation(of_run)
+                run.position.share_s += share_s
+            evaluated += together
+        return evaluated
