@@ -1,4 +1,8 @@
-"""Slurm's commands: every call this program makes of them is here."""
+"""Slurm's commands: every call this program makes of them is here.
+
+Tables are read as text, the field that may say anything at the end of its line. `--json` has no partitions in Slurm
+22.05's sinfo; its squeue lists the jobs of all users whatever `--me` says, and folds the waiting tasks of an array.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +57,11 @@ class Job:
     id: str
     """`123`, or `123_4` for a task of an array."""
     state: str
-    reason: str
-    """Why it waits, or how it ended."""
     elapsed: str
     nodes: str
     partition: str
+    reason: str
+    """Why it waits, or how it ended: any text."""
 
     @property
     def ended(self) -> bool:
@@ -94,7 +98,7 @@ def partitions() -> list[Partition]:
     """The cluster's partitions, in Slurm's order."""
     found: dict[str, Partition] = {}
     for line in call("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines():
-        name, up, limit, nodes, cpus, memory, gres = line.split("|")
+        name, up, limit, nodes, cpus, memory, gres = line.split("|", 6)
         gpus, gpu_type = _gpus(gres)
         new = Partition(
             name.rstrip("*"),
@@ -170,11 +174,11 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     if not wanted:
         return {}
     found = {}
-    lines = call("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r|%M|%N|%P")
+    lines = call("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%M|%N|%P|%r")
     for line in lines.splitlines():
-        job = Job(*line.split("|"))
-        if job.id in wanted:
-            found[job.id] = job
+        number, *fields = line.split("|", 5)
+        if number in wanted:  # which the later lines of a reason are not
+            found[number] = Job(number, *fields)
     return found
 
 

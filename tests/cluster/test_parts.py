@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,45 @@ def test_time_limits(limit: str, expected: int | None) -> None:
 )
 def test_generic_resources(gres: str, expected: tuple[int, str]) -> None:
     assert slurm._gpus(gres) == expected
+
+
+@pytest.fixture
+def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts a program in the place of one of Slurm's, which prints this."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def put(name: str, text: str) -> None:
+        (tmp_path / f"{name}.txt").write_text(text)
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat '{tmp_path}/{name}.txt'\n")
+        (tmp_path / name).chmod(0o755)
+
+    return put
+
+
+def test_a_reason_may_be_any_text(says: Callable[[str, str], None]) -> None:
+    reason = "burst_buffer/lua: no room: pool a|b|c"
+    says(
+        "squeue",
+        f"7|PENDING|0:00||main|{reason}\nand a line of its own\n"
+        "8_1|RUNNING|1-02:03:04|node[01-02]|main|None\n9|RUNNING|0:01|node03|main|None\n",
+    )
+    found = slurm.jobs(["7", "8_1"])
+    assert found == {
+        "7": slurm.Job("7", "PENDING", "0:00", "", "main", reason),
+        "8_1": slurm.Job("8_1", "RUNNING", "1-02:03:04", "node[01-02]", "main", "None"),
+    }
+
+
+def test_nodes_of_a_partition_may_differ(says: Callable[[str, str], None]) -> None:
+    says(
+        "sinfo",
+        "main*|up|2-00:00:00|3|16+|64000+|gpu:a100:4\nmain*|up|2-00:00:00|1|64|128000|gpu:a100:8(S:0-1),any|thing:1\n"
+        "old|down|infinite|2|8|32000|(null)\n",
+    )
+    assert slurm.partitions() == [
+        slurm.Partition("main", True, True, 4, 172800, 64, 128000, 8, "a100"),
+        slurm.Partition("old", False, False, 2, None, 8, 32000, 0, ""),
+    ]
 
 
 def test_options_of_sbatch() -> None:
