@@ -117,6 +117,6 @@ def _settings_help() -> str:
 
 
 def _note_refusal(reason: str) -> None:
-    """Tell the batch script that the job must not be tried again; see `slurm/train.sbatch`."""
+    """Tell the batch script that the job must not be tried again; see `slurm/job.sh`."""
     if note := os.environ.get("GPC_DIST_REFUSAL"):
         Path(note).write_text(reason + "\n", encoding="utf-8")

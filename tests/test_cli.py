@@ -41,7 +41,14 @@ def test_init_copies_files_that_load(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [recipe.stem for recipe in recipes] == config.recipe_names()
     for recipe in recipes:
         assert config.load(str(recipe)) == config.load(recipe.stem)
-    for file in ("ds_configs/zero3.json", "slurm/train.sbatch", "tune/demo.yaml", "tune/studies/minilm.yaml"):
+    copied = (
+        "ds_configs/zero3.json",
+        "slurm/train.sbatch",
+        "slurm/job.sh",
+        "tune/demo.yaml",
+        "tune/studies/minilm.yaml",
+    )
+    for file in copied:
         assert (tmp_path / "work" / file).is_file()
     assert cli.main(["init", str(tmp_path / "work")]) == EXIT_USAGE
     assert "already has" in capsys.readouterr().err

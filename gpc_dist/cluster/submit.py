@@ -26,6 +26,9 @@ from gpc_dist.tracking.store import tracking_uri, ui_command
 TASK = "{task}"
 """Stands for an array task's number; `slurm/train.sbatch` replaces it."""
 
+SHARED = "job.sh"
+"""What a batch script looks for beside itself."""
+
 _GIVEN = {"train": RECIPE, "tune": SEARCH}
 
 
@@ -77,12 +80,14 @@ def run_submission(
     if first.task is not None:
         arguments += ["--tracking.group", str(first.config.tracking.group)]
     slurm.try_out(options, script, arguments)
-    words = ["sbatch", *options, str(script), *arguments]
     if dry_run:
+        words = ["sbatch", *options, str(script), *arguments]
         print(f"{shlex.join(words)}\n\n# {script}\n{script.read_text(encoding='utf-8')}")
         return EXIT_DONE
     for member in members:
         _snapshot(member, script)
+    script = first.folder.job / script.name
+    words = ["sbatch", *options, str(script), *arguments]
     job = slurm.submit(options, script, arguments)
     code = git_revision(Path.cwd())
     for member in members:
@@ -140,7 +145,8 @@ def _template(members: Sequence[Member]) -> Path:
 
 
 def _snapshot(member: Member, script: Path) -> None:
-    """Keep the configuration and the script as they are now: the job may start when both have changed."""
+    """Keep the configuration and the scripts as they are now: the job may start when they have changed."""
     for name, text in member.kept.items():
         files.write_text(member.folder.job / name, text)
-    shutil.copyfile(script, member.folder.job / script.name)
+    for source in (script, script.with_name(SHARED)):
+        shutil.copyfile(source, member.folder.job / source.name)

@@ -6,6 +6,7 @@ That a scheduler does what it is asked is shown against a real one (`test_surviv
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -31,7 +32,9 @@ exit "${CODE:-0}"
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
   "show hostnames") printf 'node07\\nnode08\\n' ;;
-  "show job") echo "JobId=12 JobName=x Restarts=0 JobState=${STATE:-RUNNING} Reason=None" ;;
+  "show job")
+    printf '%s\n' "JobId=$3 JobName=x" "   JobState=${STATE:-RUNNING} Reason=None Dependency=(null)" \
+      "   Command=$COMMAND" "   WorkDir=/elsewhere" ;;
   *) echo "$@" >> "$FAKES/asked" ;;
 esac
 """
@@ -49,7 +52,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """Starts a batch script in a job of two nodes with four ranks each."""
+    """Starts a batch script in a job of two nodes with four ranks each: a copy of it, as Slurm does."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -57,11 +60,14 @@ def start(tmp_path: Path) -> Start:
         (programs / name).chmod(0o755)
 
     def start_script(script: str, *words: str, **environment: str) -> subprocess.Popen[str]:
-        fakes = {"FAKES": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}"}
+        (tmp_path / "spool").mkdir(exist_ok=True)
+        copy = shutil.copy(ROOT / "slurm" / script, tmp_path / "spool" / "slurm_script")
+        command = " ".join([str(ROOT / "slurm" / script), *words])
+        fakes = {"FAKES": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}", "COMMAND": command}
         place = {"SLURM_SUBMIT_DIR": str(tmp_path)}
         without = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         return subprocess.Popen(
-            ["bash", ROOT / "slurm" / script, *words],
+            ["bash", copy, *words],
             cwd=tmp_path,
             env=without | JOB | fakes | place | environment,
             stdout=subprocess.PIPE,
@@ -198,3 +204,29 @@ def test_a_script_without_arguments_says_what_it_wants(run: Run, tmp_path: Path,
     assert code == 2
     assert said.startswith("give a ")
     assert not (tmp_path / "srun").exists()
+
+
+@both
+def test_a_scripts_folder_may_have_any_name(run: Run, tmp_path: Path, script: str) -> None:
+    folder = tmp_path / "my  scripts [1]"
+    shutil.copytree(ROOT / "slurm", folder)
+    words = ["rte", "--adapter.init_text", "a  b/c\nd", "*"]
+    code, said = run(script, *words, COMMAND=" ".join([str(folder / script), *words]))
+    assert code == 0, said
+    # an argument to a line, and this one has two
+    assert (tmp_path / "srun").read_text().endswith("\nrte\n--adapter.init_text\na  b/c\nd\n*\n")
+
+
+@both
+def test_a_script_alone_says_what_it_lacks(run: Run, tmp_path: Path, script: str) -> None:
+    code, said = run(script, "rte", COMMAND=f"{tmp_path / script} rte")
+    assert code == 2
+    assert f"there is no {tmp_path}/job.sh: submit slurm/{script} by its path" in said
+    assert not (tmp_path / "srun").exists()
+
+
+@both
+def test_the_users_setup_is_sourced(run: Run, tmp_path: Path, script: str) -> None:
+    (tmp_path / "setup").write_text("export NCCL_SOCKET_IFNAME=ib0\n")
+    assert run(script, "rte", GPC_DIST_SETUP=str(tmp_path / "setup"))[0] == 0
+    assert environment(tmp_path)["NCCL_SOCKET_IFNAME"] == "ib0"

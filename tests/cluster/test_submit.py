@@ -50,7 +50,7 @@ def test_a_submission_is_kept_as_it_was(slurm: SlurmLab, tiny_recipe: Path, tmp_
     record = json.loads((folder / "job" / "job.json").read_text())
     assert record["job_id"] == job
     assert record["command"][:3] == ["gpc-dist", "submit", "train"]
-    assert (folder / "job" / "train.sbatch").is_file()
+    assert str(folder / "job" / "train.sbatch") in record["sbatch"]
     assert "exit code" not in Path(record["log"]).read_text()
     table = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"tiny +{job} +finished +100 % +accuracy", table), table
