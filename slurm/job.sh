@@ -24,11 +24,15 @@ mkdir -p "$notes"
 failures=$notes/$SLURM_JOB_ID.failures
 export GPC_DIST_REFUSAL=$notes/$SLURM_JOB_ID.refusal
 
+# as scontrol names it: the id of an array's last task is the array's too, and would stand for all of its tasks
+job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
 say() { echo "$(date +%FT%T) job $SLURM_JOB_ID: $*"; }
 
 requeue() {
   say "$1: requeued"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$job"
   exit "$code"
 }
 
@@ -42,7 +46,7 @@ run_step() {
   wait "$step"
   code=$?
 
-  state=$(scontrol show job "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z_]*')
+  state=$(scontrol show job "$job" | grep -o ' JobState=[A-Z_]*')
   [[ $code == 0 ]] || say "ended with exit code $code,$state"
   if [[ $code == 0 ]]; then
     rm -f "$failures"

@@ -34,7 +34,9 @@ case "$1 $2" in
   "show hostnames") printf 'node07\\nnode08\\n' ;;
   "show job")
     printf '%s\n' "JobId=$3 JobName=x" "   JobState=${STATE:-RUNNING} Reason=None Dependency=(null)" \
-      "   Command=$COMMAND" "   WorkDir=/elsewhere" ;;
+      "   Command=$COMMAND" "   WorkDir=/elsewhere"
+    # a whole array
+    [[ $3 != "${SLURM_ARRAY_JOB_ID:-}" ]] || printf '\n%s\n' "JobId=1 JobName=x" "   JobState=COMPLETED Reason=None" ;;
   *) echo "$@" >> "$FAKES/asked" ;;
 esac
 """
@@ -153,6 +155,13 @@ def test_tasks_of_an_array_have_their_number_and_one_group(run: Run, tmp_path: P
     assert words[-6:] == ["--run.seed", "3", "--run.name", "rte-3", "--tracking.group", "mine-9"]
     run("train.sbatch", "rte", "--tracking.group", "night", **array)
     assert (tmp_path / "srun").read_text().splitlines()[-2:] == ["--tracking.group", "night"]
+
+
+def test_the_last_task_of_an_array_requeues_itself_alone(run: Run, tmp_path: Path) -> None:
+    """Its job has the array's id."""
+    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    assert "stopped on request: requeued" in run("train.sbatch", "rte", CODE="75", **array)[1]
+    assert asked(tmp_path) == ["requeue 9_3"]
 
 
 @both
