@@ -20,6 +20,7 @@ from gpc_dist import files
 from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.bench.machine import communication, matmul_tflops, synchronize
 from gpc_dist.bench.synthetic import draw_lengths, synthetic
+from gpc_dist.bench.work import count_work
 from gpc_dist.config import Config
 from gpc_dist.distributed.memory import peak_memory_mib
 from gpc_dist.distributed.optimizer import LaneOptimizer
@@ -28,8 +29,8 @@ from gpc_dist.encoder.frozen import Encoder, count_parameters
 from gpc_dist.encoder.shapes import known_config, shape_names
 from gpc_dist.encoder.skeleton import build_skeleton, fill_random
 from gpc_dist.errors import EXIT_DONE, MachineError, UserError
-from gpc_dist.planner import flops
 from gpc_dist.planner.devices import DEVICES
+from gpc_dist.planner.dry_run import ModelSpec
 from gpc_dist.planner.recipe import planned
 from gpc_dist.tasks import EpochPlan, Task
 from gpc_dist.tasks.encode import Encoded
@@ -79,7 +80,6 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
         base = load_base(config, world)
     else:
         base = _random_base(shape, config, world)
-    multiplied = flops.layer_parameters(base.parts)  # ZeRO-3 leaves shards, which do not tell
     session = open_session(config, world, task, base)
     adapter = session.new_adapter(config)
     examples = _examples(session, lengths, steps)
@@ -98,12 +98,11 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     sums = world.sum(torch.tensor([matmul_tflops(world.device, dtype), padded], device=world.device))
     measured_tflops, padded = sums.tolist()
 
-    work = flops.step_cost(
-        multiplied,
-        len(base.parts.layers),
-        flops.attention_width(base.parts.encoder.config),
-        (examples.lengths + adapter.prompt_tokens).tolist(),
-        config.engine.activation_checkpointing,
+    work = count_work(
+        ModelSpec(base.parts.encoder.config, dtype, config.adapter, task.outputs),
+        examples.lengths,
+        sharded=config.engine.zero_stage == 3,
+        recompute=config.engine.activation_checkpointing,
     )
     total_s, tokens = sum(seconds), int(examples.lengths.sum())
     datasheet_tflops = _datasheet_tflops(world)

@@ -1,57 +1,45 @@
-"""What a step costs in floating-point operations, and how honest shares of a device's peak are formed.
+"""Floating-point operations of a pass, counted by torch's `FlopCounterMode` while the planner runs it dry.
 
-A forward pass takes 2 FLOPs per weight and token. The encoder is frozen, so the backward pass computes
-gradients of activations only: another 2, where full training takes 4 (Kaplan et al. 2020, section 2.1).
-Attention adds two products of `[S, A] x [A, S]` per row and layer in the forward pass (A: width of all
-heads) and four in the backward pass, none of which a frozen encoder saves.
-
-MFU counts what the method needs (Chowdhery et al. 2022, appendix B): text and prompt tokens, no padding,
-nothing twice. HFU counts what the hardware is made to do with activation checkpointing: the forward pass
-of every layer once more.
+Matrix products, convolutions and attention count, at 2 FLOPs for a multiplication and its addition; elementwise
+operators do not. The encoder is frozen, so the backward pass computes gradients of activations only: about 2 FLOPs
+for each weight and token, as in the forward pass, where full training takes 4 (Kaplan et al. 2020, section 2.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
-from gpc_dist.adapter.families import EncoderParts
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Floating-point operations of one optimizer step."""
-
-    model: float
-    """Needed by the method: the numerator of MFU."""
-    recomputed: float
-    """Forward passes run again by activation checkpointing; 0 without."""
-
-    @property
-    def hardware(self) -> float:
-        """The numerator of HFU."""
-        return self.model + self.recomputed
+def flop_counter() -> FlopCounterMode:
+    """A counter of the FLOPs of everything that runs inside it."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    # its hooks on modules keep what activation checkpointing recomputes: the peak of a dry run would double
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
 
 
-def layer_parameters(parts: EncoderParts) -> int:
-    """N of the formula: weights of the layers that every token is multiplied with; no embeddings."""
-    return sum(p.numel() for layer in parts.layers for p in layer.parameters() if p.dim() == 2)
+class _NoModules(nullcontext[None]):
+    """Stands in for the tracker by which torch tells the FLOPs of one module from those of another."""
+
+    parents = frozenset({"Global"})
 
 
-def attention_width(model_config: Any) -> int:
-    """A: heads times the size of a head."""
-    heads = model_config.num_attention_heads
-    size = getattr(model_config, "d_kv", None) or model_config.hidden_size // heads
-    return heads * size
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
-def step_cost(
-    layer_parameters: int, layers: int, attention_width: int, lengths: Sequence[int], recompute: bool
-) -> StepCost:
-    """FLOPs of a step over rows of these lengths (prompt and text tokens, no padding)."""
-    tokens = float(sum(lengths))
-    squares = float(sum(n * n for n in lengths))
-    forward = 2.0 * layer_parameters * tokens + 4.0 * layers * attention_width * squares
-    backward = 2.0 * layer_parameters * tokens + 8.0 * layers * attention_width * squares
-    return StepCost(model=forward + backward, recomputed=forward if recompute else 0.0)
+def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+    """Four products, twice those of the forward pass. Kernels compute the scores once more, which nothing but
+    memory calls for: it does not count."""
+    return 2 * sdpa_flop_count(query, key, value)
+
+
+# torch has formulas for the kernels of GPUs only, and dry runs take place on the CPU
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

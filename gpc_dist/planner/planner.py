@@ -1,6 +1,6 @@
 """Whether and how a run fits: memory, traffic and time of every regime, and which one to take.
 
-Arithmetic over the facts of `engine.workload`; time after `engine.timing`. Bytes of one rank, with A trained
+Arithmetic over the facts of `workload`; time as `timing` says. Bytes of one rank, with A trained
 values, W ranks, an encoder of N parameters of e bytes, of which V stand in the token table:
 
     frozen       e N; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
@@ -29,8 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpc_dist.planner.devices import GIB
-from gpc_dist.planner.flops import StepCost, step_cost
-from gpc_dist.planner.memory import Footprint
+from gpc_dist.planner.dry_run import Footprint
 from gpc_dist.planner.regime import Regime
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import Workload
@@ -111,7 +110,7 @@ class Planner:
         micro = math.ceil(rows / passes)
         memory = self.memory(regime, cluster, micro)
         computed_s, step_s = self._seconds(regime, cluster, rows, passes)
-        work = self._work(rows, recompute=False)
+        flops = self.workload.passes.kept.at(rows).flops
         return Estimate(
             regime=regime,
             memory=memory,
@@ -122,7 +121,7 @@ class Planner:
             most_rows=most,
             step_s=step_s,
             communication_share=1 - computed_s / step_s,
-            mfu=work.model / step_s / (cluster.device.peak_tflops * 1e12),
+            mfu=flops / step_s / (cluster.device.peak_tflops * 1e12),
             rows_per_s=rows * cluster.size / step_s,
         )
 
@@ -143,7 +142,7 @@ class Planner:
             workspace=workspace,
         )
 
-    def _footprint(self, regime: Regime, rows: int) -> Footprint:
+    def _footprint(self, regime: Regime, rows: float) -> Footprint:
         return self.workload.passes.of(regime.zero_stage == 3, regime.recompute).at(rows)
 
     def _frozen(self, regime: Regime, ranks: int) -> float:
@@ -224,13 +223,6 @@ class Planner:
             sent += passes * layers * others * weights.layer * weights.element_bytes
         return sent
 
-    def _work(self, rows: float, recompute: bool) -> StepCost:
-        weights = self.workload.weights
-        one = step_cost(
-            weights.multiplied, weights.layers, weights.attention_width, [self.workload.row_tokens], recompute
-        )
-        return replace(one, model=one.model * rows, recomputed=one.recomputed * rows)
-
     def _seconds(self, regime: Regime, cluster: Cluster, rows: int, passes: int) -> tuple[float, float]:
         """Of a step: without and with communication."""
         forward_s, backward_s = self._pass_seconds(regime, cluster, rows / passes)
@@ -253,20 +245,20 @@ class Planner:
 
     def _pass_seconds(self, regime: Regime, cluster: Cluster, rows: float) -> tuple[float, float]:
         """Forward and backward computation of one pass."""
-        weights = self.workload.weights
-        # a third of a step's arithmetic is attention's backward at most; forward and backward match otherwise
-        forward_flops = self._work(rows, recompute=True).recomputed
-        backward_flops = self._work(rows, recompute=False).model - forward_flops
-        saved = self.workload.passes.kept.at(rows).saved
+        weights, plain = self.workload.weights, self.workload.passes.kept.at(rows)
         read = weights.body * weights.element_bytes
-        launched_s = cluster.launch_s(self.workload.passes.kept.at(rows).operators) / 2
-        forward_s = max(
-            cluster.arithmetic_s(forward_flops), cluster.memory_s(read + 2 * saved), launched_s
-        ) + self._written_out_s(regime, cluster)
-        backward_s = max(
-            cluster.arithmetic_s(backward_flops), cluster.memory_s(read + 3 * saved), launched_s
-        ) + self._written_out_s(regime, cluster)
-        return forward_s, backward_s + (forward_s if regime.recompute else 0.0)
+
+        def seconds(flops: float, moved: float) -> float:
+            launched_s = cluster.launch_s(plain.operators) / 2
+            longest_s = max(cluster.arithmetic_s(flops), cluster.memory_s(moved), launched_s)
+            return longest_s + self._written_out_s(regime, cluster)
+
+        forward_s = seconds(plain.forward_flops, read + 2 * plain.saved)
+        backward_s = seconds(plain.backward_flops, read + 3 * plain.saved)
+        if regime.recompute:
+            recomputed = self._footprint(regime, rows).backward_flops - plain.backward_flops
+            backward_s += seconds(recomputed, read + 2 * plain.saved)
+        return forward_s, backward_s
 
     def _written_out_s(self, regime: Regime, cluster: Cluster) -> float:
         if regime.quantize == "none":

@@ -19,6 +19,7 @@ from gpc_dist.encoder.frozen import encoder_path
 from gpc_dist.encoder.shapes import known_config, shape_names
 from gpc_dist.errors import UserError
 from gpc_dist.planner.devices import GIB, Device, device_at_hand
+from gpc_dist.planner.dry_run import ModelSpec
 from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, recommend
 from gpc_dist.planner.regime import REGIMES
 from gpc_dist.planner.timing import Cluster
@@ -103,13 +104,10 @@ def make_planner(config: Config, device: Device, outputs: int) -> Planner:
     train = config.train
     rows = math.ceil(train.batch_tokens / config.data.max_length) if train.batch_tokens else train.batch_size
     workload = describe(
-        encoder_config(config.encoder),
-        dtype,
-        config.adapter,
-        outputs,
-        train.optimizer,
-        config.data.max_length,
-        rows,
+        ModelSpec(encoder_config(config.encoder), dtype, config.adapter, outputs),
+        optimizer=train.optimizer,
+        max_length=config.data.max_length,
+        rows=rows,
     )
     engine = config.engine.model_copy(
         update={

@@ -1,15 +1,14 @@
 """How long a step takes on a cluster: a model from datasheet figures, not a measurement.
 
-With S = P+T positions, R rows of a micro-batch on a rank, L layers, A the width of all heads, n the weights of
-the layers and s the bytes that a pass saves:
+With n bytes of weights outside the token table, and s bytes that a pass saves:
 
-    arithmetic   the FLOPs of `engine.flops`, over 55 % of the device's peak
+    arithmetic   the FLOPs of the dry run, over 55 % of the device's peak
     memory       (n + 2s) bytes forward, (n + 3s) backward, over 80 % of its bandwidth
     launches     5 us for each operator; the host issues them one after the other (none on a CPU: it is the host)
 
 A pass takes the longest of the three, forward and backward apart; with activation checkpointing the backward
-pass holds another forward pass. int8 weights are read, written out in the encoder's type and read again
-before each use, which nothing hides.
+pass holds another forward pass, with the FLOPs that are recomputed in the dry run. int8 weights are read, written
+out in the encoder's type and read again before each use, which nothing hides.
 
 A collective over W ranks in M nodes of G moves its bytes inside nodes and between them at the same time, at
 70 % of the links' bandwidth, and starts after 10 us and 1 us for each rank:

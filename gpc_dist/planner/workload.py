@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.adapter.lane import Adapter
-from gpc_dist.config import AdapterConfig
 from gpc_dist.encoder.skeleton import build_skeleton
 from gpc_dist.errors import UserError
-from gpc_dist.planner.flops import attention_width, layer_parameters
-from gpc_dist.planner.memory import Passes, measure_passes
+from gpc_dist.planner.dry_run import ModelSpec, Passes, measure_passes
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,6 @@ class Weights:
     matrix_rows: int
     """Output features of these matrices, together."""
     largest_matrix: int
-    multiplied: int
-    """Weights that a token is multiplied with: a layer that runs again counts again."""
-    attention_width: int
     element_bytes: int
 
     @property
@@ -80,7 +74,7 @@ class Workload:
         return self.prompt_tokens + self.tokens
 
 
-def count_weights(parts: EncoderParts, model_config: Any) -> Weights:
+def count_weights(parts: EncoderParts) -> Weights:
     """The sizes of an encoder or of its skeleton."""
     table = next(parts.token_embeddings.parameters())
     others = [p for p in parts.encoder.parameters() if p is not table]
@@ -93,8 +87,6 @@ def count_weights(parts: EncoderParts, model_config: Any) -> Weights:
         matrices=sum(shape.numel() for shape in matrices.values()),
         matrix_rows=sum(shape[0] for shape in matrices.values()),
         largest_matrix=max((shape.numel() for shape in matrices.values()), default=0),
-        multiplied=layer_parameters(parts),
-        attention_width=attention_width(model_config),
         element_bytes=table.element_size(),
     )
 
@@ -103,30 +95,20 @@ def _numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def describe(
-    model_config: Any,
-    dtype: torch.dtype,
-    adapter: AdapterConfig,
-    outputs: int,
-    optimizer: str,
-    max_length: int,
-    rows: int,
-) -> Workload:
+def describe(model: ModelSpec, *, optimizer: str, max_length: int, rows: int) -> Workload:
     """The workload of an encoder and an adapter, from their configurations alone.
 
     Args:
-        model_config: of the encoder, a configuration of `transformers`.
-        dtype: of the encoder.
-        outputs: of the adapter's head.
+        optimizer: `adamw` or `adafactor`.
         max_length: text tokens of a row; fewer if the encoder's positions leave less beside the prompt.
         rows: of a step, over all ranks.
 
     Raises:
         UserError: a family that cannot hold a prompt, or a prompt that leaves no room for text.
     """
-    parts = build_skeleton(model_config, dtype)
+    parts = build_skeleton(model.encoder, model.dtype)
     with torch.device("meta"):
-        trained = Adapter(adapter, parts.shape, outputs)
+        trained = Adapter(model.adapter, parts.shape, model.outputs)
     prompt = trained.prompt_tokens
     tokens = max_length if parts.max_positions is None else min(max_length, parts.max_positions - prompt)
     if tokens < 1:
@@ -135,11 +117,11 @@ def describe(
             "use a shorter prompt"
         )
     return Workload(
-        weights=count_weights(parts, model_config),
+        weights=count_weights(parts),
         adapter_tensors=tuple(p.numel() for p in trained.parameters()),
         # Adafactor keeps a row and a column of a matrix
         moments=2 if optimizer == "adamw" else 0,
-        passes=measure_passes(model_config, dtype, adapter, outputs, tokens),
+        passes=measure_passes(model, tokens),
         tokens=tokens,
         prompt_tokens=prompt,
         rows=rows,

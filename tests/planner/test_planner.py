@@ -15,13 +15,14 @@ from gpc_dist.encoder.shapes import known_config
 from gpc_dist.encoder.skeleton import build_skeleton
 from gpc_dist.errors import UserError
 from gpc_dist.planner.devices import GIB, find_device
-from gpc_dist.planner.memory import Activations, Footprint, Passes
+from gpc_dist.planner.dry_run import Activations, Footprint, ModelSpec, Passes
 from gpc_dist.planner.planner import Planner, recommend, scaling
 from gpc_dist.planner.regime import REGIMES, Regime
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import Workload, count_weights, describe
 from gpc_dist.shipped import shipped_folder
 from tests.adapter.encoders import FAMILIES, tiny, tiny_config
+from tests.planner.formula import layers_flops
 
 ZERO3 = json.loads((shipped_folder("ds_configs") / "zero3.json").read_text())["zero_optimization"]
 
@@ -29,17 +30,32 @@ ZERO3 = json.loads((shipped_folder("ds_configs") / "zero3.json").read_text())["z
 def workload(shape: str, dtype: torch.dtype, rows: int = 32) -> Workload:
     """A known shape with activations of 2 MB a row and layer, 0.1 MB of them when layers are run again."""
     config = known_config(shape)
-    layers = config.num_hidden_layers
+    parts, layers = build_skeleton(config, dtype), config.num_hidden_layers
+    row = layers_flops(parts, config, 276)
 
-    def passes(saved: float, peak: float) -> Activations:
-        few, many = (Footprint(layers * saved * n, layers * peak * n, 700.0 * layers) for n in (4, 32))
+    def passes(saved: float, peak: float, recomputed: float = 0.0) -> Activations:
+        few, many = (
+            Footprint(
+                layers * saved * n,
+                layers * peak * n,
+                700.0 * layers,
+                row.forward * n,
+                (row.backward + recomputed) * n,
+            )
+            for n in (4, 32)
+        )
         return Activations(few, many)
 
     return Workload(
-        weights=count_weights(build_skeleton(config, dtype), config),
+        weights=count_weights(parts),
         adapter_tensors=(200_000, 100_000, 2),
         moments=2,
-        passes=Passes(passes(2e6, 2.1e6), passes(1e5, 2e5), passes(3e6, 3.1e6), passes(1e5, 3e5)),
+        passes=Passes(
+            kept=passes(2e6, 2.1e6),
+            recomputed=passes(1e5, 2e5, row.forward),
+            kept_sharded=passes(3e6, 3.1e6),
+            recomputed_sharded=passes(1e5, 3e5, row.forward),
+        ),
         tokens=256,
         prompt_tokens=20,
         rows=rows,
@@ -64,7 +80,7 @@ def cluster(gpu: str = "h100", nodes: int = 1, per_node: int = 8, memory_gib: fl
 def test_weights_are_counted_exactly(family: str) -> None:
     model = tiny(family)
     parts = locate(model)
-    found = count_weights(build_skeleton(tiny_config(family), torch.float32), model.config)
+    found = count_weights(build_skeleton(tiny_config(family), torch.float32))
     pooler = sum(p.numel() for name, p in model.named_parameters() if name.startswith("pooler."))
     assert found.total == count_parameters(parts) - pooler
     assert found.table == parts.token_embeddings.weight.numel()
@@ -73,7 +89,7 @@ def test_weights_are_counted_exactly(family: str) -> None:
 
 def test_a_known_encoder_has_its_published_size() -> None:
     config = known_config("t5-v1_1-xl")
-    weights = count_weights(build_skeleton(config, torch.bfloat16), config)
+    weights = count_weights(build_skeleton(config, torch.bfloat16))
     assert weights.total == pytest.approx(1.22e9, rel=0.01)
     assert weights.layers == 24
     assert weights.matrices + weights.table < weights.total < weights.matrices + weights.table + 200_000
@@ -200,9 +216,8 @@ def test_more_nodes_add_communication_and_nothing_else(large: Workload) -> None:
 
 
 def test_a_workload_is_described_from_configurations_alone() -> None:
-    found = describe(
-        tiny_config("bert"), torch.float32, AdapterConfig(prompt_tokens=20), 2, "adamw", 256, rows=8
-    )
+    model = ModelSpec(tiny_config("bert"), torch.float32, AdapterConfig(prompt_tokens=20), outputs=2)
+    found = describe(model, optimizer="adamw", max_length=256, rows=8)
     # 64 positions leave 44 beside the prompt
     assert (found.tokens, found.prompt_tokens, found.row_tokens) == (44, 20, 64)
     prompt, cell, head = 20 * 32, 2 * 32 * 32 + 32, 2 * 32 + 2
@@ -211,5 +226,6 @@ def test_a_workload_is_described_from_configurations_alone() -> None:
 
 
 def test_a_prompt_must_leave_room_for_text() -> None:
+    model = ModelSpec(tiny_config("bert"), torch.float32, AdapterConfig(prompt_tokens=64), outputs=2)
     with pytest.raises(UserError, match=r"prompt_tokens 64 leaves none of the encoder's 64 positions"):
-        describe(tiny_config("bert"), torch.float32, AdapterConfig(prompt_tokens=64), 2, "adamw", 256, rows=8)
+        describe(model, optimizer="adamw", max_length=256, rows=8)

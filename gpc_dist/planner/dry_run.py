@@ -1,13 +1,13 @@
-"""How much memory a pass takes, by a dry run: the program's own code on tensors that have sizes and no values.
+"""What a pass takes, by a dry run: the program's own code on tensors that have sizes and no values.
 
-The encoder's skeleton and an adapter run forward and backward under PyTorch's fake tensors, and every storage
-that an operator makes is counted from its birth to its death. So the planner knows each family of encoders as
-the code runs it, attention kernels, prompt writing and recomputation included, with nothing to keep in step by
-hand. On the CPU, where the dry run takes place, scaled-dot-product attention keeps its operands, its
-output and one number per row and head, as the memory-efficient and flash kernels of a GPU do.
+The encoder's skeleton and an adapter run forward and backward under PyTorch's fake tensors. Every storage that an
+operator makes is counted from its birth to its death, and every matrix product by its FLOPs. So the planner knows
+each family of encoders as the code runs it, attention kernels, prompt writing and recomputation included, with
+nothing to keep in step by hand. On the CPU, where the dry run takes place, scaled-dot-product attention keeps its
+operands, its output and one number per row and head, as the memory-efficient and flash kernels of a GPU do.
 
-Memory grows by the same amount with each layer and with each row of a micro-batch, so a few shallow dry runs
-tell that of any depth and any number of rows. It does not grow so with T: attention may hold `[.., S, S]`.
+Memory and FLOPs grow by the same amount with each layer and with each row of a micro-batch, so a few shallow dry
+runs give those of any depth and any number of rows. They do not grow so with T: attention may hold `[.., S, S]`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,31 @@ from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import AdapterConfig
 from gpc_dist.encoder.skeleton import build_skeleton
+from gpc_dist.planner.flops import flop_counter
 
 _ROWS = (4, 32)
-"""Rows of the dry runs. With fewer, other tensors than a layer's may make the peak."""
+"""Rows of the dry runs. With fewer, the peak may come from tensors outside the layers."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An encoder and an adapter by their configurations: what a dry run runs."""
+
+    encoder: Any
+    """A configuration of `transformers`."""
+    dtype: torch.dtype
+    """Of the encoder."""
+    adapter: AdapterConfig
+    outputs: int
+    """Of the adapter's head."""
+
+    def with_layers(self, layers: int) -> ModelSpec:
+        """The same with the first `layers` layers of the encoder only."""
+        config = copy.deepcopy(self.encoder)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        return replace(self, encoder=config)
 
 
 @dataclass(frozen=True)
@@ -46,14 +68,17 @@ class Footprint:
     """Most bytes at any one time, the adapter's gradients included."""
     operators: float
     """Operators run, views included."""
+    forward_flops: float
+    backward_flops: float
+    """What activation checkpointing runs again is part of it."""
+
+    @property
+    def flops(self) -> float:
+        return self.forward_flops + self.backward_flops
 
     def toward(self, other: Footprint, part: float) -> Footprint:
-        """The point at `part` of the straight line from here (0) to `other` (1), or beyond."""
-        return Footprint(
-            self.saved + (other.saved - self.saved) * part,
-            self.peak + (other.peak - self.peak) * part,
-            self.operators + (other.operators - self.operators) * part,
-        )
+        """Linear interpolation between this footprint (`part` 0) and `other` (1), or extrapolation beyond them."""
+        return Footprint(*(a + (b - a) * part for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -90,42 +115,56 @@ class Passes:
             return self.recomputed_sharded if recompute else self.kept_sharded
         return self.recomputed if recompute else self.kept
 
-    def toward(self, other: Passes, part: float) -> Passes:
-        """As `Footprint.toward`."""
-        return Passes(
-            kept=self.kept.toward(other.kept, part),
-            recomputed=self.recomputed.toward(other.recomputed, part),
-            kept_sharded=self.kept_sharded.toward(other.kept_sharded, part),
-            recomputed_sharded=self.recomputed_sharded.toward(other.recomputed_sharded, part),
-        )
 
-
-def measure_passes(
-    model_config: Any, dtype: torch.dtype, adapter: AdapterConfig, outputs: int, tokens: int
-) -> Passes:
-    """Footprints of a pass over rows of `tokens` text tokens (T).
-
-    Args:
-        model_config: of the encoder, a configuration of `transformers`.
-        dtype: of the encoder.
-        outputs: of the adapter's head.
+def measure_passes(model: ModelSpec, tokens: int) -> Passes:
+    """Footprints of a pass over rows of `tokens` text tokens (T), run in each way.
 
     Raises:
         UserError: a family that cannot hold a prompt.
     """
-    layers = model_config.num_hidden_layers
-    # with a cell after some layers only, memory does not grow by the same amount with each
-    shallow, deeper = _depths(model_config) if adapter.cell_layers is None else (layers, layers)
-    part = (layers - shallow) / (deeper - shallow) if deeper > shallow else 0.0
-    runs = {
-        depth: _dry_runs(_with_depth(model_config, depth), dtype, adapter, outputs, tokens)
-        for depth in {shallow, deeper}
-    }
-    return runs[shallow].toward(runs[deeper], part)
+    return Passes(
+        kept=measure_pass(model, tokens),
+        recomputed=measure_pass(model, tokens, recompute=True),
+        kept_sharded=measure_pass(model, tokens, sharded=True),
+        recomputed_sharded=measure_pass(model, tokens, sharded=True, recompute=True),
+    )
+
+
+def measure_pass(
+    model: ModelSpec, tokens: int, *, sharded: bool = False, recompute: bool = False
+) -> Activations:
+    """Footprints of a pass over rows of `tokens` text tokens (T).
+
+    Args:
+        sharded: as at ZeRO-3, see `inputs_saved`.
+        recompute: with activation checkpointing.
+
+    Raises:
+        UserError: a family that cannot hold a prompt.
+    """
+
+    def at_depth(layers: int) -> Activations:
+        shallow = model.with_layers(layers)
+        parts = build_skeleton(shallow.encoder, model.dtype)
+        with FakeTensorMode(allow_non_fake_inputs=True), inputs_saved() if sharded else nullcontext():
+            give_fake_values(parts)
+            grafted = GraftedEncoder(parts, [Adapter(model.adapter, parts.shape, model.outputs)])
+            if recompute:
+                grafted.checkpoint_activations()
+            few, many = (dry_run(grafted, rows, tokens) for rows in _ROWS)
+        return Activations(few, many)
+
+    layers = model.encoder.num_hidden_layers
+    # with a cell after some layers only, a pass does not grow by the same amount with each
+    shallow, deeper = _depths(model.encoder) if model.adapter.cell_layers is None else (layers, layers)
+    if shallow == deeper:
+        return at_depth(layers)
+    return at_depth(shallow).toward(at_depth(deeper), (layers - shallow) / (deeper - shallow))
 
 
 def _depths(model_config: Any) -> tuple[int, int]:
-    """Two depths, shallow and a period of layers apart, that stand on one line with the encoder's own."""
+    """Two depths, `layer_period` apart, from which that of the encoder can be extrapolated; its own depth twice if
+    it has too few layers for that."""
     layers, period = model_config.num_hidden_layers, layer_period(model_config)
     # three layers use the cell twice: only then are its gradients added up, as in deeper encoders
     shallow = 3 + (layers - 3) % period
@@ -133,40 +172,10 @@ def _depths(model_config: Any) -> tuple[int, int]:
 
 
 def layer_period(model_config: Any) -> int:
-    """Layers after which the kinds of layer (local and global attention, say) begin again."""
+    """Layers after which the kinds of layer (local and global attention, say) repeat."""
     layers = model_config.num_hidden_layers
     kinds = getattr(model_config, "layer_types", None) or [None] * layers
     return next(p for p in range(1, layers + 1) if kinds[p:] == kinds[:-p])
-
-
-def _with_depth(model_config: Any, layers: int) -> Any:
-    shallow = copy.deepcopy(model_config)
-    shallow.num_hidden_layers = layers
-    if getattr(model_config, "layer_types", None):
-        shallow.layer_types = model_config.layer_types[:layers]
-    return shallow
-
-
-def _dry_runs(
-    model_config: Any, dtype: torch.dtype, config: AdapterConfig, outputs: int, tokens: int
-) -> Passes:
-    parts = build_skeleton(model_config, dtype)
-
-    def measured() -> Activations:
-        few, many = (dry_run(model, rows, tokens) for rows in _ROWS)
-        return Activations(few, many)
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        give_fake_values(parts)
-        model = GraftedEncoder(parts, [Adapter(config, parts.shape, outputs)])
-        kept = measured()
-        with inputs_saved():
-            kept_sharded = measured()
-        model.checkpoint_activations()
-        recomputed = measured()
-        with inputs_saved():
-            recomputed_sharded = measured()
-    return Passes(kept, recomputed, kept_sharded, recomputed_sharded)
 
 
 @contextmanager
@@ -216,14 +225,20 @@ def dry_run(model: GraftedEncoder, rows: int, tokens: int) -> Footprint:
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(input_ids)
     mask[0, -1] = 0  # a mask of ones would be left out
-    with LiveStorages(standing) as live:
+    with LiveStorages(standing) as live, flop_counter() as counter:
         outputs = model(input_ids, mask)
         loss = F.cross_entropy(outputs, targets.clamp(max=outputs.shape[1] - 1), reduction="sum")
-        saved = live.bytes
+        saved, forward_flops = live.bytes, counter.get_total_flops()
         loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return Footprint(float(saved), float(live.peak), float(live.operators))
+    return Footprint(
+        saved=float(saved),
+        peak=float(live.peak),
+        operators=float(live.operators),
+        forward_flops=float(forward_flops),
+        backward_flops=float(counter.get_total_flops() - forward_flops),
+    )
 
 
 class LiveStorages(TorchDispatchMode):

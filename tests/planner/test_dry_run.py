@@ -16,13 +16,15 @@ from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import AdapterConfig
 from gpc_dist.encoder.skeleton import build_skeleton, freeze
-from gpc_dist.planner.memory import (
+from gpc_dist.planner.dry_run import (
     Footprint,
     LiveStorages,
+    ModelSpec,
     dry_run,
     give_fake_values,
     inputs_saved,
     layer_period,
+    measure_pass,
     measure_passes,
 )
 from tests.adapter.encoders import FAMILIES, tiny, tiny_config
@@ -53,6 +55,7 @@ def test_a_dry_run_takes_what_a_real_one_does(family: str, recompute: bool) -> N
     assert dry.saved == pytest.approx(real.saved, rel=0.01)
     assert dry.peak == pytest.approx(real.peak, rel=0.01)
     assert dry.operators == pytest.approx(real.operators, rel=0.01)
+    assert (dry.forward_flops, dry.backward_flops) == (real.forward_flops, real.backward_flops)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -83,13 +86,14 @@ def test_saved_bytes_are_those_autograd_packs(family: str, recompute: bool) -> N
 @pytest.mark.parametrize("family", ["t5", "roberta", "modernbert", "albert"])
 def test_rows_and_layers_add_up(family: str) -> None:
     config = tiny_config(family, num_hidden_layers=LAYERS)
-    passes = measure_passes(config, torch.float32, ADAPTER, outputs=2, tokens=24)
+    passes = measure_passes(ModelSpec(config, torch.float32, ADAPTER, outputs=2), tokens=24)
     for recompute, found in ((False, passes.kept), (True, passes.recomputed)):
         for rows in (8, 50):
             exact = on_paper(family, rows, recompute)
             assert found.at(rows).saved == pytest.approx(exact.saved, rel=0.001)
             assert found.at(rows).peak == pytest.approx(exact.peak, rel=0.02)
             assert found.at(rows).operators == exact.operators
+            assert found.at(rows).flops == pytest.approx(exact.flops)
 
 
 @pytest.mark.parametrize("layers", [[0], [2, 3]])
@@ -97,18 +101,19 @@ def test_a_cell_after_some_layers_is_counted_there(layers: list[int]) -> None:
     """Also after one that the shallow dry runs of other adapters do not have."""
     adapter = ADAPTER.model_copy(update={"cell_layers": layers, "cell_per_layer": True})
     config = tiny_config("bert", num_hidden_layers=LAYERS)
-    passes = measure_passes(config, torch.float32, adapter, outputs=2, tokens=24)
+    kept = measure_pass(ModelSpec(config, torch.float32, adapter, outputs=2), tokens=24)
     exact = on_paper("bert", 8, False, adapter)
-    assert passes.kept.at(8).saved == pytest.approx(exact.saved, rel=0.001)
-    assert passes.kept.at(8).operators == exact.operators
+    assert kept.at(8).saved == pytest.approx(exact.saved, rel=0.001)
+    assert kept.at(8).operators == exact.operators
+    assert kept.at(8).flops == pytest.approx(exact.flops)
     assert exact.operators < on_paper("bert", 8, False).operators
 
 
 @pytest.mark.slow
 def test_recomputation_and_bf16_save_memory() -> None:
     config = tiny_config("t5", num_hidden_layers=LAYERS)
-    full = measure_passes(config, torch.float32, ADAPTER, outputs=2, tokens=24)
-    half = measure_passes(config, torch.bfloat16, ADAPTER, outputs=2, tokens=24)
+    full = measure_passes(ModelSpec(config, torch.float32, ADAPTER, outputs=2), tokens=24)
+    half = measure_passes(ModelSpec(config, torch.bfloat16, ADAPTER, outputs=2), tokens=24)
     assert full.recomputed.at(16).saved < 0.3 * full.kept.at(16).saved
     assert half.kept.at(16).saved < 0.75 * full.kept.at(16).saved  # norms work in float32
     assert full.recomputed.at(16).saved < full.recomputed.at(16).peak
