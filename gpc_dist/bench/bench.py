@@ -176,12 +176,12 @@ def _random_base(shape: str, config: Config, world: World) -> Base:
     on_host = engine.zero_stage == 3 or engine.token_table == "host" or engine.quantize != "none"
     fill_random(parts, torch.device("cpu") if on_host else world.device)
     identity = EncoderIdentity(
-        f"{shape}, random weights",
-        None,
-        model_config.model_type,
-        parts.shape.hidden_size,
-        parts.shape.layers,
-        "",
+        path=f"{shape}, random weights",
+        revision=None,
+        model_type=model_config.model_type,
+        hidden_size=parts.shape.hidden_size,
+        layers=parts.shape.layers,
+        sha256="",
     )
     return Base(Encoder(parts, None), identity, None, count_parameters(parts), time.monotonic() - start)
 

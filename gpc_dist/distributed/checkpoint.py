@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of the folder and its files; another one is refused."""
 _MARKER = "COMPLETE"
-_FILES = ("trained.safetensors", "rng.safetensors", "state.json")
+_TRAINED, _RNG, _STATE = "trained.safetensors", "rng.safetensors", "state.json"
+_FILES = (_TRAINED, _RNG, _STATE)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
     path = folder / _name(checkpoint.step)
     with new_folder(path) as temporary:
-        save_file(checkpoint.tensors, temporary / _FILES[0])
-        save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, temporary / _FILES[1])
+        save_file(checkpoint.tensors, temporary / _TRAINED)
+        save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, temporary / _RNG)
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-        (temporary / _FILES[2]).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         digests = {name: _sha256(temporary / name) for name in _FILES}
     write_text(path / _MARKER, json.dumps(digests, indent=2) + "\n")
 
@@ -79,15 +80,15 @@ def load(path: Path) -> Checkpoint:
         raise UserError(_remedy(path, str(error))) from None
     if damaged:
         raise UserError(_remedy(path, f"{', '.join(damaged)} changed after it was written"))
-    rng = load_file(path / _FILES[1])
-    state = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    rng = load_file(path / _RNG)
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
     if (found := state.pop("format", None)) != FORMAT:
         raise UserError(
             f"checkpoint {path} has format {found}; this version reads {FORMAT}: go on with the version of gpc-dist "
             "that wrote it, or give --train.resume false to start again"
         )
     step = state.pop("step")
-    tensors = load_file(path / _FILES[0])
+    tensors = load_file(path / _TRAINED)
     return Checkpoint(step, tensors, [rng[str(r)] for r in range(len(rng))], state)
 
 

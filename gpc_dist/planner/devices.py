@@ -51,6 +51,7 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
+        # GiB, TFLOPS, and GB/s of the memory, to other devices of the node, to other nodes, to the host
         Device("h100", 79.6, 989.0, 3350.0, 450.0, 50.0, 64.0),
         Device("h200", 140.4, 989.0, 4800.0, 450.0, 50.0, 64.0),
         Device("b200", 179.0, 2250.0, 8000.0, 900.0, 50.0, 64.0),

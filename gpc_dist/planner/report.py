@@ -70,45 +70,50 @@ def _heading(config: Config, workload: Workload, cluster: Cluster) -> str:
 
 
 def _regime_table(estimates: Sequence[Estimate]) -> str:
-    columns = (
-        "regime,frozen,gathered,activations,trained,work,total,host,MB sent,step ms,MFU %,rows,most rows,fits"
-    )
-    return _table(columns.split(","), [_regime_line(e) for e in estimates])
+    return _table([_regime_line(e) for e in estimates])
 
 
-def _regime_line(e: Estimate) -> list[str]:
+def _regime_line(e: Estimate) -> dict[str, str]:
     m = e.memory
-    sizes = (m.frozen, m.gathered, m.activations, m.trained, m.workspace, m.total, e.host_bytes)
-    return [
-        e.regime.name,
-        *(f"{size / GIB:.2f}" for size in sizes),
-        f"{e.sent_bytes / 1e6:,.1f}",
-        f"{1000 * e.step_s:,.1f}",
-        f"{100 * e.mfu:.1f}",
-        str(e.micro_rows),
-        str(e.most_rows),
-        "yes" if e.fits else "no",
-    ]
+    sizes = {
+        "frozen": m.frozen,
+        "gathered": m.gathered,
+        "activations": m.activations,
+        "trained": m.trained,
+        "work": m.workspace,
+        "total": m.total,
+        "host": e.host_bytes,
+    }
+    return {
+        "regime": e.regime.name,
+        **{name: f"{size / GIB:.2f}" for name, size in sizes.items()},
+        "MB sent": f"{e.sent_bytes / 1e6:,.1f}",
+        "step ms": f"{1000 * e.step_s:,.1f}",
+        "MFU %": f"{100 * e.mfu:.1f}",
+        "rows": str(e.micro_rows),
+        "most rows": str(e.most_rows),
+        "fits": "yes" if e.fits else "no",
+    }
 
 
 def _scaling_table(estimates: Sequence[Estimate]) -> str:
     lines = [
-        [
-            str(nodes),
-            f"{e.rows_per_s * e.step_s:,.0f}",
-            f"{1000 * e.step_s:,.1f}",
-            f"{e.rows_per_s:,.0f}",
-            f"{100 * e.communication_share:.1f}",
-            f"{100 * e.mfu:.1f}",
-        ]
+        {
+            "nodes": str(nodes),
+            "rows a step": f"{e.rows_per_s * e.step_s:,.0f}",
+            "step ms": f"{1000 * e.step_s:,.1f}",
+            "rows/s": f"{e.rows_per_s:,.0f}",
+            "communication %": f"{100 * e.communication_share:.1f}",
+            "MFU %": f"{100 * e.mfu:.1f}",
+        }
         for nodes, e in zip(SCALED_NODES, estimates, strict=True)
     ]
-    return _table(["nodes", "rows a step", "step ms", "rows/s", "communication %", "MFU %"], lines)
+    return _table(lines)
 
 
-def _table(columns: list[str], lines: list[list[str]]) -> str:
-    align = ["left"] + ["right"] * (len(columns) - 1)
-    return tabulate(lines, columns, disable_numparse=True, colalign=align)
+def _table(lines: list[dict[str, str]]) -> str:
+    align = ["left"] + ["right"] * (len(lines[0]) - 1)
+    return tabulate(lines, headers="keys", disable_numparse=True, colalign=align)
 
 
 def _dump(estimate: Estimate) -> dict[str, Any]:
