@@ -1,7 +1,7 @@
 """`gpc-dist bench`: what a training step costs on this machine.
 
-The steps are those of `train`, on examples without meaning: batches cut, shared out, run and finished by the
-same functions. The learning rate is 0, so that nothing the random targets teach can change the work.
+The steps are those of `train` on synthetic examples: the same functions cut, share, run and finish the batches. The
+learning rate is 0, so that training on random targets cannot change the work.
 """
 
 from __future__ import annotations
@@ -42,16 +42,18 @@ PROFILED_STEPS = 3
 
 
 def run_bench(config: Config, steps: int, lengths: str, shape: str | None, json_file: Path | None) -> int:
-    """Measure as one rank of the job, and print and write what was found; returns the exit code.
+    """Measure steps as one rank of the job, and print and write the results; returns the exit code.
 
     Args:
         steps: measured steps; a few more are run before them.
         lengths: text lengths, see `synthetic.LENGTHS`.
-        shape: a well-known encoder (`shapes.shape_names`) to imitate with random weights; the recipe's own,
-            loaded, when not given.
+        shape: a well-known encoder (`shapes.shape_names`), built with random weights; the recipe's own is
+            loaded when not given.
+        json_file: where the results are written as JSON.
 
     Raises:
-        UserError: unknown lengths or shape, out of GPU memory, or what `train` refuses.
+        UserError: unknown lengths or shape, or what `train` refuses.
+        MachineError: out of GPU memory.
     """
     world = init_world(config.engine)
     try:
@@ -71,7 +73,7 @@ def run_bench(config: Config, steps: int, lengths: str, shape: str | None, json_
 
 
 def _measure(config: Config, world: World, steps: int, lengths: str, shape: str | None) -> dict[str, Any]:
-    draw_lengths(lengths, 1, config.data.max_length)  # says what is wrong with it before an encoder is loaded
+    draw_lengths(lengths, 1, config.data.max_length)  # an unknown kind is refused before an encoder is loaded
     task = _task()
     config = _for_bench(config, shape)
     config = planned(config, world, task.outputs)
@@ -89,7 +91,7 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     plan = EpochPlan(examples.sizes, config.run.seed, config.train.batch_size, config.train.batch_tokens)
     steps_examples = [LaneExamples(adapter, examples, indices) for indices in plan.steps(0)]
     by_work = sorted(steps_examples, key=lambda each: examples.sizes.padded_tokens(each.indices))
-    # the allocator, the compiler and caches see the shortest, the middle and the longest batch first
+    # warm-up of the allocator, the compiler and caches: the longest, the shortest and the middle batch
     _run(session, optimizer, [by_work[-1], by_work[0], by_work[len(by_work) // 2]])
     seconds, padded = _run(session, optimizer, steps_examples)
     memory = world.gather(peak_memory_mib(world.device))
@@ -166,7 +168,7 @@ def _task() -> Task:
 
 
 def _random_base(shape: str, config: Config, world: World) -> Base:
-    """An encoder of random weights, placed already where that saves a copy."""
+    """An encoder of random weights, on its device already where that saves a copy."""
     start = time.monotonic()
     model_config = known_config(shape)
     if model_config is None:
@@ -187,7 +189,7 @@ def _random_base(shape: str, config: Config, world: World) -> Base:
 
 
 def _examples(session: Session, lengths: str, steps: int) -> Encoded:
-    """As many examples as make up so many steps."""
+    """Synthetic examples for `steps` steps."""
     train, seed = session.config.train, session.config.run.seed
     per_step = train.batch_size
     if train.batch_tokens is not None:
@@ -201,11 +203,11 @@ def _examples(session: Session, lengths: str, steps: int) -> Encoded:
 def _run(
     session: Session, optimizer: LaneOptimizer, steps_examples: Sequence[LaneExamples]
 ) -> tuple[list[float], int]:
-    """Run these steps as the training loop does: seconds of each, and the tokens with padding that this rank
-    ran in them.
+    """Run these steps as the training loop does; returns the seconds of each, and the tokens with padding that
+    this rank ran in all of them.
 
     Raises:
-        UserError: a loss that is not finite: the update would be left out.
+        UserError: a loss is not finite, so that its update would be left out.
     """
     seconds, padded = [], 0
     step = prepare(session, [steps_examples[0]])
@@ -224,7 +226,7 @@ def _run(
 
 
 def _shares(flop_per_s: float, measured_tflops: float, datasheet_tflops: float | None) -> dict[str, Any]:
-    """Per cent of both peaks."""
+    """Per cent of the measured peak and of the datasheet's, which are in 10^12 FLOPs per second."""
     return {
         "measured": 100 * flop_per_s / measured_tflops / 1e12,
         "datasheet": 100 * flop_per_s / datasheet_tflops / 1e12 if datasheet_tflops else None,

@@ -1,4 +1,4 @@
-"""What this machine does, measured: the speed of its matrix products, and time in collectives."""
+"""Measurements of this machine: the speed of its matrix products, and the time in collectives."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Span = tuple[float, float]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all that was asked of it."""
+    """Wait until a GPU has finished its queue; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Best speed of a large square matrix product in about a second of trying, in 10^12 operations per second:
-    what a step could reach here if it were nothing else. All ranks of a machine should measure at once."""
+    """Peak speed of matrix products, in 10^12 FLOPs per second: the best of a large square product, repeated for
+    about a second. All ranks of a machine should measure at the same time."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best_s, end = float("inf"), time.perf_counter() + 1.0
@@ -37,16 +37,16 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Communication:
-    """Shares of the time that some steps took, from 0 to 1, on this rank."""
+    """Shares, from 0 to 1, of the time of steps on this rank."""
 
     busy: float
-    """A collective was under way; waiting for slower ranks is part of it."""
+    """A collective was running, waiting for slower ranks included."""
     exposed: float | None
-    """The same with no other work on the GPU meanwhile; None on a CPU, where it cannot be told."""
+    """A collective and nothing else was running on the GPU; None on a CPU, where this cannot be measured."""
 
 
 def communication(run: Callable[[], object], world: World) -> Communication:
-    """The share of collectives in `run`, from a profile of it. All ranks must call it."""
+    """The shares of collectives in `run`, from a profile of it. All ranks must call it."""
     if world.size == 1:
         return Communication(0.0, 0.0)
     from torch.autograd import DeviceType
@@ -65,7 +65,7 @@ def communication(run: Callable[[], object], world: World) -> Communication:
         if on_gpu and (event.device_type is not DeviceType.CUDA or event.is_user_annotation):
             continue
         span = (event.time_range.start, event.time_range.end)
-        # nccl's kernels are named so; gloo's spans last from the call to the end, in whichever thread
+        # names of nccl's kernels, or of gloo's spans, which last from the call to the end, in any thread
         if event.name.startswith("nccl" if on_gpu else "gloo:"):
             collectives.append(span)
         elif on_gpu:

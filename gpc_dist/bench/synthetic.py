@@ -1,4 +1,4 @@
-"""Examples without meaning, of lengths that texts have: for benchmarks."""
+"""Synthetic examples with the lengths of real texts, for benchmarks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ log-normal distribution. Measured on the official training splits (up to 3,000 e
 tokenizer of all-MiniLM-L6-v2, special tokens included, before truncation."""
 
 LENGTHS = ("fixed", "mix", *SUPERGLUE)
-"""What `draw_lengths` knows: every row of the greatest length, as many rows of each task of `SUPERGLUE`, or one
-of these tasks."""
+"""Kinds of `draw_lengths`: all rows of the greatest length, equal numbers of rows like each task of `SUPERGLUE`, or
+rows like one of these tasks."""
 
 
 def draw_lengths(kind: str, count: int, max_length: int, seed: int = 0) -> np.ndarray:
     """Tokens of `count` rows, at least 4 and at most `max_length`, int64 `[count]`.
 
     Raises:
-        UserError: a kind that is not in `LENGTHS`.
+        UserError: the kind is not in `LENGTHS`.
     """
     if kind not in LENGTHS:
         raise UserError(f"--lengths '{kind}' is unknown: give one of {', '.join(LENGTHS)}")
@@ -42,7 +42,7 @@ def draw_lengths(kind: str, count: int, max_length: int, seed: int = 0) -> np.nd
 
 
 def synthetic(lengths: np.ndarray, vocabulary: int, seed: int = 0) -> Encoded:
-    """Examples of one row each, of random tokens and with one of two labels.
+    """Examples of one row each, with random tokens and a random one of two labels.
 
     Args:
         lengths: tokens of each row, int64 `[N]`.

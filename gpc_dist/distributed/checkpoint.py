@@ -2,13 +2,13 @@
 
 A checkpoint `step-00000100/` holds
 
-    trained.safetensors   adapter parameters and optimizer moments, whole tensors: any number of ranks and any
-                          ZeRO stage can take them up
+    trained.safetensors   adapter parameters and optimizer moments, whole tensors: any number of ranks can
+                          load them at any ZeRO stage
     rng.safetensors       generator state of every rank, used when the number of ranks is the same
     state.json            step, data position, best metric so far
     COMPLETE              SHA-256 of the other files; written last
 
-A folder without `COMPLETE` is what an interrupted save left: it is never read and is removed by the next save.
+A folder without `COMPLETE` is left by an interrupted save. It is never read, and the next save removes it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, write_text
 
-# torch comes late: the processes of a search that only look for checkpoints do without it
+# torch is imported on use: the processes of a search that only look for checkpoints do without it
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-"""Of the folder and its files; another one is refused."""
+"""Version of the folder's layout; others are refused."""
 _MARKER = "COMPLETE"
 _TRAINED, _RNG, _STATE = "trained.safetensors", "rng.safetensors", "state.json"
 _FILES = (_TRAINED, _RNG, _STATE)
@@ -36,7 +36,7 @@ _FILES = (_TRAINED, _RNG, _STATE)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, read and verified."""
+    """The content of a checkpoint."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `folder/step-<n>` so that it is there whole or not at all."""
+    """Write `folder/step-<n>` atomically."""
     from safetensors.torch import save_file
 
     path = folder / _name(checkpoint.step)
@@ -61,7 +61,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the largest step, if there is one."""
+    """The complete checkpoint with the largest step; None if there is none."""
     return max(_complete(folder), default=None, key=step_of)
 
 
@@ -93,7 +93,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one, and what interrupted saves left."""
+    """Remove what interrupted saves left, and all checkpoints but the newest `keep_last` and the best one."""
     complete = sorted(_complete(folder), key=step_of)
     kept = {step_of(path) for path in complete[-keep_last:]} | {best_step}
     for path in folder.iterdir():

@@ -14,7 +14,7 @@ from gpc_dist.shipped import shipped_folder
 
 
 def regime(config: EngineConfig) -> str:
-    """Name of the shipped regime that `engine.zero_stage` and `engine.offload_param` ask for."""
+    """Name of the shipped regime for `engine.zero_stage` and `engine.offload_param`."""
     offload = "" if config.offload_param == "none" else f"-offload-{config.offload_param}"
     return f"zero{config.zero_stage}{offload}"
 
@@ -24,14 +24,14 @@ def regimes() -> list[str]:
 
 
 def resolve(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Every DeepSpeed value of a run, none left to DeepSpeed's defaults.
+    """The DeepSpeed configuration of a run, with no value left to DeepSpeed's defaults.
 
     Raises:
         UserError: no such file, invalid JSON, or a file whose ZeRO stage is not the configuration's.
     """
     engine, train = config.engine, config.train
     values = _read(engine)
-    # DeepSpeed shards the frozen encoder; what is trained has its own optimizer (engine/optimizer.py)
+    # DeepSpeed shards the frozen encoder; the adapter has an optimizer of its own (distributed/optimizer.py)
     values.pop("optimizer", None)
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage != engine.zero_stage:
@@ -39,8 +39,8 @@ def resolve(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, An
             f"engine.ds_config '{engine.ds_config}' has ZeRO stage {stage}, but engine.zero_stage is "
             f"{engine.zero_stage}: make them agree"
         )
-    # DeepSpeed wants train_batch = micro_batch x accumulation x ranks; a step of this program may be cut
-    # unevenly, so the nearest whole micro-batch stands there
+    # DeepSpeed requires train_batch = micro_batch x accumulation x ranks; a step of this program may be cut
+    # unevenly, so it is told the nearest whole micro-batch
     micro = max(1, train.batch_size // world_size)
     values |= {
         "train_batch_size": micro * world_size,

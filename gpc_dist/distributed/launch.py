@@ -1,4 +1,4 @@
-"""Ranks on this machine: which ones this process was given, and starting them when there are none."""
+"""Ranks on this machine: finding out whether this process is one, and starting them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _GRACE_S = 20.0
 _STARTED_S = "GPC_DIST_STARTED_S"
-"""Environment variable through which the ranks know when the user's command began."""
+"""Environment variable that tells ranks when the user's command began."""
 
 
 def given_ranks() -> bool:
@@ -33,7 +33,7 @@ def given_ranks() -> bool:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
-    # a batch script has SLURM_PROCID too, but is no step of the job
+    # a batch script has SLURM_PROCID too, but is not a step of the job
     in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
     if in_step and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
@@ -51,7 +51,7 @@ def wanted_ranks(config: EngineConfig) -> int:
 
 
 def command_started_s() -> float:
-    """Unix time at which the user's command began, for ranks that it has started as well."""
+    """Unix time at which the user's command began, also in the ranks that it started."""
     return float(os.environ.get(_STARTED_S, time.time()))
 
 
@@ -59,7 +59,7 @@ def run_as_ranks(config: EngineConfig, words: Sequence[str]) -> int | None:
     """Run this command as several ranks, if several are wanted and none were given.
 
     Args:
-        words: of the command line after `gpc-dist`.
+        words: arguments of the command line after `gpc-dist`.
 
     Returns:
         The exit code; None when this process is to run the command itself.
@@ -74,8 +74,8 @@ def run_as_ranks(config: EngineConfig, words: Sequence[str]) -> int | None:
 def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
     """Run `command` once for each rank on this machine and wait for all of them.
 
-    Signals are passed on; when a rank fails the others are ended. Only rank 0 writes to the terminal;
-    what a failing other rank had to say is shown when rank 0 did not fail itself.
+    Signals are passed on; when a rank fails, the others are ended. Only rank 0 writes to the terminal;
+    the error output of another failing rank is shown if rank 0 did not fail itself.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + n for signal n).
@@ -88,7 +88,7 @@ def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
         MASTER_PORT=str(_free_port()),
     )
     if cpu_only:
-        # gloo would look the host's name up to choose an interface; the ranks are all here
+        # gloo would resolve the host's name to choose an interface; all ranks are on this machine
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]])
     first = next((i for i, p in enumerate(processes) if p.poll()), None)
     if first is None:
         return 0
-    # ranks that fail for the same reason do so together: give them the time to say so
+    # ranks that fail for the same reason fail together: give them time to report it
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
         time.sleep(0.05)
@@ -156,7 +156,7 @@ def _describe(code: int) -> str:
 
 
 def visible_gpus() -> int:
-    """GPUs, without importing torch."""
+    """The number of visible GPUs, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])

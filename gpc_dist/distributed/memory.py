@@ -1,4 +1,4 @@
-"""Memory of this process and its host: the most it has held, what it may still take, and giving freed pages back."""
+"""Memory of this process and its host: its peak, what is available, and returning freed pages."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import psutil
 import torch
 
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's `mallopt`."""
+"""Parameter of glibc's `mallopt`."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 """Where the kernel shows control groups (version 2)."""
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory this process has held so far: of its GPU, or resident on the CPU."""
+    """Peak memory of this process so far, in MiB: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def available_bytes() -> int:
-    """Memory of this host that this process may still take: of the machine, or of its control group (as a
-    container or a Slurm job has it) where that leaves less."""
+    """Memory that this process may still take: of the machine, or of its control group (that of a container or
+    a Slurm job) if less is left there."""
     return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
 def _left_in_groups() -> list[int]:
-    """What the limits of this process's control group and of those above it leave."""
+    """Bytes left under the limit of this process's control group, and of each one above it."""
     try:
         own = Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
     except OSError:
@@ -51,11 +51,11 @@ def _left_in_groups() -> list[int]:
 
 
 def return_freed_memory() -> None:
-    """Have the C library give freed tensors of 1 MiB and more back to the system at once.
+    """Let glibc return freed tensors of 1 MiB and more to the system at once.
 
-    By default glibc keeps them, in a heap that fragments: a T5-base shape with activation checkpointing on
-    8 x 148 tokens, 187 MiB of tensors at once, was seen to hold 690 MiB, and 206 MiB after this. New pages must
-    then be asked for again and again, which took a fifth longer. Does nothing where there is no glibc.
+    By default it keeps them in a heap that fragments: a T5-base shape with activation checkpointing on 8 x 148
+    tokens, 187 MiB of tensors at once, was measured to take 690 MiB, and 206 MiB with this. A step takes a fifth
+    longer, because pages are requested again and again. Does nothing without glibc.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

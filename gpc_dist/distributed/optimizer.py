@@ -1,13 +1,13 @@
 """The trained group: gradient reduction, clipping and optimizer steps of the lanes.
 
-The encoder is frozen, so all that is trained is a few adapters. They stay outside DeepSpeed's own
-optimizer for three reasons: a global gradient norm or a global overflow check would couple lanes
-that must not know of each other; the set of lanes changes while the encoder runs; and the state of
-an adapter must not depend on how many ranks trained it. What ZeRO does to optimizer state and
-gradients (Rajbhandari et al. 2020, sections 5.1 and 5.2) is done here by whole tensors:
+The encoder is frozen, so only a few adapters are trained. They stay outside DeepSpeed's optimizer for
+three reasons: a global gradient norm or a global overflow check would couple lanes, which must be
+independent; the set of lanes changes while the encoder runs; and the state of an adapter must not
+depend on how many ranks trained it. ZeRO's partition of optimizer state and gradients (Rajbhandari et
+al. 2020, sections 5.1 and 5.2) is by whole tensors here:
 
     stage 0    every rank holds all state and makes all updates
-    stage 1, 3 every tensor has an owner rank that holds its state, updates it and sends it round
+    stage 1, 3 every tensor has an owner rank that holds its state, updates it and broadcasts it
     stage 2    as 1, and a summed gradient exists on the owner alone
 """
 
@@ -55,7 +55,7 @@ class LaneOptimizer:
         self.inner = _make(groups, config) if groups else None
         self._peak = [group["lr"] for group in groups]
         self.factor = 1.0
-        """Share of the peak learning rates in force."""
+        """Current share of the peak learning rates."""
 
     def _owns(self, name: str) -> bool:
         return not self.partitioned or self.owner[name] == self.world.rank
@@ -102,7 +102,7 @@ class LaneOptimizer:
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, for any number of ranks and any stage."""
+        """Load the result of `state`, of any number of ranks and any stage."""
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(tensors[f"param/{name}"])
@@ -119,7 +119,7 @@ class LaneOptimizer:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What all ranks know after the reduction of a step."""
+    """Result of `reduce_gradients`, the same on all ranks."""
 
     sums: list[float]
     """The numbers given to `reduce_gradients`, summed over the ranks."""
@@ -132,8 +132,8 @@ def schedule_factor(
 ) -> float:
     """Share of the peak learning rate at a step, between 0 and 1.
 
-    Rises in a line over the first `warmup` steps; then stays (`constant`), or falls to 0 at `total`
-    in a line or along half a cosine.
+    Rises linearly over the first `warmup` steps; then stays (`constant`), or falls to 0 at `total`
+    linearly or along half a cosine.
 
     Args:
         step: steps made so far, from 0.
@@ -152,8 +152,8 @@ def reduce_gradients(lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage
     """Sum the gradients of all lanes, and a few `numbers` [n] with them, over the ranks.
 
     One all-reduce of one flat float32 buffer (at stage 2 one reduction to each owner), whatever
-    the number of lanes. Each lane has its own norm: a lane never feels another one's gradients.
-    The squares of all tensors are summed in one order at every stage, so that clipping rounds alike.
+    the number of lanes. Each lane has its own norm, so lanes do not affect each other. Squares are
+    summed in the same order at every stage, so that clipping rounds alike.
     """
     world = lanes[0].world
     parameters = [p for lane in lanes for p in lane.named.values()]
@@ -170,7 +170,7 @@ def reduce_gradients(lanes: Sequence[LaneOptimizer], numbers: Tensor, zero_stage
 
 
 def send_updates(lanes: Sequence[LaneOptimizer]) -> None:
-    """Bring the tensors that their owners have updated to every rank: one broadcast per owner."""
+    """Broadcast the tensors that their owners have updated, in one collective per owner."""
     if not lanes or not lanes[0].partitioned:
         return
     world = lanes[0].world
@@ -200,7 +200,7 @@ def _reduce_to_owners(lanes: Sequence[LaneOptimizer], world: World) -> None:
 
 
 def _squares(parameters: Sequence[torch.nn.Parameter], numbers: Tensor) -> Tensor:
-    """Squared norm of each gradient, 0 where this rank has none; as `numbers` in dtype and place."""
+    """Squared norm of each gradient, 0 where this rank has none; dtype and device are those of `numbers`."""
     nothing = numbers.new_zeros(())
     return torch.stack([nothing if p.grad is None else p.grad.square().sum() for p in parameters])
 

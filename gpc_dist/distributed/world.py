@@ -1,4 +1,4 @@
-"""The process group: who this rank is, where it runs, and the few collectives the program uses."""
+"""The process group: this rank, its device, and the collectives that the program uses."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ _LOST = re.compile(
 
 
 def lost_rank(error: BaseException, config: EngineConfig) -> MachineError | None:
-    """What to say where a collective failed because another rank is gone or stuck; None for any other error.
+    """The error to raise if a collective failed because another rank is gone or stuck; None for any other error.
 
     gloo raises a bare RuntimeError, nccl a `DistBackendError`.
     """
@@ -134,12 +134,12 @@ def _device(config: EngineConfig, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if count == 0:
         raise UserError("engine.device is cuda, but torch sees no GPU here: use cpu or auto")
-    # a batch system may show each rank its own GPU only
+    # a batch system may make only its own GPU visible to a rank
     return torch.device("cuda", local_rank if count > 1 else 0)
 
 
 def encoder_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The frozen encoder's dtype: what `engine.dtype` says, or with `auto` bf16 where a GPU has it."""
+    """The frozen encoder's dtype: `engine.dtype`, or with `auto` bf16 on GPUs that support it, else float32."""
     if config.dtype == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,10 +1,10 @@
-"""Attention as it is fast for a frozen encoder.
+"""Fast attention for a frozen encoder.
 
-T5's goes through one fused kernel, with its relative position bias made once for a pass.
+T5's attention runs in one fused kernel, and its relative position bias is computed once for a pass.
 `transformers` hands the bias `[1, heads, S, S]` from layer to layer, and every layer merges it with the padding mask
 into a new `[R, heads, S, S]` (S = P+T), or without SDPA keeps the scores of that size for the backward pass.
-The encoder is frozen, so the merged bias is a constant: the first layer makes it, and the others get it in the
-place of the bias. An encoder that is fine-tuned makes it operator by operator, with gradients for the table of biases.
+The encoder is frozen, so the merged bias is a constant: the first layer computes it, and the others get it in place
+of the bias. In fine-tuning, operators that autograd can follow compute it, with gradients for the table of biases.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _ALIGNMENT = 16
 """The memory-efficient CUDA kernel copies a mask whose rows do not start at multiples of 16 elements."""
 
 _SHORT = 256
-"""Tokens of a row up to which kept scores are faster than torch's fused bf16 kernel for CPUs: its backward pass takes
-4 times as long at 22 tokens, 2 times at 128, the same at 256 (12 heads of 32, Zen 4)."""
+"""Tokens of a row up to which keeping the scores is faster than torch's fused bf16 kernel for CPUs, whose backward pass
+takes 4 times as long at 22 tokens, 2 times at 128, the same at 256 (12 heads of 32, Zen 4)."""
 
 
 def keep_short_scores(layers: nn.ModuleList) -> None:
-    """Let layers that run on a CPU in bf16 attend operator by operator where rows are short, in place.
+    """Let layers compute attention without the fused kernel for short rows in bf16 on a CPU, in place.
 
-    They keep the scores `[R, heads, S, S]` for the backward pass (S = P+T).
+    They then keep the scores `[R, heads, S, S]` for the backward pass (S = P+T).
     """
     for layer in layers:
         layer.forward = _keeping_short_scores(layer.forward)
@@ -47,7 +47,7 @@ def _keeping_short_scores(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def share_position_bias(model: nn.Module) -> None:
-    """Let a frozen T5 or mT5 encoder run as above; other encoders are left as they are.
+    """Let a T5 or mT5 encoder run as above, in place; other encoders are not changed.
 
     umT5 has a bias of its own in every layer, so it has nothing to share.
     """

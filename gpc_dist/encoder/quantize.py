@@ -1,10 +1,9 @@
-"""Frozen matrices at one byte a weight, for training where only the input of a product needs a gradient.
+"""int8 matrices of a frozen encoder, for training where only the input of a product needs a gradient.
 
-int8, symmetric, one scale for each output feature. Weight-only products of the libraries (torchao, quanto) are made
-for inference: run in training, autograd keeps the matrix as it was turned back into floating point until the
-backward pass, of every layer at once, and more memory is held than without quantisation
-(`benchmarks/quantize.py`). The product here keeps the int8 matrix and converts it again in the backward pass, so that
-one matrix at a time is in floating point.
+Quantisation is symmetric, with one scale for each output feature. The weight-only products of libraries (torchao,
+quanto) are made for inference: in training, autograd keeps the dequantised matrices of all layers until the backward
+pass, which takes more memory than no quantisation (`benchmarks/quantize.py`). The product here keeps the int8 matrix
+and converts it again in the backward pass, so that one matrix at a time is in floating point.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class QuantizedLinear(nn.Module):
             largest = matrix.abs().amax(dim=1).float()
             scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
             values = (matrix / scale[:, None]).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-        # in the parameter's own place: the loader still refers to it, and would keep the floating-point matrix
+        # in place, because the loader still refers to the parameter and would keep the floating-point matrix
         give_values(matrix, values)
         self.weight = matrix
         self.bias = linear.bias
@@ -66,7 +65,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """`x (s * Q)^T + b` with the gradient of x alone. The scale acts on the output, which is smaller than Q."""
+    """`x (s * Q)^T + b` with a gradient for x alone. The scale acts on the output, which is smaller than Q."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

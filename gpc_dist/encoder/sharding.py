@@ -22,11 +22,11 @@ def shard(
 ) -> None:
     """Partition the encoder over the ranks, in place.
 
-    Each layer is gathered as a whole when it runs, and let go after it.
+    Each layer is gathered as a whole when it runs, and released after it.
 
     Args:
-        places: where the weights of a skeleton lie; None for an encoder that is in memory, whole, on every
-            rank, of which rank 0's values count.
+        places: places in files of a skeleton's weights; None for an encoder that is whole in memory on
+            every rank, whose values rank 0 gives.
 
     Raises:
         MachineError: DeepSpeed is missing.
@@ -47,8 +47,8 @@ def _init_from_files(
     deepspeed: Any, encoder: nn.Module, places: Mapping[nn.Parameter, Stored], ds_config: dict[str, Any]
 ) -> None:
     class InitFromFiles(deepspeed.zero.Init):  # type: ignore[misc, name-defined]
-        """`zero.Init` broadcasts every tensor from rank 0, which must hold it; here a rank's part of it is read
-        into its place in one buffer that all tensors have in turn, and partitioned from there."""
+        """`zero.Init` broadcasts every tensor from rank 0, which must hold it. Here each rank reads its own part
+        of a tensor into a buffer, which all tensors share, and partitions it from there."""
 
         def _convert_to_zero_parameters(self, param_list: Any) -> None:
             parameters = list(dict.fromkeys(param_list))  # layers may share weights
@@ -88,7 +88,7 @@ def _import_deepspeed(world: World) -> Any:
     except ImportError as error:
         raise MachineError(f"engine.zero_stage 3 needs deepspeed: {error}") from None
     deepspeed.utils.logging.set_log_level_from_string("warning")
-    # it calls a collective by the name that newer versions of torch deprecate
+    # DeepSpeed calls a collective by a name that newer versions of torch deprecate
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if world.device.type == "cpu":
         # its shared-memory collective would be compiled on first use, by all ranks at once

@@ -1,4 +1,4 @@
-"""An encoder from its configuration alone: every module in place, not one weight in memory."""
+"""An encoder built from its configuration alone, without its weights in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def skeleton_model(model_config: Any, dtype: torch.dtype) -> Any:
     """
     from transformers.initialization import no_init_weights
 
-    # initial values of parameters on the meta device would still take seconds to not be drawn
+    # without this, drawing initial values takes seconds even on the meta device
     with parameters_on_meta(), no_init_weights():
         model = auto_class(model_config).from_config(model_config, dtype=dtype)
     model.tie_weights()
@@ -37,7 +37,7 @@ def skeleton_model(model_config: Any, dtype: torch.dtype) -> Any:
 
 
 def auto_class(model_config: Any) -> Any:
-    """The class of `transformers` that makes an encoder; of an encoder-decoder, its encoder half only."""
+    """The class of `transformers` that builds an encoder, or the encoder half of an encoder-decoder."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
@@ -46,7 +46,7 @@ def auto_class(model_config: Any) -> Any:
 
 
 def freeze(model: Any) -> Any:
-    """Take what nothing uses off a model of `transformers`, freeze the rest, and let it run in fewer kernels."""
+    """Remove the pooler of a model of `transformers`, freeze the rest and fuse its kernels, in place."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # reads the first position, which is a prompt's; nothing uses it
     fuse_elementwise(model)
@@ -56,14 +56,14 @@ def freeze(model: Any) -> Any:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside get their parameters on the meta device, at no cost for size or initial values.
+    """Create parameters of modules on the meta device, without memory or initial values.
 
-    `torch.device("meta")` would take the buffers there too, and their values are made nowhere else.
+    `torch.device("meta")` would create buffers there too, whose values only the module's constructor knows.
     """
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        # one that is there already is being tied to another module, and must stay the same
+        # a parameter on the meta device is being tied to another module, and must stay the same object
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
@@ -96,5 +96,5 @@ def fill_random(parts: EncoderParts, device: torch.device, seed: int = 0) -> Non
 
 
 def give_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
-    """Make `parameter`, wherever it is used, a frozen one with these values."""
+    """Give `parameter` these values and freeze it, wherever it is used."""
     torch.utils.swap_tensors(parameter, nn.Parameter(values, requires_grad=False))

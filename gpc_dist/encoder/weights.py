@@ -1,8 +1,8 @@
-"""Checkpoint files as places on a disk: which tensor lies where, and reading any flat part of one.
+"""Tensors of checkpoint files: where each is stored, and reading any flat part of it.
 
 A safetensors file is a table of names, types, shapes and byte ranges, followed by the tensors as flat row-major
-bytes. That is all a rank needs to read its own part of a tensor, and nothing but that part, without
-unpickling and without going through a whole tensor in memory.
+bytes. So a rank can read its own part of a tensor and nothing else, without unpickling and without a whole tensor
+in memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies."""
+    """Place of a tensor in a file."""
 
     file: Path
     offset: int
@@ -56,10 +56,10 @@ class Stored:
         return prod(self.shape)
 
     def mapped(self) -> Tensor:
-        """The tensor as a view of the file: memory is that of the page cache, shared by all processes.
+        """The tensor as a view of the file, in memory of the page cache, which all processes share.
 
-        Writing to it would not reach the file. A tensor whose bytes do not start at a multiple of its
-        type's size cannot be viewed and is read.
+        Writing to it does not reach the file. A tensor whose bytes do not start at a multiple of its
+        type's size cannot be a view and is read.
         """
         if self.offset % self.dtype.itemsize:
             values = torch.empty(self.shape, dtype=self.dtype)
@@ -75,6 +75,9 @@ class Stored:
 
         Args:
             target: one-dimensional and contiguous, on any device, of any floating-point dtype.
+
+        Raises:
+            UserError: the file became shorter.
         """
         size = self.dtype.itemsize
         begin, end = self.offset + start * size, self.offset + (start + len(target)) * size
@@ -91,10 +94,10 @@ class Stored:
 
 
 def weight_files(path: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a folder or a Hub id (fetched if need be); none if it has no such files.
+    """The safetensors files of a folder or a Hub id (downloaded if need be); empty if it has none.
 
     Raises:
-        UserError: an index that names a file that is not there, or cannot be read.
+        UserError: an index that cannot be read, or names a file that is missing.
     """
     from transformers.utils import cached_file
 
@@ -120,7 +123,7 @@ def weight_files(path: str, revision: str | None) -> list[Path]:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
-    """Name -> place of every tensor of some safetensors files.
+    """Name -> place of every tensor of safetensors files.
 
     Raises:
         UserError: a damaged or truncated file, or a name that two files hold.
@@ -138,14 +141,14 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def match(model: nn.Module, stored: dict[str, Stored]) -> dict[nn.Parameter, Stored]:
-    """Which stored tensor is which parameter of `model`; tied parameters are one parameter.
+    """The stored tensor of each parameter of `model`; tied parameters are one parameter.
 
     Names may differ by a prefix (the checkpoint of a model with a task head calls an encoder's weights
     `bert.encoder...`), and layer norms may have their old names `gamma` and `beta`. Tensors of other modules
     than the model's own, such as a task head or a decoder, are left alone.
 
     Raises:
-        UserError: missing weights, unexpected ones inside the model's own modules, or other shapes.
+        UserError: missing weights, unexpected ones inside the model's own modules, or wrong shapes or dtypes.
     """
     stored = {_new_name(name): place for name, place in stored.items()}
     names: dict[nn.Parameter, list[str]] = {}
@@ -250,9 +253,9 @@ def _new_name(name: str) -> str:
 
 
 def _prefix(aliases: Iterable[list[str]], stored: dict[str, Stored]) -> str:
-    """What the checkpoint puts before the model's own names: the candidate under which most are found."""
+    """The prefix of the model's names in the checkpoint: the candidate with which most of them are found."""
     known = [name for names in aliases for name in names]
-    # one matrix from deep inside is enough to see the candidates
+    # one deeply nested name is enough to find the candidates
     probe = max(known, key=lambda name: name.count("."))
     ends = "." + probe
     candidates = {""} | {name.removesuffix(probe) for name in stored if name.endswith(ends)}
@@ -288,7 +291,7 @@ def _map_file(file: Path) -> Any:
 
 @lru_cache(maxsize=64)
 def _mapping(file: str, size: int, version: tuple[int, int]) -> Any:
-    """One mapping of a file serves all its tensors, as long as the file is the same."""
+    """One memory map of a file for all its tensors, until the file changes."""
     return torch.UntypedStorage.from_file(file, shared=False, nbytes=size)
 
 

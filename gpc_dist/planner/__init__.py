@@ -1,1 +1,1 @@
-"""The planner: memory by a dry run and time by a model, for every way to lay a run out over devices."""
+"""The planner: memory and FLOPs by a dry run and time by a model, for every regime of a run on its devices."""

@@ -11,7 +11,7 @@ bandwidth, and bandwidths in one direction, where datasheets often give the sum 
     l40s     NVIDIA L40S datasheet: 362 TFLOPS, GDDR6 864 GB/s, no NVLink: PCIe 4 inside a node too
     cpu      two cores of a server with 256-bit vector units; no datasheet: an order of magnitude
 
-Memory is what the driver shows of it. The network is the vendors' reference design: one 400 Gbit/s port per
+Memory is what the driver reports. The network is that of the vendors' reference designs: one 400 Gbit/s port per
 GPU for h100, h200 and b200, one of 200 Gbit/s for the others, 10 Gbit/s for a CPU rank.
 """
 
@@ -67,7 +67,7 @@ def find_device(name: str, memory_gib: float | None = None) -> Device:
     """A device of the table, with another amount of memory if one is given.
 
     Raises:
-        UserError: no such device, or no memory.
+        UserError: no such device, or an amount of memory that is not positive.
     """
     device = DEVICES.get(name.lower())
     if device is None:
@@ -80,7 +80,7 @@ def find_device(name: str, memory_gib: float | None = None) -> Device:
 
 
 def device_at_hand(device: torch.device) -> Device:
-    """What this rank runs on, with the memory that is free now: on a CPU, that of all ranks of the host."""
+    """This rank's device, with the memory that is free now: on a CPU, that of all ranks of the host."""
     if device.type == "cpu":
         return replace(DEVICES["cpu"], memory_gib=available_bytes() / GIB)
     free, total = torch.cuda.mem_get_info(device)
@@ -88,8 +88,8 @@ def device_at_hand(device: torch.device) -> Device:
 
 
 def device_named(product: str, memory_gib: float) -> Device:
-    """The device of the table that a GPU's product name means, or, for one that is not in the table, the one
-    nearest in memory: that decides how regimes compare, not what fits."""
+    """The device of the table with a GPU's product name, or, if there is none, the one nearest in memory: its speeds
+    decide how regimes compare, not what fits."""
     gpus = [device for device in DEVICES.values() if not device.is_cpu]
     named = [device for device in gpus if device.name.partition("-")[0] in product.lower()]
     return min(named or gpus, key=lambda device: abs(device.memory_gib - memory_gib))

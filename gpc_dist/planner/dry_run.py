@@ -1,13 +1,13 @@
-"""What a pass takes, by a dry run: the program's own code on tensors that have sizes and no values.
+"""Memory and FLOPs of a pass, by a dry run: the program's own code on tensors that have sizes and no values.
 
 The encoder's skeleton and an adapter run forward and backward under PyTorch's fake tensors. Every storage that an
-operator makes is counted from its birth to its death, and every matrix product by its FLOPs. So the planner knows
-each family of encoders as the code runs it, attention kernels, prompt writing and recomputation included, with
-nothing to keep in step by hand. On the CPU, where the dry run takes place, scaled-dot-product attention keeps its
+operator allocates is counted until it is freed, and every matrix product by its FLOPs. So the planner knows each
+family of encoders as the code runs it, attention kernels, prompt writing and recomputation included, without a
+formula for any of them. On the CPU, where the dry run takes place, scaled-dot-product attention keeps its
 operands, its output and one number per row and head, as the memory-efficient and flash kernels of a GPU do.
 
-Memory and FLOPs grow by the same amount with each layer and with each row of a micro-batch, so a few shallow dry
-runs give those of any depth and any number of rows. They do not grow so with T: attention may hold `[.., S, S]`.
+Memory and FLOPs are linear in the number of layers and of rows in a micro-batch, so a few shallow dry runs determine
+them for any depth and any number of rows. They are not linear in T: attention may hold `[.., S, S]`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Footprint:
     """Operators run, views included."""
     forward_flops: float
     backward_flops: float
-    """What activation checkpointing runs again is part of it."""
+    """Recomputation by activation checkpointing included."""
 
     @property
     def flops(self) -> float:
@@ -155,7 +155,7 @@ def measure_pass(
         return Activations(few, many)
 
     layers = model.encoder.num_hidden_layers
-    # with a cell after some layers only, a pass does not grow by the same amount with each
+    # with a cell after some layers only, memory and FLOPs are not linear in the number of layers
     shallow, deeper = _depths(model.encoder) if model.adapter.cell_layers is None else (layers, layers)
     if shallow == deeper:
         return at_depth(layers)
@@ -180,7 +180,7 @@ def layer_period(model_config: Any) -> int:
 
 @contextmanager
 def inputs_saved() -> Iterator[None]:
-    """Linear layers save their inputs, as DeepSpeed's do at ZeRO-3, though frozen weights have no use for them."""
+    """Let linear layers save their inputs, as DeepSpeed's do at ZeRO-3, though frozen weights do not need them."""
     linear = F.linear
 
     def saving(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -207,8 +207,8 @@ class _SavingLinear(torch.autograd.Function):
 
 
 def give_fake_values(parts: EncoderParts) -> None:
-    """Replace the parameters of a skeleton, in place, by fake ones on the CPU; tied ones stay tied. Call it
-    under a `FakeTensorMode`."""
+    """Replace the parameters of a skeleton by fake ones on the CPU, in place; tied ones stay tied. Call it under a
+    `FakeTensorMode`."""
     fakes: dict[nn.Parameter, nn.Parameter] = {}
     for module in nn.ModuleList([parts.encoder, parts.token_embeddings]).modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -219,12 +219,12 @@ def give_fake_values(parts: EncoderParts) -> None:
 
 
 def dry_run(model: GraftedEncoder, rows: int, tokens: int) -> Footprint:
-    """One forward and backward pass over `[rows, tokens]`; real or, under a `FakeTensorMode`, for nothing."""
+    """Run a forward and a backward pass over `[rows, tokens]` text tokens; under a `FakeTensorMode` without values."""
     standing = [*model.parameters(), *model.buffers()]
     targets = torch.zeros(rows, dtype=torch.long)
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(input_ids)
-    mask[0, -1] = 0  # a mask of ones would be left out
+    mask[0, -1] = 0  # a mask of ones would be dropped
     with LiveStorages(standing) as live, flop_counter() as counter:
         outputs = model(input_ids, mask)
         loss = F.cross_entropy(outputs, targets.clamp(max=outputs.shape[1] - 1), reduction="sum")
@@ -242,10 +242,10 @@ def dry_run(model: GraftedEncoder, rows: int, tokens: int) -> Footprint:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make and that something still refers to.
+    """Counts the bytes of storages that operators have allocated and that are still referred to.
 
     Args:
-        standing: tensors that were there before and do not count, nor do views of them.
+        standing: tensors from before, which do not count, nor do views of them.
     """
 
     def __init__(self, standing: Sequence[Tensor] = ()):
@@ -259,7 +259,7 @@ class LiveStorages(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function.namespace != "prim":  # as which fake tensors are asked for their device
+        if function.namespace != "prim":  # as which fake tensors are queried for their device
             self.operators += 1
         for value in tree_leaves(result):
             if isinstance(value, Tensor):

@@ -23,7 +23,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 class _NoModules(nullcontext[None]):
-    """Stands in for the tracker by which torch tells the FLOPs of one module from those of another."""
+    """Replaces the tracker that attributes FLOPs to modules."""
 
     parents = frozenset({"Global"})
 
@@ -33,8 +33,8 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Four products, twice those of the forward pass. Kernels compute the scores once more, which nothing but
-    memory calls for: it does not count."""
+    """Four products, twice those of the forward pass. Kernels recompute the scores to save memory, which is not
+    counted."""
     return 2 * sdpa_flop_count(query, key, value)
 
 

@@ -1,25 +1,25 @@
-"""Whether and how a run fits: memory, traffic and time of every regime, and which one to take.
+"""Memory, traffic and time of a run in every regime, and which regime to take.
 
-Arithmetic over the facts of `workload`; time as `timing` says. Bytes of one rank, with A trained
-values, W ranks, an encoder of N parameters of e bytes, of which V stand in the token table:
+Computed from a `Workload`; times are those of `timing`. Bytes of one rank, with A trained values, W ranks and an
+encoder of N parameters of e bytes, of which V are in the token table:
 
     frozen       e N; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
                  a layer's matrix and 4 for each row
     gathered     ZeRO-3 on several ranks: DeepSpeed keeps a layer that is used again within
-                 `stage3_max_reuse_distance` parameters, so k = ceil(distance / 2 / layer) of them stay from the
-                 forward to the backward pass. Beside them one layer runs, and parameters are on their way in
-                 buckets of b = `stage3_prefetch_bucket_size`, first in the buffer of the collective (gloo has one
-                 of its own besides) and then as tensors. Every layer asks for another bucket, so in the
-                 forward pass (1 - layer / b) of the encoder may be on its way; then there are few
-                 activations yet, and the larger of both times counts
+                 `stage3_max_reuse_distance` parameters, so k = ceil(distance / 2 / layer) layers stay from the
+                 forward to the backward pass. Beside them one layer runs, and others are prefetched in buckets
+                 of b = `stage3_prefetch_bucket_size` parameters, first in the buffer of the collective (gloo has
+                 one of its own besides) and then as tensors. Every layer requests another bucket, so early in
+                 the forward pass (1 - layer / b) of the encoder may be prefetched, when there are few
+                 activations; the larger of both moments counts
     activations  what the forward pass leaves for the backward pass (dry run)
     trained      values, gradients and the optimizer's moments, in float32: 4 A + 4 A + 8 A for AdamW, the moments
                  at stages 1 to 3 of a rank's own tensors only
-    workspace    the rest of the dry run's peak; with int8 the matrix in use in the encoder's type; on a CPU 24 MiB
-                 of the libraries' buffers
+    workspace    the rest of the dry run's peak; with int8 the matrix in use, in the encoder's type; on a CPU 24 MiB
+                 for buffers of libraries
 
-A regime fits if that leaves 10 % of the device free: for its context, the buffers of NCCL and of the matrix
-library, and what the allocator loses between tensors.
+A regime fits if these leave 10 % of the device free for its context, the buffers of NCCL and of the matrix library,
+and the allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CPU_BYTES = 24 * 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank's device."""
+    """Bytes of one rank's device, see the module's docstring."""
 
     frozen: float
     gathered: float
@@ -58,7 +58,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a regime takes and gives on a cluster."""
+    """Memory, traffic and speed of a regime on a cluster."""
 
     regime: Regime
     memory: Memory
@@ -66,7 +66,7 @@ class Estimate:
     host_bytes: float
     """Of one node: frozen weights kept there."""
     sent_bytes: float
-    """That a rank receives from others in a step."""
+    """Bytes that a rank receives from others in a step."""
     rows: int
     """Of a rank in a step."""
     micro_rows: int
@@ -75,7 +75,7 @@ class Estimate:
     """Largest micro-batch that fits; 0 if none does."""
     step_s: float
     communication_share: float
-    """Of the step: the time that computation does not hide."""
+    """Share of the step that communication takes and computation does not hide."""
     mfu: float
     rows_per_s: float
     """Of all ranks."""
@@ -90,7 +90,7 @@ class Planner:
 
     Args:
         zero3: DeepSpeed's values of a ZeRO-3 run (`zero_optimization` of its configuration).
-        table_on_device: whether the token table lies there, or on the host.
+        table_on_device: whether the token table is on the device, or on the host.
     """
 
     def __init__(self, workload: Workload, zero3: Mapping[str, float], table_on_device: bool = True):
@@ -158,8 +158,8 @@ class Planner:
         return (table + body) * weights.element_bytes
 
     def _gathered(self, regime: Regime, cluster: Cluster, saved: float, workspace: float) -> float:
-        """Beside the `saved` bytes of a whole forward pass; of what is gathered earlier, what exceeds the
-        activations that are not there yet counts."""
+        """Bytes beside the `saved` ones of a whole forward pass. Of those gathered earlier, the excess over the
+        activations that do not exist yet counts."""
         if not self._gathers(regime, cluster.size):
             return 0.0
         weights, size = self.workload.weights, self.workload.weights.element_bytes
@@ -172,7 +172,7 @@ class Planner:
             beginning += bucket
         if reused < weights.layers:
             turning = (min(running + bucket, weights.body) + bucket) * size
-        else:  # the last buffer goes when the last layer begins
+        else:  # the last buffer is freed when the last layer begins
             buffer = (weights.body - weights.layer) % bucket
             turning = weights.body * size + max(0.0, buffer * size - saved / weights.layers)
         return max(turning, beginning * size - saved - workspace)
@@ -181,7 +181,7 @@ class Planner:
         return regime.zero_stage == 3 and (ranks > 1 or regime.offload != "none")
 
     def _reused(self, regime: Regime, ranks: int) -> int:
-        """k: layers gathered once for the forward and the backward pass."""
+        """k: layers that are gathered once for the forward and the backward pass."""
         weights = self.workload.weights
         kept = math.ceil(self.zero3["stage3_max_reuse_distance"] / 2 / weights.layer)
         return min(kept, weights.layers) if self._gathers(regime, ranks) else 0
@@ -190,7 +190,7 @@ class Planner:
         tensors = self.workload.adapter_tensors
         values: float = sum(tensors)
         if regime.zero_stage > 0:
-            # whole tensors are dealt out, so no rank has less than the largest
+            # a tensor is not divided, so one rank has at least the largest
             values = max(max(tensors), values / ranks)
         return _FLOAT * self.workload.moments * values
 
@@ -224,7 +224,7 @@ class Planner:
         return sent
 
     def _seconds(self, regime: Regime, cluster: Cluster, rows: int, passes: int) -> tuple[float, float]:
-        """Of a step: without and with communication."""
+        """Seconds of a step without and with communication."""
         forward_s, backward_s = self._pass_seconds(regime, cluster, rows / passes)
         weights = self.workload.weights
         trained = _FLOAT * self.workload.adapter
@@ -244,7 +244,7 @@ class Planner:
         return computed_s, passes * pass_s + shared_s
 
     def _pass_seconds(self, regime: Regime, cluster: Cluster, rows: float) -> tuple[float, float]:
-        """Forward and backward computation of one pass."""
+        """Seconds of computation of one pass, forward and backward."""
         weights, plain = self.workload.weights, self.workload.passes.kept.at(rows)
         read = weights.body * weights.element_bytes
 

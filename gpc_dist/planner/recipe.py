@@ -1,4 +1,4 @@
-"""The planner asked about a recipe: for `gpc-dist plan`, and for the devices at hand (`engine.plan: auto`)."""
+"""Plans for a recipe: for `gpc-dist plan`, and for the devices at hand (`engine.plan: auto`)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def planned(config: Config, world: World, outputs: int) -> Config:
         try:
             values = plan_for(config, found, outputs)
         except UserError as error:
-            values = str(error)  # said on every rank: none may wait for another one
+            values = str(error)  # raised on every rank, so that none waits for another
     values = world.from_main(values)
     if isinstance(values, str):
         raise UserError(values)
@@ -54,7 +54,11 @@ def planned(config: Config, world: World, outputs: int) -> Config:
 
 
 def plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) -> dict[str, Any]:
-    """The values of `config.PLANNED`, for ranks on these hosts and devices."""
+    """The values of `config.PLANNED` for ranks on these hosts and devices.
+
+    Raises:
+        UserError: nothing fits, or as `make_planner`.
+    """
     hosts = Counter(host for host, _ in found)
     per_node = max(hosts.values())
     device = min((device for _, device in found), key=lambda device: device.memory_gib)
@@ -89,10 +93,10 @@ def choose(planner: Planner, cluster: Cluster, engine: EngineConfig) -> Estimate
 
 
 def make_planner(config: Config, device: Device, outputs: int) -> Planner:
-    """A planner for a run's encoder, adapter and batch.
+    """The planner for a run's encoder, adapter and batch.
 
     Raises:
-        UserError: the encoder is not frozen, or its configuration cannot be had.
+        UserError: the encoder is not frozen, or its configuration cannot be found.
     """
     if config.adapter.trains_encoder:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The ways a run can be laid out over its ranks, as the planner compares them."""
+"""Regimes: the ways to distribute a run over its ranks, which the planner compares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Regime:
-    """One of them: the keys of `engine` it stands for."""
+    """One way to distribute a run, as keys of `engine`."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu", "nvme"] = "none"
@@ -26,7 +26,7 @@ class Regime:
 
     @property
     def simplicity(self) -> tuple[bool, int, bool]:
-        """Less is simpler."""
+        """Sort key: the simplest first."""
         return self.offload != "none", self.zero_stage, self.recompute
 
 

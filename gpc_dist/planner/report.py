@@ -1,4 +1,4 @@
-"""`gpc-dist plan`: what a recipe takes and gives on a cluster, as tables and as JSON."""
+"""`gpc-dist plan`: memory and speed of a recipe on a cluster, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SCALED_NODES = (1, 2, 4, 8, 16, 32, 64)
 def run_plan(
     config: Config, gpu: str, memory_gib: float | None, nodes: int, per_node: int, json_file: Path | None
 ) -> int:
-    """Print what a recipe takes and gives on a cluster; returns the exit code.
+    """Print memory and speed of a recipe on a cluster; returns the exit code.
 
     Raises:
-        UserError: an unknown device, or an encoder whose configuration cannot be had.
+        UserError: an unknown device, or an encoder whose configuration cannot be found.
     """
     cluster = Cluster(find_device(gpu, memory_gib), nodes, per_node)
     planner = make_planner(config, cluster.device, outputs=len(config.task.labels or ()) or 2)

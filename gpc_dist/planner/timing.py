@@ -48,7 +48,7 @@ class Cluster:
         return self.nodes * self.per_node
 
     def gather_s(self, size_bytes: float, collectives: int = 1) -> float:
-        """All-gather of a tensor of `size_bytes`, whole, in so many calls."""
+        """Seconds of an all-gather of `size_bytes` in all, in so many calls."""
         if self.size == 1:
             return 0.0
         inside = size_bytes * (self.size - 1) / self.size / (self.device.link_gb_s * 1e9)
@@ -60,11 +60,11 @@ class Cluster:
         return max(inside, between) / LINK_SHARE + collectives * (COLLECTIVE_S + RANK_S * self.size)
 
     def reduce_s(self, size_bytes: float, collectives: int = 1) -> float:
-        """All-reduce of a tensor of `size_bytes`, in so many calls."""
+        """Seconds of an all-reduce of `size_bytes`, in so many calls."""
         return 2 * self.gather_s(size_bytes, collectives)
 
     def fetch_s(self, size_bytes: float, nvme: bool) -> float:
-        """Bring `size_bytes` of each rank from its host to its device."""
+        """Seconds to bring `size_bytes` of each rank from its host, or from NVMe, to its device."""
         rate = self.device.host_link_gb_s * MEMORY_SHARE
         if nvme:
             rate = min(rate, NVME_GB_S / self.per_node)

@@ -1,4 +1,4 @@
-"""What the planner must know of a run: sizes of the encoder and the adapter, and what a pass takes."""
+"""The planner's description of a run: sizes of the encoder and the adapter, and footprints of a pass."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Workload:
 
     weights: Weights
     adapter_tensors: tuple[int, ...]
-    """Sizes of what is trained."""
+    """Sizes of the trained tensors."""
     moments: int
     """Values that the optimizer keeps for each trained one."""
     passes: Passes

@@ -1,4 +1,4 @@
-"""What a report is made of: headings, paragraphs, tables and plots, written as Markdown and as HTML."""
+"""The blocks of a report (paragraphs, tables and plots), written as Markdown and as HTML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
 
 @dataclass(frozen=True)
 class Table:
-    """A title, what to know when reading it, and the cells; the first column names the line."""
+    """A title, a note for the reader, and the cells; the first column names the line."""
 
     title: str
     note: str
@@ -25,7 +25,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Of each column, whether a number stands in it."""
+        """For each column, whether it has numbers."""
         columns = zip(*self.lines, strict=True)
         return [any(_NUMBER.match(text) for text in column) for column in columns]
 
@@ -43,7 +43,7 @@ Block = str | Table | Plot
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """A document; plots are files beside it."""
+    """A Markdown document; its plots are files beside it."""
     parts = [f"# {title}"]
     for block in blocks:
         if isinstance(block, str):
@@ -59,11 +59,11 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """A page that needs no other file."""
+    """An HTML page that needs no other file."""
     return html.render("blocks.html", title=title, blocks=blocks)
 
 
 def _order(text: str) -> float | str:
-    """What a cell is sorted by: the number it begins with, or else the text."""
+    """Sort key of a cell: the number it begins with, or else its text."""
     found = _NUMBER.match(text)
     return float(found[0].replace(",", "")) if found else text

@@ -1,7 +1,7 @@
 """`gpc-dist compare`: runs grouped into configurations, the configurations ranked by their metric.
 
 Runs that differ only in seed, name and folder are one configuration. Tasks are not comparable with each other,
-so each task, with the metric that selected its checkpoints, is a comparison of its own.
+so there is one comparison for each task and the metric that selected its checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpc_dist.tasks.metrics import LOWER_IS_BETTER
 from gpc_dist.tracking.experiment import read_experiment
 
 _LONGEST = 28
-"""Characters of a value in a table or a plot."""
+"""Most characters of a value in a table or a plot."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Configuration:
 
     @property
     def state(self) -> str:
-        """The state of all its runs, or how many are in which."""
+        """The state of its runs, or the number of runs in each state."""
         counts = Counter(run.state for run in self.runs)
         if len(counts) == 1:
             return next(iter(counts))
@@ -59,12 +59,12 @@ class Configuration:
 
     @property
     def seconds(self) -> float | None:
-        """Wall-clock time of a run, on average."""
+        """Mean wall-clock time of its runs."""
         return _mean(run.wall_s for run in self.runs)
 
     @property
     def cost_s(self) -> float | None:
-        """GPU-seconds (or seconds of CPU processes) of a run, on average."""
+        """Mean GPU-seconds (or seconds of CPU processes) of its runs."""
         return _mean(run.cost_s for run in self.runs)
 
     @property
@@ -73,7 +73,7 @@ class Configuration:
 
     @property
     def device(self) -> str:
-        """What `cost_s` counts the seconds of."""
+        """The kind of device whose seconds `cost_s` counts."""
         return "GPU" if all(run.on_gpu for run in self.runs) else "CPU"
 
     def baseline(self, metric: str) -> float | None:
@@ -104,7 +104,7 @@ class Comparison:
 
     @cached_property
     def varied(self) -> dict[str, str]:
-        """Dotted key -> short name, of the settings in which the configurations differ.
+        """Dotted key -> short name of each setting in which the configurations differ.
 
         The short name is the last part of the key, or the whole key where two would be the same.
         """
@@ -117,7 +117,7 @@ class Comparison:
 
     @property
     def baseline(self) -> float | None:
-        """The majority baseline, on average where it differs between the runs."""
+        """Mean of the runs' majority baselines."""
         return _mean(run.baseline.get(self.metric) for run in self.runs)
 
 
@@ -126,11 +126,11 @@ def compare(place: str, metric: str | None = None, uri: str | None = None) -> li
 
     Args:
         place: a folder of runs, a search's folder, or else the name of an MLflow experiment.
-        metric: rank by this one, as of the checkpoint that the main metric selected.
-        uri: MLflow tracking store of the experiment; with it `place` is one, even where a folder has its name.
+        metric: rank by this metric, at the checkpoint that the main metric selected.
+        uri: MLflow tracking store; if given, `place` is an experiment even if a folder has its name.
 
     Raises:
-        UserError: no runs there, or none with this metric.
+        UserError: no runs at the place, or none with this metric.
         MachineError: the tracking store cannot be reached.
     """
     is_folder = uri is None and Path(place).is_dir()
@@ -149,7 +149,7 @@ def compare(place: str, metric: str | None = None, uri: str | None = None) -> li
 
 
 def _usual_metric(records: Iterable[Record], task: str) -> str:
-    """The metric of a run that was not evaluated yet, from its companions."""
+    """The main metric of a task's other runs, for a run that was not evaluated yet."""
     names = [record.main_metric for record in records if record.task == task and record.main_metric]
     return Counter(names).most_common(1)[0][0] if names else "metric"
 
@@ -159,8 +159,8 @@ def _comparison(task: str, metric: str, runs: Iterable[Record]) -> Comparison:
     for run in sorted(
         runs, key=lambda run: (metric in run.best, run.state.startswith("finished"), run.started_s)
     ):
-        # one run for each seed: a repetition has nothing to say about the spread over seeds. The last one
-        # counts, but a finished one before others, and one with a value before one without.
+        # one run for each seed: a repetition tells nothing about the spread over seeds. A run with a value
+        # is preferred, then a finished one, then the last one.
         groups.setdefault(_identity(run.settings), {})[run.seed] = run
     found = []
     for group in groups.values():
@@ -194,7 +194,7 @@ def show(value: Any) -> str:
 
 
 def shorten(text: str, longest: int = _LONGEST) -> str:
-    """`text` with its middle left out where it is too long: paths differ at their ends."""
+    """`text` without its middle if it is too long: paths differ at their ends."""
     if len(text) <= longest:
         return text
     head = longest // 3
@@ -202,7 +202,7 @@ def shorten(text: str, longest: int = _LONGEST) -> str:
 
 
 def show_score(configuration: Configuration) -> str:
-    """Mean and standard deviation over the seeds; a single seed has none, no value is a dash."""
+    """Mean and standard deviation over the seeds; the mean alone for one seed, a dash for none."""
     if configuration.mean is None:
         return "-"
     spread = "" if configuration.std is None else f" ± {configuration.std:.4f}"
@@ -210,7 +210,7 @@ def show_score(configuration: Configuration) -> str:
 
 
 def show_seeds(configuration: Configuration) -> str:
-    """How many seeds the score is made of, and of how many if some have none yet."""
+    """The number of seeds in the score, and of how many if some have no value yet."""
     scored, all_ = len(configuration.values), len(configuration.runs)
     return str(all_) if scored == all_ else f"{scored} of {all_}"
 
@@ -222,7 +222,7 @@ def show_cost(configuration: Configuration) -> str:
 
 
 def show_number(value: float | None, form: str) -> str:
-    """The number in this format; a dash where it is not known."""
+    """The number in this format; a dash if it is not known."""
     return "-" if value is None else format(value, form)
 
 
@@ -233,10 +233,10 @@ class Column:
     name: str
     text: Callable[[Configuration], str]
     order: Callable[[Configuration], Any]
-    """What to sort by: a number, a text or None."""
+    """Sort key: a number, a text or None."""
 
     def is_numeric(self, configurations: Iterable[Configuration]) -> bool:
-        """Whether all that is known in the column are numbers."""
+        """Whether all known values of the column are numbers."""
         known = [value for c in configurations if (value := self.order(c)) is not None]
         return bool(known) and all(map(is_number, known))
 
@@ -246,7 +246,7 @@ def is_number(value: Any) -> bool:
 
 
 def columns(comparison: Comparison) -> list[Column]:
-    """The columns of a comparison; energy only where a run knows it."""
+    """The columns of a comparison; energy only if a run measured it."""
 
     def setting(key: str, name: str) -> Column:
         return Column(name, lambda c: show(c.settings.get(key)), lambda c: c.settings.get(key))
@@ -277,7 +277,7 @@ def columns(comparison: Comparison) -> list[Column]:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """One line for each configuration under a line that names the task; the best first."""
+    """A line that names the task, and below it one line for each configuration, the best first."""
     shown = columns(comparison)
     lines = [[shorten(column.text(c)) for column in shown] for c in comparison.configurations]
     numbered = [[str(number), *line] for number, line in enumerate(lines, start=1)]

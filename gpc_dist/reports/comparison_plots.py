@@ -23,10 +23,10 @@ _LONGEST_LABEL = 130
 
 
 def plots(comparison: Comparison, found: Importance | str) -> list[Plot]:
-    """The plots for which the comparison has enough to show.
+    """The plots for which the comparison has enough data.
 
     Args:
-        found: as `importance.importance` gives it.
+        found: result of `importance.importance`.
     """
     metric, ranked = comparison.metric, comparison.ranked
     named = ranked[: len(COLOURS)]
@@ -89,7 +89,7 @@ def _trust(found: Importance) -> str:
 
 
 def _label(comparison: Comparison, configuration: Configuration) -> str:
-    """The number of its line in the table, and its settings."""
+    """A configuration's number in the table, and its settings."""
     number = comparison.configurations.index(configuration) + 1
     settings = ", ".join(
         f"{name} {show(configuration.settings.get(key))}" for key, name in comparison.varied.items()
@@ -139,7 +139,7 @@ def _curves(comparison: Comparison, named: Sequence[Configuration]) -> Figure:
 
 
 def _faint(lines: int) -> float:
-    """Opacity at which so many lines can be seen through each other."""
+    """Opacity at which this many lines on top of each other can be told apart."""
     return max(0.2, min(0.6, 20 / lines))
 
 
@@ -148,7 +148,7 @@ def _as_it_is(curve: Curve) -> Curve:
 
 
 def _thinned(curve: Curve) -> Curve:
-    """Means of as many neighbours as leave `_MOST_POINTS`, each at its last step."""
+    """The curve in blocks, at most `_MOST_POINTS`: the mean of each at its last step."""
     width = -(-len(curve) // _MOST_POINTS)
     blocks = [curve[start : start + width] for start in range(0, len(curve), width)]
     return [(block[-1][0], sum(value for _, value in block) / len(block)) for block in blocks]
@@ -177,7 +177,7 @@ def _parallel(comparison: Comparison, keys: Sequence[str]) -> Figure:
         Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1), map_
     )
     shades = colours.to_rgba(np.array(means))
-    for number in reversed(range(len(ranked))):  # the best on top
+    for number in reversed(range(len(ranked))):  # the best one last, on top
         places = [scale.positions[number] for scale in scales]
         axes.plot(
             range(len(places)),
@@ -242,7 +242,7 @@ def _cost(comparison: Comparison) -> Figure:
         costs, means = [c.cost_s or 0.0 for c in front], [c.mean or 0.0 for c in front]
         axes.plot(costs, means, drawstyle="steps-post", color=colour, linewidth=1, alpha=0.7)
         labelled = None
-        for c in reversed(front):  # the best first; one too near to its label has none
+        for c in reversed(front):  # from the best one on; one too near to the label before has none
             if labelled is None or _is_apart(c, labelled, shown):
                 number = comparison.configurations.index(c) + 1
                 place = (c.cost_s or 0.0, c.mean or 0.0)
@@ -259,7 +259,7 @@ def _cost(comparison: Comparison) -> Figure:
 
 
 def _is_apart(one: Configuration, other: Configuration, shown: Sequence[Configuration]) -> bool:
-    """Whether two points of the plot have room for a label each."""
+    """Whether two points of the plot are far enough apart for two labels."""
 
     def share(values: Sequence[float], a: float, b: float) -> float:
         return abs(a - b) / ((max(values) - min(values)) or 1.0)
@@ -270,7 +270,7 @@ def _is_apart(one: Configuration, other: Configuration, shown: Sequence[Configur
 
 
 def _front(configurations: Sequence[Configuration], greater_is_better: bool) -> list[Configuration]:
-    """Those that no other one beats at the same cost or a lower one, the cheapest first."""
+    """The Pareto front: those that none of the same or a lower cost beats, the cheapest first."""
     sign = 1 if greater_is_better else -1
     front: list[Configuration] = []
     for candidate in sorted(configurations, key=lambda c: (c.cost_s or 0.0, -sign * (c.mean or 0.0))):

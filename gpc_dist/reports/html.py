@@ -28,9 +28,9 @@ class Cell:
 
     text: str
     order: float | str | None = None
-    """What its line is sorted by; None for what has no value."""
+    """Sort key of its line; None without a value."""
     detail: str = ""
-    """Shown to those who point at it."""
+    """Tooltip."""
 
     @property
     def short(self) -> str:

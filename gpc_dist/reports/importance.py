@@ -1,4 +1,4 @@
-"""How much each setting tells about the metric: permutation importance in a random forest."""
+"""How much the metric depends on each setting: permutation importance in a random forest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FEWEST = 8
-"""Configurations below which a forest has nothing to learn from."""
+"""Fewest configurations from which a forest can learn."""
 
 _FOLDS = 4
 _SPLITS = 5
@@ -22,19 +22,19 @@ _SHUFFLES = 10
 
 @dataclass(frozen=True)
 class Importance:
-    """What a forest learnt about the settings of a comparison."""
+    """Importance of the settings of a comparison, by a forest."""
 
     settings: list[tuple[str, float, float]]
-    """Dotted key, importance and its standard deviation over splits; the greatest first. The unit is that of
-    the metric: by how much more the forest is wrong, on average, about configurations it has not seen when
-    this setting's value is replaced by that of another one."""
+    """Dotted key, importance and its standard deviation over splits; the greatest first. Importance, in the
+    metric's unit, is the increase of the forest's mean absolute error on unseen configurations when the
+    setting's value is replaced by another configuration's."""
     explained: float
-    """Share of the metric's variance that the forest explains in configurations it has not seen (R²);
-    0 or less if it does no better than their mean."""
+    """Share of the metric's variance that the forest explains in unseen configurations (R²); 0 or less if
+    it does no better than their mean."""
 
 
 def importance(comparison: Comparison) -> Importance | str:
-    """The importance of each varied setting, or why there is none to be had."""
+    """The importance of each varied setting, or a sentence that says why there is none."""
     ranked = comparison.ranked
     if len(ranked) < FEWEST:
         return f"Too few configurations: {len(ranked)} have a value, and fewer than {FEWEST} tell nothing reliable."
@@ -55,10 +55,11 @@ def importance(comparison: Comparison) -> Importance | str:
 
 
 def _split(features: np.ndarray, values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each part of the configurations as seen by a forest that learnt from the others.
+    """Cross-validation: a forest for each part of the configurations, trained on the others.
 
     Returns:
-        The absolute error that shuffling adds `[settings]`, and the predictions without it `[configurations]`.
+        The mean absolute error that shuffling adds, `[settings]`, and the predictions without shuffling,
+        `[configurations]`; float64.
     """
     import numpy as np
     from sklearn.ensemble import RandomForestRegressor
@@ -71,7 +72,7 @@ def _split(features: np.ndarray, values: np.ndarray, number: int) -> tuple[np.nd
         forest = RandomForestRegressor(_TREES, random_state=number).fit(features[seen], values[seen])
         predicted[unseen] = forest.predict(features[unseen])
         error = np.abs(predicted[unseen] - values[unseen])
-        # scikit-learn's own function shuffles within the part, which in one of two does nothing half of the time
+        # scikit-learn's own function shuffles within the part: with two in it, half of the shuffles change nothing
         shuffled = np.tile(features[unseen], (settings, _SHUFFLES, 1, 1))
         for setting in range(settings):
             others = draw.choice(features[:, setting], size=shuffled.shape[1:3])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _HERE = {"engine.zero_stage": "0", "engine.ranks": "1"}
 
 Figures = Sequence[tuple[str, Sequence[LayerFigures]]]
-"""Of each adapter, what it is called and the figures of its layers."""
+"""For each adapter its label and the figures of its layers."""
 
 
 def run_inspection(
@@ -40,11 +40,12 @@ def run_inspection(
 
     Args:
         folders: of the adapters.
-        examples: the first so many of the validation split.
-        png: file of the plot.
+        examples: how many of the validation split to use, from the first on.
+        json_file, png: files of the figures and of the plot.
+        overrides: dotted keys of the configuration.
 
     Raises:
-        UserError: no adapter there, one without a prompt, or one whose encoder cannot be loaded.
+        UserError: no adapter in a folder, an adapter without a prompt, or an encoder that cannot be loaded.
     """
     configs = {folder: adapter_config(read_card(folder), {**overrides, **_HERE}) for folder in folders}
     for folder, config in configs.items():
@@ -84,7 +85,7 @@ def _label(folder: Path, adapter: AdapterConfig) -> str:
 
 
 def draw(found: Figures) -> Figure:
-    """A line for each adapter; those after the first few are grey."""
+    """A figure with a line for each adapter; lines after the first few are grey."""
     from matplotlib.lines import Line2D
 
     figure = new_figure(WIDTH, 6.4)
@@ -123,7 +124,7 @@ def _lines(
 
 
 def _kinds(axes: Axes, solid: str, dashed: str) -> None:
-    """Say what solid and dashed lines are."""
+    """Add a legend for solid and dashed lines."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=INK, label=solid), Line2D([], [], color=INK, linestyle="--", label=dashed)]

@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: no network, no other file, little JavaScript."""
+"""A comparison as one HTML file that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from gpc_dist.reports.plots import Plot, write_png
 def write_comparison(
     comparisons: Sequence[Comparison], place: str, page: Path | None, png: Path | None
 ) -> list[Path]:
-    """Write the page and the plots that are wanted; returns the files.
+    """Write the page, the plots, or both; returns the files.
 
     Args:
         place: what was compared, for the title.
-        page: HTML file to write.
-        png: folder of the plots, one file each, named after task, metric and plot.
+        page: HTML file to write; none when not given.
+        png: folder of the plots, one file each, named after task, metric and plot; none when not given.
 
     Raises:
         UserError: a file cannot be written.
@@ -62,7 +62,7 @@ def write_comparison(
 
 
 def _section(comparison: Comparison, drawn: Sequence[Plot], no_importance: str) -> dict[str, Any]:
-    """What `comparison.html` shows of a comparison."""
+    """The values of a comparison that `comparison.html` shows."""
     shown = [*columns(comparison), Column("runs", _run_names, lambda c: c.runs[0].name)]
     numeric = [column.is_numeric(comparison.configurations) for column in shown]
     return {
@@ -89,7 +89,7 @@ def _cell(column: Column, configuration: Configuration, metric: str) -> html.Cel
 
 
 def _best(comparison: Comparison) -> dict[str, Any] | None:
-    """The first configuration: its score, its settings, and how to make it once more."""
+    """The best configuration: its score, its settings and one of its runs; None if none has a value."""
     if not comparison.ranked:
         return None
     best, *others = comparison.ranked
@@ -116,7 +116,7 @@ def _run_names(configuration: Configuration) -> str:
 
 
 def _run_details(configuration: Configuration, metric: str) -> str:
-    """One line for each run, for those who point at the cell."""
+    """One line for each run, for a tooltip."""
     return "\n".join(
         f"{run.name}: seed {run.seed}, {show_number(run.best.get(metric), '.4f')}, {run.state}"
         + (f", {run.reason}" if run.reason else "")

@@ -1,4 +1,4 @@
-"""Plots of reports: their style, and how they are written: as SVG in the text colour of its page, and as PNG."""
+"""Plots of reports, in one style: as SVG in the text colour of their page, and as PNG."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by colour-blind readers too, and seen on white as on black
+# Okabe and Ito's palette, which colour-blind readers can tell apart; visible on white and on black
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 OTHERS = "#8c8c8c"
-# stand for the colours of text and of what is behind it, which a page replaces by its own; no data have them
+# placeholders for the colours of text and background, which a page replaces by its own; no data have them
 INK = "#1b1c1d"
 PAPER = "#fdfefd"
 
@@ -34,10 +34,10 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure that can be drawn, with what to know when reading it."""
+    """A figure to be drawn, with its title and caption."""
 
     name: str
-    """Of a file, and of an element of a page; no two plots of a page share it."""
+    """Of its file, and of its element in a page; unique in a page."""
     title: str
     caption: str
     draw: Callable[[], Figure]
@@ -50,13 +50,13 @@ def to_svg(plot: Plot) -> str:
         plot.draw().savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--paper)")
-    # names of groups, the same in every figure of a page; what is referred to has no underscore
+    # ids of groups would be the same in every figure of a page; ids that are referred to have no underscore
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     return re.sub(r"<svg[^>]*>", _svg_start, svg, count=1)
 
 
 def _svg_start(found: re.Match[str]) -> str:
-    """The first tag, with bounds to how far a page may shrink or stretch the figure, lest its text get tiny or huge."""
+    """The first tag, with bounds on the width to which a page scales the figure, so that its text stays legible."""
     (box,) = re.findall(r'viewBox="([^"]*)"', found[0])
     width_pt = float(box.split()[2])
     style = f"min-width: {0.8 * width_pt:.0f}pt; max-width: {1.2 * width_pt:.0f}pt"
@@ -64,10 +64,10 @@ def _svg_start(found: re.Match[str]) -> str:
 
 
 def write_png(plot: Plot, file: Path) -> None:
-    """Draw into a PNG file; its folder is made.
+    """Write the plot as a PNG file; creates its folder.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _style(salt: str) -> Iterator[None]:
     style: dict[Any, Any] = {
         "font.size": 10,
         "font.family": "sans-serif",
-        "text.parse_math": False,  # a $ in a setting is a $
+        "text.parse_math": False,  # a $ in a setting does not start a formula
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,
@@ -101,10 +101,10 @@ def _style(salt: str) -> Iterator[None]:
         "grid.linewidth": 0.6,
         "legend.frameon": False,
         "svg.fonttype": "none",
-        "svg.hashsalt": salt,  # the same runs make the same page
+        "svg.hashsalt": salt,  # ids that are the same for the same runs
     }
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are drawn as boxes
         yield
 
 
@@ -116,7 +116,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def log_axis(axes: Axes, which: str) -> None:
-    """Powers, with plain numbers at the ticks."""
+    """Make the axis `which`, x or y, logarithmic with plain numbers at the ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -127,7 +127,7 @@ def log_axis(axes: Axes, which: str) -> None:
 
 
 def over_seeds(curves: Sequence[Curve]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The steps, and mean and standard deviation at each of the curves that reached it."""
+    """All steps in order, and at each the mean and standard deviation of the curves that have it, float64 `[steps]`."""
     import numpy as np
 
     at: dict[int, list[float]] = {}

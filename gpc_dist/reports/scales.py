@@ -1,4 +1,4 @@
-"""Where the values of a setting lie on an axis: numbers, powers, categories, and what is not set."""
+"""Positions of the values of a setting on an axis: linear, logarithmic or of categories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOG_RATIO = 8.0
 _MOST_TICKS = 6
 _TICK_GAP = 0.05
 _NONE_GAP = 0.15
-"""Part of an axis of numbers that sets those without a number apart."""
+"""Share of an axis of numbers that separates None from them."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Scale:
 
     kind: Literal["linear", "log", "categories"]
     positions: list[float]
-    """Of each value given."""
+    """Of each value, from 0 to 1."""
     ticks: list[tuple[float, str]]
 
 
@@ -57,7 +57,7 @@ def is_log(numbers: Sequence[float]) -> bool:
 
 
 def _unevenness(ascending: Sequence[float]) -> float:
-    """How far the numbers are, in sum, from equal distances over their range."""
+    """Sum of the distances of the numbers from equal spacing, as shares of their range."""
     low, span, last = ascending[0], ascending[-1] - ascending[0], len(ascending) - 1
     return sum(abs((number - low) / span - place / last) for place, number in enumerate(ascending))
 
@@ -67,7 +67,7 @@ def _transformed(value: float, log: bool) -> float:
 
 
 def _tick_values(numbers: Sequence[float], log: bool) -> list[float]:
-    """The values themselves where they are few, else some at equal distances."""
+    """The values themselves if they are few, else equally spaced ones."""
     distinct = sorted(set(numbers))
     if len(distinct) <= _MOST_TICKS:
         return distinct
@@ -89,7 +89,7 @@ def _categories(values: Sequence[Any]) -> Scale:
 
 
 def _apart(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The ticks in order, without those too near to the one before to be read."""
+    """The ticks in order, without those too near to the one before to be legible."""
     kept: list[tuple[float, str]] = []
     for place, label in sorted(ticks):
         if not kept or place - kept[-1][0] >= _TICK_GAP:

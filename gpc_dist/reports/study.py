@@ -28,10 +28,10 @@ _PRIVATE = {"dir", "data_root", "tracking"}
 
 
 def write_report(study: StudySpec) -> list[Path]:
-    """Write what a study has found so far; returns the files.
+    """Write the results of a study so far; returns the files.
 
     Raises:
-        UserError: nothing was found yet.
+        UserError: there are no results yet.
     """
     found = read_study(study)
     folder = StudyFolder(study.folder).report
@@ -215,7 +215,7 @@ def _search(found: StudyResult) -> Table:
     for task in found.tasks:
         for name, result in task.methods.items():
             search = result.search
-            # the lower one of two in the middle
+            # best, median (of two the worse) and worst
             ends = (
                 [search.values[place] for place in (0, len(search.values) // 2, -1)] if search.values else []
             )
@@ -244,8 +244,7 @@ def _chosen(found: StudyResult) -> Table:
 
 
 def dump(found: StudyResult) -> dict[str, Any]:
-    """Every number of the report as plain values; a machine's folders and servers are left out, for a report is for
-    others."""
+    """Every number of the report as plain values, without folders and servers, which mean nothing to others."""
     return {
         "study": found.study.model_dump(mode="json", exclude=_PRIVATE),
         "missing": list(found.missing),

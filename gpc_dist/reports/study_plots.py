@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ACROSS = 4
-"""Panels beside each other."""
+"""Most panels in a row."""
 
 
 def plots(found: StudyResult) -> list[Plot]:
-    """The plots for which the study has enough."""
+    """The plots for which the study has enough data."""
     study = found.study
     made = [
         Plot(
@@ -58,7 +58,7 @@ def plots(found: StudyResult) -> list[Plot]:
 
 
 def _panels(count: int, width: float, height: float, share_y: bool) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, in rows of at most `_MOST_ACROSS`."""
+    """A figure with `count` panels of `width` x `height` inches, in rows of at most `_MOST_ACROSS`."""
     across = min(count, _MOST_ACROSS)
     down = -(-count // across)
     figure = new_figure(max(WIDTH, width * across), height * down)
@@ -94,7 +94,7 @@ def _scores(found: StudyResult) -> Figure:
 
 
 def _majority(axes: Axes, task: TaskResult) -> None:
-    """Name the baseline, and draw it where that does not squeeze what it is compared with."""
+    """Put the majority baseline into the title, and draw it unless the axis would have to grow much for it."""
     low, high = axes.get_xlim()
     if low - (high - low) <= task.majority <= high + (high - low):
         axes.axvline(task.majority, color=INK, linewidth=1, dashes=(2, 3))

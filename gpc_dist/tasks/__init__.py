@@ -1,4 +1,4 @@
-"""What is learnt: tasks, their text, their metrics, and which examples make up a step.
+"""Tasks: their text, their metrics, and which examples make up a step.
 
 `make_task` gives the task of a configuration; `read_part` its examples, `encode` their tokens,
 `EpochPlan` the steps, `share` a rank's part of a step and `collate` the tensors of that part.

@@ -1,8 +1,8 @@
 """Which examples make up a step, and which rank runs which of them.
 
-A step is a function of the seed and the data alone. Ranks, micro-batches and ZeRO stages only share
-it out, so any of them can change between two runs, or in the middle of one, without changing what
-is learnt from. Nothing here reads a token: sizes are enough.
+The examples of a step depend on the seed and the data alone. Ranks, micro-batches and ZeRO stages only
+divide a step, so any of them can change between two runs, or during one, without changing its
+examples. This module reads the sizes of examples, not their tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Batches are cut from pools of so many, sorted by length: little padding, and still a random mix.
+# Batches are cut from pools of this many, sorted by length: little padding, and still a random mix.
 POOL_BATCHES = 50
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work each of N examples is."""
+    """Sizes of N examples."""
 
     rows: np.ndarray
     """int64 `[N]`: rows of the example (its candidates; 1 unless it is a choice)."""
@@ -30,7 +30,7 @@ class Sizes:
         return len(self.rows)
 
     def padded_tokens(self, indices: np.ndarray, prompt_tokens: int = 0) -> int:
-        """Tokens of these examples in one batch: all rows, each as long as the longest."""
+        """Tokens of these examples in one batch, with every row padded to the longest."""
         if len(indices) == 0:
             return 0
         return int(self.rows[indices].sum() * (self.longest[indices].max() + prompt_tokens))
@@ -70,7 +70,7 @@ class EpochPlan:
             epoch, index = epoch + 1, 0
 
     def locate(self, step: int) -> tuple[int, int]:
-        """The epoch a step (0-based, counted from the first epoch) lies in, and its place there."""
+        """The epoch of a step (0-based, counted from the first epoch), and its index in that epoch."""
         if self.batch_tokens is None:
             return divmod(step, self._steps_of(0))
         epoch = 0
@@ -80,11 +80,11 @@ class EpochPlan:
         return epoch, step
 
     def total_steps(self, epochs: float) -> int:
-        """Steps in so many epochs; a part of an epoch is rounded up."""
+        """Steps in `epochs` epochs; a part of an epoch is rounded up to whole steps."""
         whole = math.floor(epochs)
         part = epochs - whole
         total = sum(self._steps_of(epoch) for epoch in range(whole))
-        # rounded, so that 0.1 of ten steps is one step whatever the binary fraction says
+        # rounded first, because 0.1 of ten steps can come out slightly above one
         return total + (math.ceil(round(part * self._steps_of(whole), 6)) if part else 0)
 
     def _steps_of(self, epoch: int) -> int:
@@ -104,7 +104,7 @@ class EpochPlan:
     def _cut_pool(self, pool: np.ndarray) -> list[np.ndarray]:
         order = _longest_first(pool, self.sizes)
         if self.batch_tokens is None:
-            # the short batch is the last of the last pool: all others are whole
+            # only the last batch of the last pool can be short
             cuts = range(self.batch_size, len(order), self.batch_size)
             return np.split(order, list(cuts))
         return _cut(order, self.sizes, self.batch_tokens)
@@ -119,22 +119,22 @@ def share(
     prompt_tokens: int = 0,
     pass_tokens: int | None = None,
 ) -> list[np.ndarray]:
-    """The micro-batches that `rank` runs of a step.
+    """The micro-batches of a step that `rank` runs, int64 `[examples]` each.
 
-    Over all ranks every example stands in exactly one micro-batch, and every rank has the same
-    number of them, because each is a collective under ZeRO-3: arrays are empty where there are
-    fewer examples than places. The k-th micro-batches of all ranks hold rows of similar length and
-    near equal padded work, so ranks do not wait for each other; the numbers of *examples* differ,
-    so a mean over ranks is not the mean over the step: divide sums by the size of the step.
+    Every example is in exactly one micro-batch of one rank. All ranks have the same number of
+    micro-batches, because each is a collective under ZeRO-3; some are empty if there are too few
+    examples. The k-th micro-batches of all ranks have rows of similar length and nearly equal padded
+    work, so that ranks do not wait for each other. Their numbers of *examples* differ, so the mean over
+    ranks is not the mean over the step: divide sums by the size of the step.
 
     Args:
         indices: the step's examples, int64 `[B]`.
-        micro_batch_tokens: padded tokens, prompt included, that a rank runs at once at most (one
-            example may exceed it: the candidates of a choice stay together); one micro-batch per
-            rank when not given.
+        micro_batch_tokens: most padded tokens of a micro-batch, prompt included (one example may
+            exceed it: the candidates of a choice stay together); one micro-batch per rank when not
+            given.
         prompt_tokens: P, added to every row.
-        pass_tokens: a further pass is run where it saves more padded tokens than this per rank; as few
-            passes as possible when not given.
+        pass_tokens: add a micro-batch to every rank while that saves more than this many padded
+            tokens per rank; as few micro-batches as possible when not given.
     """
     order = _longest_first(indices, sizes)
     whole = sizes.padded_tokens(order, prompt_tokens)
@@ -180,7 +180,7 @@ def _padded(parts: list[np.ndarray], sizes: Sizes, prompt_tokens: int) -> int:
 
 
 def _equal(order: np.ndarray, sizes: Sizes, places: int, cap: int, prompt_tokens: int) -> list[np.ndarray]:
-    """As `_cut`, by the least cap whose parts are no more than these places: it makes their work as equal as whole
+    """As `_cut`, with the smallest cap that gives at most `places` parts: it makes their work as equal as whole
     examples allow."""
     low, high = 1, max(1, cap)
     while low < high:
@@ -193,7 +193,7 @@ def _equal(order: np.ndarray, sizes: Sizes, places: int, cap: int, prompt_tokens
 
 
 def _fill(parts: list[np.ndarray], places: int) -> list[np.ndarray]:
-    """As many parts as places: the largest are halved where possible, then empty ones added."""
+    """Exactly `places` parts: the largest are halved where possible, then empty ones added."""
     while len(parts) < places:
         largest = max(range(len(parts)), key=lambda i: len(parts[i]), default=None)
         if largest is None or len(parts[largest]) < 2:

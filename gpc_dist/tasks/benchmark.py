@@ -1,4 +1,4 @@
-"""What a benchmark's module says of each of its tasks."""
+"""The description of a packaged task, as the module of its benchmark gives it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Spec:
     adapt: Callable[[Row], Iterator[Example]]
     """The examples of a source row."""
     columns: tuple[str, ...]
-    """What a flat row needs for a prediction; the files' nested rows hold the same."""
+    """Columns of a flat row that a prediction needs; the nested rows of the files hold the same."""
     kind: Kind
     labels: tuple[str, ...]
     """In the order of the Hub's indices."""
@@ -27,10 +27,10 @@ class Spec:
 
 
 def class_index(row: Row, labels: tuple[str, ...]) -> int | None:
-    """The label as an index: given as a name, a boolean or the Hub's index; None when withheld.
+    """The class of a row whose label is a name, a boolean or the Hub's index; None if the label is withheld.
 
     Raises:
-        UserError: it is none of `labels`.
+        UserError: the label is none of `labels`.
     """
     label = row.get("label")
     if isinstance(label, str) and label.isdecimal():

@@ -33,7 +33,7 @@ class Batch:
     indices: np.ndarray
     """int64 `[B]`: numbers of the examples in their split."""
     tokens: int
-    """Tokens that are not padding; counted here because a GPU tensor's sum would wait for it."""
+    """Tokens that are not padding; counted here, because reading a sum from a GPU would wait for it."""
 
     @property
     def padded_tokens(self) -> int:
@@ -41,8 +41,7 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on `device`. A copy to a GPU is queued, through pinned memory, and not
-        waited for."""
+        """The batch with its tensors on `device`. Copies to a GPU are asynchronous, from pinned memory."""
         return replace(
             self,
             input_ids=to_device(self.input_ids, device),
@@ -60,7 +59,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def collate(encoded: Encoded, indices: Sequence[int] | np.ndarray, pad_id: int) -> Batch:
-    """The batch of these examples, in this order; none give a batch of zero rows."""
+    """The batch of these examples, in this order; without examples a batch of zero rows."""
     import torch
 
     chosen = np.asarray(indices, dtype=np.int64)
@@ -96,7 +95,7 @@ class LaneBatch:
     token_type_ids: torch.Tensor | None
     """int64 `[R, T]`."""
     lanes: list[Batch]
-    """The batch of each lane, which may have no rows; only its targets are moved with this one."""
+    """The batch of each lane, which may have no rows; `to` moves only its targets."""
 
     @property
     def lane_rows(self) -> list[int]:
@@ -140,7 +139,7 @@ def merge_lanes(batches: Sequence[Batch], pad_id: int) -> LaneBatch:
 
 
 def _fill_rows(encoded: Encoded, rows: np.ndarray, input_ids: np.ndarray, token_types: np.ndarray) -> None:
-    """Writes the rows into `[R, T]` tables, one piece of the frame at a time for all rows."""
+    """Write the rows into int64 `[R, T]` arrays: for each element of the frame, all rows at once."""
     flat_ids, flat_types = input_ids.reshape(-1), token_types.reshape(-1)
     cursor = np.arange(len(rows)) * input_ids.shape[1]
     columns = iter(range(encoded.row_segments.shape[1]))
@@ -160,6 +159,6 @@ def _fill_rows(encoded: Encoded, rows: np.ndarray, input_ids: np.ndarray, token_
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`starts[0], starts[0] + 1, ...` (`counts[0]` of them), then the same of the next start."""
+    """The ranges `starts[i], ..., starts[i] + counts[i] - 1`, one after the other."""
     offsets = starts - np.concatenate([[0], np.cumsum(counts)[:-1]])[: len(starts)]
     return np.repeat(offsets, counts) + np.arange(counts.sum())

@@ -1,10 +1,9 @@
-"""Token ids of all examples, ready to be put together into batches.
+"""Token ids of all examples, from which batches are made.
 
 Rows share segments: a ReCoRD passage stands before every entity, a MultiRC paragraph before every
-answer. So each distinct segment is tokenised and held once, and a row is a reference to its one or
-two segments, how many tokens of each it keeps, and the special tokens around them. That makes
-reading MultiRC some ten times faster than tokenising its rows, and holds ReCoRD in a few hundred
-MiB.
+answer. So each distinct segment is tokenised and stored once, and a row refers to its one or two
+segments and says how many tokens of each it keeps. Reading MultiRC is about ten times faster than
+tokenising its rows, and ReCoRD takes a few hundred MiB.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 _CHUNK = 1000
 
 Frame = tuple[tuple[int | None, int], ...]
-"""What a tokenizer makes of a row: `(token id, token type)` of each special token in order, and
+"""Layout of a row: `(token id, token type)` of each special token in order, and
 `(None, token type)` where a segment stands. BERT's pair: [CLS] segment [SEP] segment [SEP]."""
 
 
@@ -43,7 +42,7 @@ class Encoded:
     row_segments: np.ndarray
     """int64 `[R, 1 or 2]`: the row's segments."""
     row_kept: np.ndarray
-    """int64 `[R, 1 or 2]`: how many tokens of each the row keeps, from the segment's start."""
+    """int64 `[R, 1 or 2]`: tokens of each that the row keeps, from the segment's start."""
     frame: Frame
     """The special tokens of every row."""
     has_token_types: bool
@@ -64,13 +63,13 @@ class Encoded:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """What batching needs to know of the examples."""
+        """The sizes of the examples, for batching."""
         longest = np.maximum.reduceat(self.lengths, self.example_starts[:-1])
         return Sizes(rows=np.diff(self.example_starts), longest=longest)
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenises examples of one task.
+    """Tokenise examples of one task.
 
     Args:
         examples: at least one; all rows have a second segment, or none has.
@@ -105,7 +104,7 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase, segments: int) -> tuple[Frame, bool]:
-    """The frame of a row of so many segments, read off an example; whether it has token types."""
+    """The frame of a row of `segments` segments, found by tokenising one; whether it has token types."""
     word = "a"
     output = tokenizer(*[word] * segments, return_special_tokens_mask=True)
     width = len(tokenizer(word, add_special_tokens=False)["input_ids"])
@@ -122,7 +121,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, segments: int) -> tuple[Frame, bo
 def _tokenize(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first `most` token ids of each text, int32 `[S]`, and its tokens in all, int64 `[U]`."""
+    """The first `most` token ids of each text, int32 `[S]`, and the full length of each, int64 `[U]`."""
     ids: list[np.ndarray] = []
     lengths: list[int] = []
     for start in range(0, len(texts), _CHUNK):
@@ -140,7 +139,7 @@ def _tokenize(
 
 
 def _longest_first(lengths: np.ndarray, room: int) -> np.ndarray:
-    """Tokens that each segment keeps where a row has room for so many; `[R, 1 or 2]` as `lengths`.
+    """Tokens that each segment keeps in a row with room for `room` of them; `[R, 1 or 2]` as `lengths`.
 
     The rule of the tokenizers library: the shorter segment stays whole up to half of the room, the
     longer one (the second of two equals) takes what is left.

@@ -1,4 +1,4 @@
-"""What every task is read into: examples made of one or two text segments per row."""
+"""Examples, the form into which every task is read: rows of one or two text segments."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Example:
     group: Hashable = None
     """Examples that are scored together share it (the answers to one MultiRC question)."""
     source: Hashable = None
-    """Examples made of one text share it (the questions on one passage), where the data says so."""
+    """Examples on one text share it (the questions on one passage), where the data tells."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What scoring and submission need beside the target: candidate strings, gold answers."""
+    """Other values that scoring and submission need: candidate strings, gold answers."""
 
 
 def limit(examples: Sequence[Example], most: int | None, seed: int | None = None) -> list[Example]:
-    """At most `most` examples: a sample drawn by `seed` in source order, the first ones without."""
+    """At most `most` examples in source order: with a `seed` a random sample, without it the first ones."""
     if most is None or most >= len(examples):
         return list(examples)
     if seed is None:

@@ -1,6 +1,6 @@
-"""Two tasks of GLUE (Wang et al., 2018, arXiv 1804.07461) on single sentences as examples.
+"""Two single-sentence tasks of GLUE (Wang et al., 2018, arXiv 1804.07461) as examples.
 
-Takes the rows of GLUE's TSV files that have a header (SST-2's), of JSON Lines files, and of `glue` on the Hub.
+Rows may come from GLUE's TSV files that have a header (SST-2's), from JSON Lines files, or from `glue` on the Hub.
 """
 
 from __future__ import annotations

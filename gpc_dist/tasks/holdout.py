@@ -1,8 +1,8 @@
-"""A share of the training split held out, and the parts of a task's data that a run learns and selects from.
+"""The parts of a task's data on which a run trains and selects, among them a share held out of the training split.
 
-Choosing checkpoints and settings on the split that is then reported flatters what is reported. With `data.holdout`
-the choice is made on rows of the training split that are not trained on, and the official validation split stays
-untouched for `gpc-dist evaluate`.
+Scores on a split are too good if checkpoints and settings were selected on it. With `data.holdout` they are selected
+on rows of the training split that are not trained on, and the official validation split is left to
+`gpc-dist evaluate`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gpc_dist.tasks.example import Example, limit
 from gpc_dist.tasks.task import Task
 
 Part = Literal["train", "validation", "holdout"]
-"""What is trained on; the official validation split; what is held out of the training split."""
+"""The rows that are trained on; the official validation split; the rows held out of the training split."""
 
 _SEED = 0
-"""Never a run's own: all seeds of a setting, and all settings, must be selected on the same rows."""
+"""Not `run.seed`: all seeds and all settings must be selected on the same rows."""
 
 
 def selection_part(data: DataConfig) -> Literal["validation", "holdout"]:
-    """Where checkpoints are selected, and searches compare their trials."""
+    """The part on which checkpoints are selected and searches compare their trials."""
     return "validation" if data.holdout is None else "holdout"
 
 
@@ -33,10 +33,10 @@ def read_part(task: Task, data: DataConfig, part: Part, seed: int | None = None)
     """The examples of a part, limited by `data.limit_train` or `data.limit_eval`.
 
     Args:
-        seed: draws the examples that `data.limit_train` leaves; only for `train`.
+        seed: of the sample that `data.limit_train` draws; only for `train`.
 
     Raises:
-        UserError: a split cannot be read (see `Task.read`), or there is nothing held out.
+        UserError: a split cannot be read (see `Task.read`), or nothing is held out.
     """
     if part == "validation":
         return limit(task.read("validation"), data.limit_eval)
@@ -53,13 +53,13 @@ def read_part(task: Task, data: DataConfig, part: Part, seed: int | None = None)
 
 
 def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """What is left of the examples, and what is held out of them; both in source order.
+    """Split examples into those to train on and those held out, both in source order.
 
-    The share is taken of each class of a classification, and of whole sources: the questions on one passage
-    stay together. It depends on the examples and on nothing else.
+    The share is taken from each class of a classification, and in whole sources: the questions on one passage
+    stay together. The split depends on the examples and the share alone.
 
     Raises:
-        UserError: the share leaves one of the two without examples.
+        UserError: the share leaves one of them without examples.
     """
     units: dict[Hashable, list[int]] = {}
     for number, example in enumerate(examples):
@@ -84,7 +84,7 @@ def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], 
 
 
 def _stratum(unit: Sequence[Example]) -> int:
-    """The class that all examples of a unit have; -1 where there is no such one."""
+    """The class that all examples of a unit share; -1 if there is none."""
     targets = {example.target for example in unit}
     target = targets.pop() if len(targets) == 1 else None
     return target if isinstance(target, int) else -1

@@ -1,4 +1,4 @@
-"""Examples and what was decided about them, as JSON: enough to score them again without the data."""
+"""Examples and the decisions on them as JSON, from which they can be scored again without the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpc_dist.tasks.example import Example
 
 
 def describe(examples: Sequence[Example], decisions: Sequence[Any]) -> list[dict[str, Any]]:
-    """Of each example its id, its target, the decision and what else scoring needs; groups and sources by number."""
+    """Each example's id, target and decision, and what else scoring needs; groups and sources are numbered."""
     groups: dict[Any, int] = {}
     sources: dict[Any, int] = {}
     found = []
@@ -26,7 +26,7 @@ def describe(examples: Sequence[Example], decisions: Sequence[Any]) -> list[dict
 
 
 def read_examples(described: Sequence[Mapping[str, Any]]) -> list[Example]:
-    """The examples again, without their text."""
+    """The examples that `describe` described, without their text."""
     return [
         Example(
             id=one["id"],

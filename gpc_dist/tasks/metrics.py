@@ -1,7 +1,7 @@
 """Metrics of the packaged tasks and of user tables.
 
-All have one form: examples (with targets) and decisions -- the chosen class or candidate index per
-example, or the predicted number -- give one float. scikit-learn and SciPy are imported on use.
+Every metric takes examples (with targets) and decisions `[N]` (for each example the chosen class or
+candidate index, or the predicted number) and returns a float. scikit-learn and SciPy are imported on use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpc_dist.tasks.example import Example, Kind
 Metric = Callable[[Sequence[Example], np.ndarray], float]
 
 LOWER_IS_BETTER = frozenset({"loss", "rmse"})
-"""Metrics that are better when they are smaller; all others grow with what is learnt."""
+"""Metrics of which smaller values are better; of all others greater ones are."""
 
 
 def _targets(examples: Sequence[Example]) -> np.ndarray:
@@ -37,7 +37,7 @@ def accuracy(examples: Sequence[Example], decisions: np.ndarray) -> float:
 
 
 def f1_macro(examples: Sequence[Example], decisions: np.ndarray) -> float:
-    """Unweighted mean of the F1 of the classes that occur, as the benchmark does it for CB."""
+    """Unweighted mean of the F1 of the classes that occur, as SuperGLUE computes it for CB."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(_targets(examples), decisions, average="macro", zero_division=0))
@@ -84,7 +84,7 @@ def multirc_f1(examples: Sequence[Example], decisions: np.ndarray) -> float:
 
 
 def multirc_exact_match(examples: Sequence[Example], decisions: np.ndarray) -> float:
-    """Share of questions (groups) with every answer judged rightly."""
+    """Share of questions (groups) with a right decision on every answer."""
     whole: dict[object, bool] = {}
     for example, decision in zip(examples, decisions, strict=True):
         whole[example.group] = whole.get(example.group, True) and _is_right(example, decision)
@@ -92,7 +92,7 @@ def multirc_exact_match(examples: Sequence[Example], decisions: np.ndarray) -> f
 
 
 def record_f1(examples: Sequence[Example], decisions: np.ndarray) -> float:
-    """Mean token F1 of the chosen entity with its best gold answer."""
+    """Mean of the token F1 between the chosen entity and the gold answer nearest to it."""
     return _best_over_answers(_token_f1, examples, decisions)
 
 
@@ -131,4 +131,4 @@ TABLE_METRICS: dict[Kind, dict[str, Metric]] = {
     "choice": {"accuracy": accuracy},
     "regression": {"pearson": pearson, "spearman": spearman, "rmse": rmse},
 }
-"""Metrics reported for a user table; the first one is its main metric unless it names another."""
+"""Metrics of a user table; the first one is its main metric unless `task.metric` names another."""

@@ -48,7 +48,7 @@ def adapt_rows(name: str, rows: list[Row], source: str) -> list[Example]:
     """The examples of a packaged task's source rows.
 
     Raises:
-        UserError: a row that is not of the task's schema; names its number in `source`.
+        UserError: a row does not have the task's columns; the message gives its number in `source`.
     """
     adapt = _SPECS[name].adapt
     examples: list[Example] = []

@@ -1,7 +1,7 @@
 """Rows of a split as plain dictionaries, from local files or the Hugging Face Hub.
 
-JSON Lines, CSV and TSV need nothing but the standard library; Parquet (pyarrow) and the Hub
-(datasets) are imported when they are asked for.
+JSON Lines, CSV and TSV need nothing but the standard library; pyarrow (for Parquet) and datasets (for
+the Hub) are imported on use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read_rows(data: DataConfig, split: Split, hub_config: str | None = None) -> 
     Args:
         data: `data.path` is a folder, a file (the training split), a Hub id or `demo` (the data of
             that recipe); `data.train`, `data.validation` and `data.test` name a file (in that
-            folder, or any path) or a Hub split where the usual names do not do.
+            folder, or any path) or a Hub split that does not have a usual name.
         hub_config: configuration name to take from the Hub when `data.config` is not set.
 
     Raises:
@@ -56,7 +56,11 @@ def read_rows(data: DataConfig, split: Split, hub_config: str | None = None) -> 
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of a `.jsonl`/`.json` (JSON Lines), `.csv`, `.tsv` or `.parquet` file."""
+    """The rows of a `.jsonl`/`.json` (JSON Lines), `.csv`, `.tsv` or `.parquet` file.
+
+    Raises:
+        UserError: another kind of file, malformed content, or a file that cannot be read.
+    """
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise UserError(f"cannot read {path}: its name must end in {', '.join(_READERS)}")
@@ -135,8 +139,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_tsv(path: Path) -> Iterator[Row]:
-    # As IANA text/tab-separated-values and GLUE's files have it: a quote is a character like any
-    # other. Quoting would swallow whole rows after a text that starts with a lone quote.
+    # In IANA text/tab-separated-values and in GLUE's files a quote is an ordinary character. With
+    # quoting, a text that starts with a lone quote would swallow the rows after it.
     return _read_delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
@@ -192,7 +196,7 @@ def _read_hub(name: str, config: str | None, split: str) -> list[Row]:
 
 
 def name_classes(rows: list[Row], features: Any) -> list[Row]:
-    """The rows with the integers of `datasets.ClassLabel` columns as their names; -1 is None."""
+    """The rows with the integers of `datasets.ClassLabel` columns replaced by their names, and -1 by None."""
     names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
     return [
         row | {c: names[c][row[c]] if row[c] is not None and row[c] >= 0 else None for c in names}

@@ -21,16 +21,15 @@ Predicted = Sequence[tuple[Example, Prediction]]
 def write_predictions(
     task: Task, examples: Sequence[Example], outputs: Sequence[np.ndarray], path: Path
 ) -> Path:
-    """Writes what the outputs predict for the examples and returns the file written.
+    """Write the predictions for the examples atomically; returns the file.
 
-    A packaged task is written in the submission format of super.gluebenchmark.com (SST-2 and CoLA: of
-    gluebenchmark.com, a TSV file); any other as one object per example: `id`, `prediction` (label,
-    number of the choice, or number) and, unless it is a regression, `probabilities`. The file appears
-    whole or not at all.
+    Packaged tasks have the submission format of super.gluebenchmark.com (SST-2 and CoLA: of
+    gluebenchmark.com, a TSV file). Other tasks have one JSON object per example: `id`, `prediction`
+    (label, number of the choice, or number) and, unless it is a regression, `probabilities`.
 
     Args:
         outputs: an array per example, as in `Task`.
-        path: the file, or a folder to write it in under the name that the benchmark wants
+        path: the file, or a folder in which it gets the name that the benchmark asks for
             (`predictions.jsonl` for tables).
     """
     name, form = _FORMATS.get(task.name, ("predictions.jsonl", _table))
@@ -43,7 +42,7 @@ def write_predictions(
 def _json_lines(
     rows: Callable[[Predicted], Iterable[dict[str, Any]]],
 ) -> Callable[[Predicted], Iterable[str]]:
-    """Makes lines of what a format below gives as objects."""
+    """Let a format that yields objects yield lines of JSON."""
     return lambda predicted: (json.dumps(row, ensure_ascii=False) for row in rows(predicted))
 
 
@@ -88,7 +87,7 @@ def _record(predicted: Predicted) -> Iterable[dict[str, Any]]:
 
 
 def _glue(labels: Sequence[str], predicted: Predicted) -> Iterable[str]:
-    """GLUE numbers the examples by their place in the file, and takes class indices."""
+    """GLUE identifies examples by their position in the file, and labels by class indices."""
     yield "index\tprediction"
     for place, (_, prediction) in enumerate(predicted):
         yield f"{place}\t{labels.index(str(prediction.value))}"

@@ -37,7 +37,7 @@ def _entailment(labels: tuple[str, ...], row: Row) -> Iterator[Example]:
 def _copa(row: Row) -> Iterator[Example]:
     choices = (row["choice1"], row["choice2"])
     joiner = {"cause": "because", "effect": "so"}[row["question"]]
-    # without its full stop the premise and the joiner read on into the choice
+    # without the full stop, premise, joiner and choice make one sentence
     premise = f"{row['premise'].rstrip('. ')} {joiner}"
     right = class_index(row, ("choice1", "choice2"))
     yield Example(
@@ -51,7 +51,7 @@ def _copa(row: Row) -> Iterator[Example]:
 def _multirc(row: Row) -> Iterator[Example]:
     if "paragraph" in row:  # the Hub's flat rows
         idx = row["idx"]
-        if not isinstance(idx, dict):  # a row of no data set, numbered here: a question of its own
+        if not isinstance(idx, dict):  # not from the data set: each row is a question of its own
             idx = {"paragraph": idx, "question": idx, "answer": idx}
         yield _multirc_answer(idx, row["paragraph"], row["question"], row["answer"], row)
         return
@@ -94,7 +94,7 @@ def _record_query(idx: Any, passage: str, entities: list[str], query: str, answe
     right = tuple(i for i, candidate in enumerate(candidates) if candidate in answers)
     if answers and not right:
         raise UserError(f"no entity of the passage is an answer to query '{query}'")
-    # the news site's summary bullets stand after the article, each behind a marker line
+    # the article is followed by the news site's summary, each point after a marker line
     passage = re.sub(r"(?<=[.!?])\n@highlight\n", " ", passage).replace("\n@highlight\n", ". ")
     return Example(
         idx,
@@ -124,10 +124,10 @@ def _wsc(row: Row) -> Iterator[Example]:
 
 
 def mark(text: str, spans: Mapping[str, tuple[int, int]]) -> str:
-    """The text with each `[start, end)` span between its sign: `the * trophy * fits`.
+    """The text with each span `[start, end)` between two of its signs: `the * trophy * fits`.
 
-    The spaces inside keep the marked word the tokens it has elsewhere in byte-pair vocabularies,
-    which tell a word after a space from one after a sign.
+    With the spaces inside, byte-pair vocabularies give the marked word its usual tokens: those of a
+    word after a space differ from those of a word after a sign.
     """
     inserts = [(end, 0, f" {sign}") for sign, (_, end) in spans.items()]
     inserts += [(start, 1, f"{sign} ") for sign, (start, _) in spans.items()]
@@ -140,8 +140,8 @@ def locate_span(text: str, span: str, index: int) -> tuple[int, int]:
     """Characters `[start, end)` of a span given by its text and the index of its first word.
 
     WSC's indices count words between white space, but some are off by a few, and the words they
-    point at may carry punctuation (`him,"`), a possessive or another case. The occurrence nearest
-    to the index is taken; where the span's text does not occur, the words at the index.
+    point at may carry punctuation (`him,"`), a possessive or another case. The result is the
+    occurrence nearest to the index, or the words at the index if the span's text does not occur.
     """
     words = re.sub(r"^\W+|\W+$", "", span).split()
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"

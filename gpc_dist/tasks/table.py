@@ -18,7 +18,7 @@ _COLUMN = re.compile(r"\{([^{}]+)\}")
 
 
 def make_table_task(config: TaskConfig, data: DataConfig) -> Task:
-    """The task that `config` describes; reads the training split for labels it does not give.
+    """The task that `config` describes; labels that it does not give are read from the training split.
 
     Raises:
         UserError: an incomplete description, or (labels not given) an unreadable training split.
@@ -113,7 +113,7 @@ def _example(config: TaskConfig, labels: tuple[str, ...], labelled: bool, number
 
 
 def _text(row: Row, template: str, key: str) -> str:
-    """The row's text by a column name, or by a template with `{column}` places."""
+    """The text of a column, or of a template with `{column}` places, in a row."""
     if template in row or not _COLUMN.search(template):
         return _cell(row, template, key)
     return _COLUMN.sub(lambda place: _cell(row, place[1], key), template)
@@ -157,12 +157,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def _is_null(value: Any) -> bool:
-    """None, or the NaN that stands for it in data frames."""
+    """Whether a value is None, or the NaN that stands for None in data frames."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _label_text(value: Any) -> str:
-    """One spelling for a label, however the file's format types it: true, 3, 3.0 and `3`."""
+    """One spelling of a label for all types that files give it: `3` for 3, 3.0 and `3`; `true` for True."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -17,7 +17,7 @@ from gpc_dist.tasks.read import Row
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is said about one example."""
+    """The prediction for one example."""
 
     id: Any
     value: str | int | float
@@ -28,15 +28,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Task:
-    """A task to learn. `outputs` below are arrays per example, as the head gives them: class
-    logits `[C]`, candidate scores `[candidates]`, or the predicted number `[1]`."""
+    """A task to learn. `outputs` in its methods has one array per example, as the head computes it:
+    class logits `[C]`, candidate scores `[candidates]`, or the predicted number `[1]`."""
 
     name: str
     kind: Kind
     labels: tuple[str, ...]
     """Label names by class index; empty unless the task is a classification."""
     label_words: tuple[str, ...]
-    """The labels as words of ordinary language, to start a prompt from; may be empty."""
+    """The labels as ordinary words, from which a prompt can start; may be empty."""
     metrics: Mapping[str, Metric]
     """Metrics by name, in the order they are reported."""
     main_metric: str
@@ -48,7 +48,7 @@ class Task:
     parser: Callable[[list[Row]], list[Example]]
     """Makes examples of rows without labels; called by `parse`."""
     averaged: bool = False
-    """Report the mean of the metrics as `average`: SuperGLUE's score of a task with two."""
+    """Report the mean of the metrics as `average`: SuperGLUE's score of a task with two metrics."""
 
     def __post_init__(self) -> None:
         if self.main_metric not in self.metric_names:
@@ -83,7 +83,7 @@ class Task:
         return examples
 
     def parse(self, rows: list[Row]) -> list[Example]:
-        """The examples of source rows that come from elsewhere than a split; labels are ignored.
+        """The examples of source rows that are not from a split; labels are ignored.
 
         Raises:
             UserError: a row lacks a column the task reads.
@@ -100,12 +100,12 @@ class Task:
         return scores
 
     def measure(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> dict[str, float]:
-        """What an evaluation tells: every metric, and the `loss`."""
+        """The results of an evaluation: every metric, and the `loss`."""
         return self.score(examples, outputs) | {"loss": self.loss(examples, outputs)}
 
     def loss(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> float:
-        """Mean over the examples of what training lowers: minus the log of the probability that the softmax gives to
-        the right class or candidates, or the squared error of the number. Raises `UserError` as `score`."""
+        """The training loss, averaged over the examples: the negative log-likelihood of the right class or candidates
+        under the softmax, or the squared error of the number. Raises `UserError` as `score`."""
         _require_targets(examples, f"task {self.name}: what is to be scored")
         return float(np.mean([self._loss(*pair) for pair in zip(examples, outputs, strict=True)]))
 
@@ -118,7 +118,7 @@ class Task:
         return float(np.logaddexp.reduce(logits) - np.logaddexp.reduce(right))
 
     def metrics_of(self, name: str) -> tuple[Metric, ...]:
-        """The metrics whose mean is the one of this name."""
+        """The metrics whose mean is reported as `name`."""
         return tuple(self.metrics.values()) if name == "average" else (self.metrics[name],)
 
     def predictions(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> list[Prediction]:
@@ -138,8 +138,8 @@ class Task:
         ]
 
     def majority_baseline(self, train: Sequence[Example], validation: Sequence[Example]) -> dict[str, float]:
-        """Scores on `validation` of what asks nothing of the text: the most frequent class or
-        candidate position of `train`, or its mean number."""
+        """Scores on `validation` of a constant prediction: the most frequent class or candidate position of
+        `train`, or the mean of its numbers."""
         if self.kind == "regression":
             mean = np.mean(np.array([example.target for example in train]))
             return self.score(validation, [np.array([mean])] * len(validation))
@@ -149,7 +149,7 @@ class Task:
         return self.score(validation, [np.arange(size) == min(winner, size - 1) for size in sizes])
 
     def decide(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
-        """Class or candidate indices, int64 `[N]`; numbers, float64 `[N]`, for regression."""
+        """The decisions: class or candidate indices, int64 `[N]`, or for regression numbers, float64 `[N]`."""
         if self.kind == "regression":
             return np.array([float(output[0]) for output in outputs])
         return np.array([int(np.argmax(output)) for output in outputs])
