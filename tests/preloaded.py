@@ -9,10 +9,11 @@ from importlib import import_module
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 for name in (
-    "deepspeed",
     "gpc_dist.cluster.submit",
     "gpc_dist.bench.bench",
     "gpc_dist.inference.adapters",
+    "gpc_dist.private.deepspeed",
+    "gpc_dist.private.transformers",
     "gpc_dist.training.train",
     "mlflow",
     "sklearn.metrics",

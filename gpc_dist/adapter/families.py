@@ -11,9 +11,7 @@ attached, and refused with the reason if it does not behave so.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -73,7 +71,9 @@ def locate(model: Any) -> EncoderParts:
     if hasattr(encoder, "decoder"):  # its configuration may deny it: that of T5's encoder half does
         encoder = encoder.get_encoder()
     if family == "albert":
-        _unroll_albert(encoder)
+        from gpc_dist.private.transformers import unroll_albert
+
+        unroll_albert(encoder)
     layers = _layer_stack(encoder, getattr(config, "num_hidden_layers", 0))
     if layers is None:
         raise UserError(
@@ -105,24 +105,6 @@ def _layer_stack(encoder: nn.Module, count: int) -> nn.ModuleList | None:
         ):
             return module
     return None
-
-
-def _unroll_albert(encoder: Any) -> None:
-    """Give each of ALBERT's L layer calls a module of its own, sharing the group's weights."""
-    stack = encoder.encoder
-    groups, count = stack.albert_layer_groups, encoder.config.num_hidden_layers
-    if len(groups) == count:
-        return
-    unrolled = nn.ModuleList()
-    for index in range(count):
-        layer = copy.copy(groups[index * len(groups) // count])
-        layer._forward_hooks = OrderedDict()
-        layer._forward_pre_hooks = OrderedDict()
-        unrolled.append(layer)
-    stack.albert_layer_groups = unrolled
-    # its forward finds the layer from the number of groups; the shared configuration stays as it is
-    stack.config = copy.copy(stack.config)
-    stack.config.num_hidden_groups = count
 
 
 def _max_positions(encoder: nn.Module) -> int | None:

@@ -15,7 +15,8 @@ from tabulate import tabulate
 
 from gpc_dist.config import EncoderConfig
 from gpc_dist.encoder import frozen
-from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, UserError
+from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, MachineError, UserError
+from gpc_dist.private import CHECKED, check_version
 
 _FREE_GIB = 5.0
 
@@ -46,9 +47,15 @@ def examine() -> Iterator[Finding]:
 
 def _package(name: str) -> Finding:
     try:
-        return Finding(name, metadata.version(name))
+        found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(name, "not installed", "pip install gpc-dist")
+    try:
+        if name in CHECKED:
+            check_version(name)
+    except MachineError as error:
+        return Finding(name, found, str(error))
+    return Finding(name, found)
 
 
 def _gpus() -> Finding:

@@ -10,12 +10,10 @@ of the bias. In fine-tuning, operators that autograd can follow compute it, with
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _ALIGNMENT = 16
@@ -47,57 +45,33 @@ def _keeping_short_scores(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def share_position_bias(model: nn.Module) -> None:
-    """Let a T5 or mT5 encoder run as above, in place; other encoders are not changed.
+    """Let a frozen T5 or mT5 encoder run as above, in place; other encoders are not changed."""
+    from gpc_dist.private.transformers import replace_t5_attention
 
-    umT5 has a bias of its own in every layer, so it has nothing to share.
-    """
-    for module in model.modules():
-        if type(module).__name__ in ("T5Attention", "MT5Attention") and not module.is_decoder:
-            module.forward = MethodType(_attend, module)
+    replace_t5_attention(model, _merge)
 
 
-def _attend(
-    self: Any,
-    hidden_states: Tensor,
-    mask: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor, None]:
-    """Self-attention `[R, S, H] -> [R, S, H]`; also the merged bias, for the next layer."""
-    heads = (*hidden_states.shape[:2], -1, self.key_value_proj_dim)
-    query, key, value = (
-        project(hidden_states).view(heads).transpose(1, 2) for project in (self.q, self.k, self.v)
-    )
-    if position_bias is None:
-        trained = self.relative_attention_bias.weight.requires_grad
-        merged = _trained_bias if trained else _merged_bias
-        position_bias = merged(self, hidden_states, mask)
-    # T5 folds the usual scale into its query weights
-    states = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, scale=1.0)
-    return self.o(states.transpose(1, 2).flatten(2)), position_bias, None
+def _merge(bias: Tensor, mask: Tensor | None, trained: bool) -> Tensor:
+    """Relative bias where a key may be seen, the lowest number where not: `[R or 1, heads, S, S]`."""
+    return _with_gradients(bias, mask) if trained else _aligned(bias, mask)
 
 
-def _trained_bias(attention: Any, states: Tensor, mask: Tensor | None) -> Tensor:
-    """As `_merged_bias`, with gradients for the table of biases."""
-    length = states.shape[1]
-    bias = attention.compute_bias(length, length, device=states.device).to(states.dtype)
+def _with_gradients(bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
-        return bias.masked_fill(~mask, torch.finfo(states.dtype).min)
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
     return bias + mask
 
 
 @torch.no_grad()
-def _merged_bias(attention: Any, states: Tensor, mask: Tensor | None) -> Tensor:
-    """Relative bias where a key may be seen, the lowest number where not: `[R or 1, heads, S, S]`."""
-    length = states.shape[1]
-    bias = attention.compute_bias(length, length, device=states.device).to(states.dtype)
+def _aligned(bias: Tensor, mask: Tensor | None) -> Tensor:
     rows = 1 if mask is None else len(mask)
+    heads, length = bias.shape[1:3]
     padded = -(-length // _ALIGNMENT) * _ALIGNMENT
-    merged = states.new_empty(rows, bias.shape[1], length, padded)[..., :length]
+    merged = bias.new_empty(rows, heads, length, padded)[..., :length]
     if mask is None:
         return merged.copy_(bias)
     if mask.dtype == torch.bool:
-        return merged.copy_(bias).masked_fill_(~mask, torch.finfo(states.dtype).min)
+        return merged.copy_(bias).masked_fill_(~mask, torch.finfo(bias.dtype).min)
     return torch.add(bias, mask, out=merged)

@@ -7,7 +7,6 @@ the intermediate results: four times the activation's input instead of once, thr
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,22 +16,18 @@ from torch.nn import functional as F
 
 def fuse_elementwise(model: nn.Module) -> None:
     """Fuse the activations and norms of a frozen encoder, in place; values change by rounding only."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, nn.GELU(approximate="tanh"))
-        if type(module).__name__ in ("T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm"):
-            module.forward = MethodType(_norm, module)
+    from gpc_dist.private.transformers import new_gelus, replace_t5_norms
+
+    for parent, name in new_gelus(model):
+        setattr(parent, name, nn.GELU(approximate="tanh"))
+    replace_t5_norms(model, _norm)
 
 
-def _norm(self: Any, states: Tensor) -> Tensor:
+def _norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root mean square norm over the last dimension."""
-    if self.weight.requires_grad:
-        return type(self).forward(self, states)
-    states = states.to(self.weight.dtype)
     if states.is_cuda:
-        return F.rms_norm(states, self.weight.shape, self.weight, self.variance_epsilon)
-    return _FrozenNorm.apply(states, self.weight, self.variance_epsilon)
+        return F.rms_norm(states, weight.shape, weight, epsilon)
+    return _FrozenNorm.apply(states, weight, epsilon)
 
 
 class _FrozenNorm(torch.autograd.Function):

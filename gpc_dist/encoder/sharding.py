@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.distributed.world import World
-from gpc_dist.encoder.skeleton import give_values
 from gpc_dist.encoder.weights import Stored
-from gpc_dist.errors import MachineError, UserError
+from gpc_dist.errors import UserError
 
 
 def shard(
@@ -29,68 +26,33 @@ def shard(
             every rank, whose values rank 0 gives.
 
     Raises:
-        MachineError: DeepSpeed is missing.
+        MachineError: DeepSpeed is missing, or of a version that this program was not checked with.
         UserError: offload to NVMe where DeepSpeed's operator for it cannot be built.
     """
-    encoder: Any = parts.encoder
-    deepspeed = _import_deepspeed(world)
-    _check_nvme(deepspeed, ds_config)
-    deepspeed.utils.set_z3_leaf_modules(encoder, [type(parts.layers[0])])
-    deepspeed.init_distributed(verbose=False)
-    if places is not None:
-        _init_from_files(deepspeed, encoder, places, ds_config)
-    deepspeed.initialize(model=encoder, config=ds_config)
-    encoder.eval()
+    # DeepSpeed reads both when it is imported
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    from gpc_dist.private import deepspeed as private
 
-
-def _init_from_files(
-    deepspeed: Any, encoder: nn.Module, places: Mapping[nn.Parameter, Stored], ds_config: dict[str, Any]
-) -> None:
-    class InitFromFiles(deepspeed.zero.Init):  # type: ignore[misc, name-defined]
-        """`zero.Init` broadcasts every tensor from rank 0, which must hold it. Here each rank reads its own part
-        of a tensor into a buffer, which all tensors share, and partitions it from there."""
-
-        def _convert_to_zero_parameters(self, param_list: Any) -> None:
-            parameters = list(dict.fromkeys(param_list))  # layers may share weights
-            largest = max(p.numel() * p.dtype.itemsize for p in parameters)
-            buffer = torch.empty(largest, dtype=torch.uint8, device=self.local_device)
-            for parameter in parameters:
-                place = places[parameter]
-                size = place.numel * parameter.dtype.itemsize
-                whole = buffer[:size].view(parameter.dtype).view(parameter.shape)
-                give_values(parameter, whole)
-                self._convert_to_deepspeed_param(parameter)
-                length = -(-place.numel // self.num_partitions)
-                start = min(length * self.get_partition_rank(), place.numel)
-                place.read(start, whole.view(-1)[start : start + length])
-                parameter.partition()
-
-    InitFromFiles(module=encoder, config_dict_or_path=ds_config)
-
-
-def _check_nvme(deepspeed: Any, ds_config: dict[str, Any]) -> None:
+    private.say_less()
+    if world.device.type == "cpu":
+        private.compile_nothing()
     offload = ds_config["zero_optimization"].get("offload_param", {})
-    if offload.get("device") != "nvme":
-        return
-    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
+    if offload.get("device") == "nvme" and not private.can_use_nvme():
         raise UserError(
             "engine.offload_param nvme needs DeepSpeed's async_io operator, which cannot be built here: install libaio "
             "with its headers (libaio-dev) and a C++ compiler, or use engine.offload_param cpu"
         )
+    import deepspeed
 
+    encoder: Any = parts.encoder
+    deepspeed.utils.set_z3_leaf_modules(encoder, [type(parts.layers[0])])
+    deepspeed.init_distributed(verbose=False)
+    if places is not None:
 
-def _import_deepspeed(world: World) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise MachineError(f"engine.zero_stage 3 needs deepspeed: {error}") from None
-    deepspeed.utils.logging.set_log_level_from_string("warning")
-    # DeepSpeed calls a collective by a name that newer versions of torch deprecate
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    if world.device.type == "cpu":
-        # its shared-memory collective would be compiled on first use, by all ranks at once
-        deepspeed.ops.__compatible_ops__ = {}
-    return deepspeed
+        def read(parameter: nn.Parameter, start: int, target: Tensor) -> None:
+            places[parameter].read(start, target)
+
+        private.partition_from_files(encoder, read, ds_config)
+    deepspeed.initialize(model=encoder, config=ds_config)
+    encoder.eval()

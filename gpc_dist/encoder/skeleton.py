@@ -27,7 +27,7 @@ def skeleton_model(model_config: Any, dtype: torch.dtype) -> Any:
         model_config: a configuration of `transformers`.
         dtype: of the floating-point parameters.
     """
-    from transformers.initialization import no_init_weights
+    from gpc_dist.private.transformers import no_init_weights
 
     # without this, drawing initial values takes seconds even on the meta device
     with parameters_on_meta(), no_init_weights():
@@ -39,10 +39,10 @@ def skeleton_model(model_config: Any, dtype: torch.dtype) -> Any:
 def auto_class(model_config: Any) -> Any:
     """The class of `transformers` that builds an encoder, or the encoder half of an encoder-decoder."""
     from transformers import AutoModel, AutoModelForTextEncoding
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-    halves = model_config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-    return AutoModelForTextEncoding if halves else AutoModel
+    from gpc_dist.private.transformers import has_encoder_class
+
+    return AutoModelForTextEncoding if has_encoder_class(model_config.model_type) else AutoModel
 
 
 def freeze(model: Any) -> Any:

@@ -99,22 +99,18 @@ def weight_files(path: str, revision: str | None) -> list[Path]:
     Raises:
         UserError: an index that cannot be read, or names a file that is missing.
     """
-    from transformers.utils import cached_file
+    from gpc_dist.private.transformers import find_file
 
-    def find(name: str) -> Path | None:
-        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
-
-    if single := find(SINGLE):
+    if single := find_file(path, SINGLE, revision):
         return [single]
-    index = find(INDEX)
+    index = find_file(path, INDEX, revision)
     if index is None:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{index} is no index of weights ({error!r}): fetch the checkpoint again") from None
-    files = {name: find(name) for name in names}
+    files = {name: find_file(path, name, revision) for name in names}
     if missing := [name for name, file in files.items() if file is None]:
         raise UserError(
             f"{index} names {', '.join(missing)}, which are not there: fetch the checkpoint again"
@@ -265,9 +261,11 @@ def _prefix(aliases: Iterable[list[str]], stored: dict[str, Stored]) -> str:
 def _unexpected(
     model: nn.Module, aliases: Iterable[list[str]], prefix: str, stored: dict[str, Stored]
 ) -> list[str]:
+    from gpc_dist.private.transformers import ignored_keys
+
     known = {name for names in aliases for name in names} | {name for name, _ in model.named_buffers()}
     own_modules = {name.split(".")[0] for name in known}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    ignored = ignored_keys(model)
     found = []
     for full in stored:
         name = full.removeprefix(prefix)

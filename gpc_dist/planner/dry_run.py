@@ -21,10 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.adapter.graft import GraftedEncoder
@@ -32,6 +29,7 @@ from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import AdapterConfig
 from gpc_dist.encoder.skeleton import build_skeleton
 from gpc_dist.planner.flops import flop_counter
+from gpc_dist.private.torch import FakeTensorMode, TorchDispatchMode, storage_key, tree_leaves
 
 _ROWS = (4, 32)
 """Rows of the dry runs. With fewer, the peak may come from tensors outside the layers."""
@@ -253,7 +251,7 @@ class LiveStorages(TorchDispatchMode):
         self.bytes = 0
         self.peak = 0
         self.operators = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in standing}
+        self._sizes = {storage_key(tensor.untyped_storage()): 0 for tensor in standing}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -267,7 +265,7 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()

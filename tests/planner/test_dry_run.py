@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from gpc_dist.planner.dry_run import (
     measure_pass,
     measure_passes,
 )
+from gpc_dist.private.torch import FakeTensorMode
 from tests.adapter.encoders import FAMILIES, tiny, tiny_config
 
 ADAPTER = AdapterConfig(prompt_tokens=3)
