@@ -1,11 +1,14 @@
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # one worker for each core; what tests share, one worker has (tests/conftest.py)
-PYTEST := $(BIN)/python -m pytest -n auto --no-loadscope-reorder
+PYTEST := python -m pytest -n auto --no-loadscope-reorder
+# no process groups, no Ray, no Slurm, no browser
+FAST := -m 'not (slow or ray or slurm or browser)'
 
-.PHONY: setup demo test test-fast coverage lint check bench clean
+.PHONY: setup demo test test-fast test-lowest coverage lint check bench clean
 
 setup: $(READY)
 
@@ -23,15 +26,28 @@ demo: setup
 	$(BIN)/gpc-dist results runs/demo-linear-probe runs/demo-prompt-tuning runs/demo
 
 test: setup
-	$(PYTEST)
+	$(BIN)/$(PYTEST)
 
-# no process groups, no Ray, no Slurm, no browser
 test-fast: setup
-	$(PYTEST) -m 'not (slow or ray or slurm or browser)'
+	$(BIN)/$(PYTEST) $(FAST)
+
+# the fast tests, and a run on two ranks with ZeRO-3, with the oldest versions that pyproject.toml allows
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/$(PYTEST) $(FAST)
+	$(LOWEST)/bin/gpc-dist train demo --run.dir $(LOWEST)/run --engine.ranks 2 --engine.zero_stage 3 \
+		--train.steps 4 --train.resume false --tracking.enabled false
+
+$(LOWEST)/.ready: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet packaging
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/pins.txt
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/pins.txt torch
+	DS_BUILD_OPS=0 $(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/pins.txt --editable '.[demo,dev]'
+	touch $@
 
 # of all tests, in all their processes; MARKS='not slow' for fewer
 coverage: setup
-	$(PYTEST) -m '$(MARKS)' --cov --cov-report=term:skip-covered
+	$(BIN)/$(PYTEST) -m '$(MARKS)' --cov --cov-report=term:skip-covered
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,4 +62,4 @@ bench: setup
 	$(BIN)/python benchmarks/peer_peft.py --data $(DATA)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) build *.egg-info
