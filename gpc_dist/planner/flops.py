@@ -7,25 +7,25 @@ for each weight and token, as in the forward pass, where full training takes 4 (
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from gpc_dist.private.torch import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    flop_counter_without_modules,
+    sdpa_flop_count,
+)
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def flop_counter() -> FlopCounterMode:
     """A counter of the FLOPs of everything that runs inside it."""
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    # its hooks on modules keep what activation checkpointing recomputes: the peak of a dry run would double
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    return counter
-
-
-class _NoModules(nullcontext[None]):
-    """Replaces the tracker that attributes FLOPs to modules."""
-
-    parents = frozenset({"Global"})
+    # torch has formulas for the kernels of GPUs only, and dry runs take place on the CPU
+    return flop_counter_without_modules(
+        {CPU_ATTENTION: _attention, CPU_ATTENTION_BACKWARD: _attention_backward}
+    )
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -36,10 +36,3 @@ def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **__
     """Four products, twice those of the forward pass. Kernels recompute the scores to save memory, which is not
     counted."""
     return 2 * sdpa_flop_count(query, key, value)
-
-
-# torch has formulas for the kernels of GPUs only, and dry runs take place on the CPU
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}

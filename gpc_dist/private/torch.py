@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from contextlib import nullcontext
+from typing import Any
 
 from gpc_dist.private import checked, require
 
 with checked("torch"):
-    from torch import UntypedStorage, nn
+    from torch import UntypedStorage, nn, ops
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     require(UntypedStorage, "_cdata")
+    require(FlopCounterMode(display=False), "mod_tracker")
+    CPU_ATTENTION = ops.aten._scaled_dot_product_flash_attention_for_cpu
+    CPU_ATTENTION_BACKWARD = ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "copy_without_hooks", "storage_key", "tree_leaves"]
+__all__ = [
+    "CPU_ATTENTION",
+    "CPU_ATTENTION_BACKWARD",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "copy_without_hooks",
+    "flop_counter_without_modules",
+    "sdpa_flop_count",
+    "storage_key",
+    "tree_leaves",
+]
 
 
 def storage_key(storage: UntypedStorage) -> int:
@@ -29,3 +45,19 @@ def copy_without_hooks(module: nn.Module) -> nn.Module:
     twin._forward_hooks = OrderedDict()
     twin._forward_pre_hooks = OrderedDict()
     return twin
+
+
+def flop_counter_without_modules(formulas: dict[Any, Any]) -> FlopCounterMode:
+    """A `FlopCounterMode` that does not attribute FLOPs to modules: its hooks on modules keep what activation
+    checkpointing recomputes, and the peak of a dry run would double.
+
+    Args:
+        formulas: operator -> function of its arguments that gives its FLOPs, for operators that torch does not know.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
+
+
+class _NoModules(nullcontext[None]):
+    parents = frozenset({"Global"})
