@@ -107,6 +107,12 @@ def init_world(config: EngineConfig) -> World:
     return World(rank, size, local_rank, device)
 
 
+def alone(config: EngineConfig) -> World:
+    """This process without other ranks; on a GPU where there is one, unless `engine.device` is cpu."""
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    return World(0, 1, 0, torch.device("cuda" if cuda else "cpu"))
+
+
 _LOST = re.compile(
     r"connection (closed|reset|refused)|timed out|watchdog|socket|unhandled system error", re.I
 )

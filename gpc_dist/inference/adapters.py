@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from gpc_dist import config as configuration
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
 from gpc_dist.config import Config
-from gpc_dist.distributed.world import World, init_world
+from gpc_dist.distributed.world import World, alone, init_world
 from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session
@@ -110,9 +108,7 @@ class Predictor:
     def __init__(self, folder: Path | str, overrides: Mapping[str, str] | None = None):
         card = read_card(folder)
         config = adapter_config(card, {"engine.zero_stage": "0", **(overrides or {})})
-        cuda = config.engine.device != "cpu" and torch.cuda.is_available()
-        world = World(0, 1, 0, torch.device("cuda" if cuda else "cpu"))
-        self.session = open_adapter(Path(folder), config, world)
+        self.session = open_adapter(Path(folder), config, alone(config.engine))
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
         """A prediction for each example of the rows, which have the columns of the task's data.

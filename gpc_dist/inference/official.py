@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from gpc_dist import config as configuration
 from gpc_dist import files
 from gpc_dist.adapter.store import load_adapter
 from gpc_dist.config import Config
-from gpc_dist.distributed.world import World
+from gpc_dist.distributed.world import alone
 from gpc_dist.inference.adapters import adapter_outputs, open_adapter
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tasks import judged
@@ -48,9 +46,7 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
             continue
         settings = configuration.apply(run.read_config(), _HERE)
         if session is None or not _shares(session.config, settings):
-            cuda = settings.engine.device != "cpu" and torch.cuda.is_available()
-            world = World(0, 1, 0, torch.device("cuda" if cuda else "cpu"))
-            session = open_adapter(run.adapter, settings, world)
+            session = open_adapter(run.adapter, settings, alone(settings.engine))
             adapter = session.model.adapter
         else:
             session = replace(session, config=settings)

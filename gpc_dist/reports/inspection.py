@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tabulate import tabulate
 
 from gpc_dist import files
 from gpc_dist.adapter.store import read_card
 from gpc_dist.config import AdapterConfig
-from gpc_dist.distributed.world import World
+from gpc_dist.distributed.world import alone
 from gpc_dist.errors import EXIT_DONE, UserError
 from gpc_dist.inference.adapters import adapter_config, open_adapter
 from gpc_dist.inference.inspect import LayerFigures, inspect
@@ -55,8 +54,7 @@ def run_inspection(
             )
     found = {}
     for folder, config in configs.items():
-        cuda = config.engine.device != "cpu" and torch.cuda.is_available()
-        session = open_adapter(folder, config, World(0, 1, 0, torch.device("cuda" if cuda else "cpu")))
+        session = open_adapter(folder, config, alone(config.engine))
         found[str(folder)] = inspect(session, examples)
         if len(folders) > 1:
             print(f"\n{folder}")

@@ -1,4 +1,4 @@
-"""A session: the ranks, the task, the frozen encoder and an adapter, ready to run."""
+"""A session: the ranks, the task and the frozen encoder, ready to run adapters in its lanes."""
 
 from __future__ import annotations
 

@@ -43,9 +43,8 @@ class Trainer:
         Args:
             pause: whether this rank wants the call to return after the current step; nothing is saved then.
         """
-        events = self._settle(
-            runs, stepped=False
-        )  # a stop may have come before the evaluation of a resumed run
+        # the evaluation of a resumed run may be due: a stop came before it
+        events = self._settle(runs, stepped=False)
         paused = not runs
         while not (events or paused or self.stopped):
             failed, paused = self._step(runs, pause)
