@@ -6,12 +6,13 @@ twice. HFU counts what activation checkpointing recomputes as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from gpc_dist.planner.dry_run import ModelSpec, measure_pass
+from gpc_dist.planner.dry_run import Activations, ModelSpec, Way, measure_ways
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ def count_work(model: ModelSpec, lengths: np.ndarray, *, sharded: bool, recomput
     # matrix products are linear in a row's length and attention is quadratic: three lengths determine all others
     points = np.unique(distinct[[0, len(distinct) // 2, -1]])
 
-    def flops(recompute: bool) -> float:
-        passes = [measure_pass(model, int(n), sharded=sharded, recompute=recompute) for n in points]
+    ways = [Way(sharded), Way(sharded, recompute)]
+    plain, run = zip(*(measure_ways(model, int(n), ways) for n in points), strict=True)
+
+    def flops(passes: Sequence[Activations]) -> float:
         # the FLOPs that one more row adds; what a pass computes once for all rows is constant, so not needed
         rows = [each.at(1).flops - each.at(0).flops for each in passes]
         return float(Polynomial.fit(points, rows, len(points) - 1)(lengths).sum())
 
-    needed = flops(recompute=False)
-    return Work(model=needed, hardware=flops(recompute=True) if recompute else needed)
+    return Work(model=flops(plain), hardware=flops(run))

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,50 +114,56 @@ class Passes:
         return self.recomputed if recompute else self.kept
 
 
+class Way(NamedTuple):
+    """A way to run a pass."""
+
+    sharded: bool = False
+    """As at ZeRO-3, see `inputs_saved`."""
+    recompute: bool = False
+    """With activation checkpointing."""
+
+
 def measure_passes(model: ModelSpec, tokens: int) -> Passes:
     """Footprints of a pass over rows of `tokens` text tokens (T), run in each way.
 
     Raises:
         UserError: a family that cannot hold a prompt.
     """
-    return Passes(
-        kept=measure_pass(model, tokens),
-        recomputed=measure_pass(model, tokens, recompute=True),
-        kept_sharded=measure_pass(model, tokens, sharded=True),
-        recomputed_sharded=measure_pass(model, tokens, sharded=True, recompute=True),
-    )
+    ways = Way(), Way(recompute=True), Way(sharded=True), Way(sharded=True, recompute=True)
+    kept, recomputed, kept_sharded, recomputed_sharded = measure_ways(model, tokens, ways)
+    return Passes(kept, recomputed, kept_sharded, recomputed_sharded)
 
 
-def measure_pass(
-    model: ModelSpec, tokens: int, *, sharded: bool = False, recompute: bool = False
-) -> Activations:
-    """Footprints of a pass over rows of `tokens` text tokens (T).
-
-    Args:
-        sharded: as at ZeRO-3, see `inputs_saved`.
-        recompute: with activation checkpointing.
+def measure_ways(model: ModelSpec, tokens: int, ways: Sequence[Way]) -> list[Activations]:
+    """Footprints of a pass over rows of `tokens` text tokens (T), for each of these ways.
 
     Raises:
         UserError: a family that cannot hold a prompt.
     """
 
-    def at_depth(layers: int) -> Activations:
+    def at_depth(layers: int) -> list[Activations]:
         shallow = model.with_layers(layers)
         parts = build_skeleton(shallow.encoder, model.dtype)
-        with FakeTensorMode(allow_non_fake_inputs=True), inputs_saved() if sharded else nullcontext():
+        found = {}
+        with FakeTensorMode(allow_non_fake_inputs=True):
             give_fake_values(parts)
             grafted = GraftedEncoder(parts, [Adapter(model.adapter, parts.shape, model.outputs)])
-            if recompute:
-                grafted.checkpoint_activations()
-            few, many = (dry_run(grafted, rows, tokens) for rows in _ROWS)
-        return Activations(few, many)
+            for recompute in (False, True):
+                if recompute:
+                    grafted.checkpoint_activations()
+                for way in {way for way in ways if way.recompute == recompute}:
+                    with inputs_saved() if way.sharded else nullcontext():
+                        few, many = (dry_run(grafted, rows, tokens) for rows in _ROWS)
+                    found[way] = Activations(few, many)
+        return [found[way] for way in ways]
 
     layers = model.encoder.num_hidden_layers
     # with a cell after some layers only, memory and FLOPs are not linear in the number of layers
     shallow, deeper = _depths(model.encoder) if model.adapter.cell_layers is None else (layers, layers)
     if shallow == deeper:
         return at_depth(layers)
-    return at_depth(shallow).toward(at_depth(deeper), (layers - shallow) / (deeper - shallow))
+    part = (layers - shallow) / (deeper - shallow)
+    return [a.toward(b, part) for a, b in zip(at_depth(shallow), at_depth(deeper), strict=True)]
 
 
 def _depths(model_config: Any) -> tuple[int, int]:

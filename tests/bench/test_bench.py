@@ -35,6 +35,7 @@ def test_the_figures_agree(
     assert found["hfu_pct"] == found["mfu_pct"]
 
 
+@pytest.mark.slow
 def test_recomputation_counts_for_the_hardware_only(tiny_recipe: Path, tmp_path: Path) -> None:
     words = ("--steps", 2, "--json", tmp_path / "found.json", "--lengths", "fixed")
     assert gpc("bench", tiny_recipe, *words, "--engine.activation_checkpointing", "true") == 0

@@ -24,7 +24,9 @@ TRAINED = total(trained_flops(2 * H * H, 2 * P), trained_flops(2 * H, 1))
 """Of a row: a cell after two of three layers, and the head."""
 
 
-@pytest.mark.parametrize("lengths", [[30], [5, 30, 5, 17], [40, 7, 8, 21, 39]])
+@pytest.mark.parametrize(
+    "lengths", [[30], pytest.param([5, 30, 5, 17], marks=pytest.mark.slow), [40, 7, 8, 21, 39]]
+)
 def test_rows_of_any_length_are_counted_exactly(lengths: list[int]) -> None:
     config = tiny_config("roberta")
     parts = build_skeleton(config, torch.float32)

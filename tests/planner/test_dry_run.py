@@ -19,12 +19,13 @@ from gpc_dist.planner.dry_run import (
     Footprint,
     LiveStorages,
     ModelSpec,
+    Way,
     dry_run,
     give_fake_values,
     inputs_saved,
     layer_period,
-    measure_pass,
     measure_passes,
+    measure_ways,
 )
 from gpc_dist.private.torch import FakeTensorMode
 from tests.adapter.encoders import FAMILIES, tiny, tiny_config
@@ -101,7 +102,7 @@ def test_a_cell_after_some_layers_is_counted_there(layers: list[int]) -> None:
     """Also after one that the shallow dry runs of other adapters do not have."""
     adapter = ADAPTER.model_copy(update={"cell_layers": layers, "cell_per_layer": True})
     config = tiny_config("bert", num_hidden_layers=LAYERS)
-    kept = measure_pass(ModelSpec(config, torch.float32, adapter, outputs=2), tokens=24)
+    (kept,) = measure_ways(ModelSpec(config, torch.float32, adapter, outputs=2), 24, [Way()])
     exact = on_paper("bert", 8, False, adapter)
     assert kept.at(8).saved == pytest.approx(exact.saved, rel=0.001)
     assert kept.at(8).operators == exact.operators

@@ -15,7 +15,7 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.encoder.quantize import quantize_layer
 from gpc_dist.encoder.shapes import known_config
 from gpc_dist.encoder.skeleton import build_skeleton, fill_random
-from gpc_dist.planner.dry_run import Footprint, ModelSpec, dry_run, measure_pass
+from gpc_dist.planner.dry_run import Footprint, ModelSpec, Way, dry_run, measure_ways
 from gpc_dist.planner.flops import flop_counter
 from tests.adapter.encoders import FAMILIES, P, tiny_config
 from tests.planner.formula import (
@@ -32,7 +32,8 @@ PROMPT_TUNING = AdapterConfig(method="prompt-tuning", prompt_tokens=P)
 
 
 def counted(config: Any, adapter: AdapterConfig = PROMPT_TUNING, **run: bool) -> Footprint:
-    return measure_pass(ModelSpec(config, torch.float32, adapter, OUTPUTS), T, **run).at(ROWS)
+    (found,) = measure_ways(ModelSpec(config, torch.float32, adapter, OUTPUTS), T, [Way(**run)])
+    return found.at(ROWS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +62,8 @@ def test_a_well_known_encoder_costs_4n_per_token() -> None:
     gpc = AdapterConfig(prompt_tokens=100, cell_rank=64)
     cells = trained_flops(4 * 2048 * 64, 23 * 100)
     head = trained_flops(2048 * 2, 1)
-    found = measure_pass(ModelSpec(config, torch.bfloat16, gpc, 2), 512).at(1)
+    (kept,) = measure_ways(ModelSpec(config, torch.bfloat16, gpc, 2), 512, [Way()])
+    found = kept.at(1)
     assert found.forward_flops == layers.forward + cells.forward + head.forward
     assert found.backward_flops == layers.backward + cells.backward + head.backward
     assert found.flops == pytest.approx(layers.forward + layers.backward, rel=0.005)

@@ -104,6 +104,7 @@ def test_little_memory_changes_the_plan(tiny_recipe: Path) -> None:
         plan.plan_for(config, [(host, find_device("cpu", 8)) for host in "aabb"], outputs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "device", "offloads", "kinds"),
     [

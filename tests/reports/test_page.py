@@ -166,7 +166,7 @@ def test_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert not [name for name in parser.ids if re.search(r"_\d+$", name)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 200])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(200, marks=pytest.mark.slow)])
 def test_any_number_of_runs(tmp_path: Path, count: int) -> None:
     page = make_page(search(tmp_path / "runs", count), tmp_path / "page.html")
     assert page.count("<tr>") == 1 + count
@@ -208,6 +208,7 @@ def test_the_best_can_be_made_once_more(tmp_path: Path, monkeypatch: pytest.Monk
     assert (again.train.lr, str(again.run.folder)) == (0.1, "runs/a-again")
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_for_the_same_runs(tmp_path: Path) -> None:
     search(tmp_path, 10)
     (comparison,), (again,) = (compare(str(tmp_path)) for _ in range(2))
