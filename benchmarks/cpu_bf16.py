@@ -4,7 +4,7 @@
 
 The packaged MiniLM with one GPC lane, forward pass and backward pass to the adapter, for rows of 22 to 512 tokens
 (prompt included) and about the same number of tokens a step. Three forms: `fp32`; `bf16`, as the program runs it on
-a CPU (`engine.attention.keep_short_scores`); `bf16, fused`, the same with torch's fused kernel at every length. They
+a CPU (`gpc_dist.encoder.attention.kernels`); `bf16, fused`, the same with torch's fused kernel at every length. They
 take their steps in turns, so that what else the machine does falls on all of them. Printed and kept in
 `cpu_bf16.json`: the median of `--steps` in ms, and how many times faster `bf16` is than the others. Of use where the
 processor has products in bf16 (AVX-512 BF16, AMX): elsewhere expect bf16 to be slower.
@@ -28,7 +28,7 @@ from transformers import AutoModel
 from gpc_dist.adapter.families import locate
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
 from gpc_dist.config import AdapterConfig, EncoderConfig
-from gpc_dist.encoder.attention import keep_short_scores
+from gpc_dist.encoder.attention import choose_kernels
 from gpc_dist.encoder.frozen import encoder_path
 from gpc_dist.encoder.skeleton import freeze
 
@@ -41,7 +41,7 @@ def graft(dtype: torch.dtype, short_scores: bool) -> GraftedEncoder:
     encoder = AutoModel.from_pretrained(encoder_path(EncoderConfig(path="minilm")), dtype=dtype)
     parts = locate(freeze(encoder))
     if short_scores:
-        keep_short_scores(parts.layers)
+        choose_kernels(parts.layers)
     return GraftedEncoder(parts, [new_adapter(parts, AdapterConfig(prompt_tokens=PROMPT_TOKENS), outputs=2)])
 
 

@@ -19,6 +19,7 @@ import json
 import re
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,18 @@ def brief(reason: str) -> str:
     return next((line for line in lines if re.search(r"[Ee]rror: \S", line)), lines[-1])[:80]
 
 
-def compare(setting: Setting, options: argparse.Namespace, sides: list[str], encoder: Path) -> dict[str, Any]:
-    """All runs of all sides at one kind of lengths."""
+def compare(
+    setting: Setting, repeats: int, sides: list[str], encoder: Path
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """All runs of all sides at one kind of lengths; what has been found, after each run."""
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for turn in range(options.repeats):
+    for turn in range(repeats):
         for side in sides if turn % 2 == 0 else reversed(sides):
             found = measure(side, setting, encoder)
             runs[side].append(found)
             said = found.get("failed") or f"{found['tokens_per_s']:,.0f} tokens/s, {found['step_ms']:,.1f} ms"
             print(f"{setting.lengths}: {side}: {said}", flush=True)
-    return {"lengths": setting.lengths, "sides": runs}
+            yield runs
 
 
 def lines(result: dict[str, Any], batch_size: int) -> list[list[Any]]:
@@ -160,10 +163,13 @@ def main() -> None:
                 prompt_tokens=options.prompt_tokens,
                 steps=options.steps,
             )
-            result = compare(setting, options, sides, encoder)
-            table += lines(result, options.batch_size)
+            result: dict[str, Any] = {"lengths": lengths}
             report["results"].append(result)
-            options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            for runs in compare(setting, options.repeats, sides, encoder):
+                result["sides"] = runs
+                # a GPU that is there for minutes only may go before the last side has run
+                options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            table += lines(result, options.batch_size)
     headers = ["lengths", "side", "tokens/s", "ratio to peft", "step ms", "MFU %"]
     headers += ["padding %", "peak GiB", "recompute"]
     print(

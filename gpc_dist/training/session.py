@@ -21,7 +21,7 @@ from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.memory import return_freed_memory
 from gpc_dist.distributed.world import World, encoder_dtype
 from gpc_dist.encoder import frozen
-from gpc_dist.encoder.attention import keep_short_scores
+from gpc_dist.encoder.attention import choose_kernels
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import Encoded, Example, LaneBatch, Task, encode
 
@@ -152,8 +152,6 @@ def load_base(config: Config, world: World) -> Base:
     tokenizer = frozen.load_tokenizer(config.encoder)
     dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
     encoder = frozen.load_encoder(config.encoder, dtype, world)
-    if world.device.type == "cpu":
-        keep_short_scores(encoder.parts.layers)
     # under the name the user gave, not the folder it was found in on this machine
     identity = replace(identify(encoder.parts.encoder, encoder.folder), path=config.encoder.path)
     parameters = frozen.count_parameters(encoder.parts)
@@ -170,6 +168,7 @@ def open_session(
     """
     dtype = encoder_dtype(config.engine, world.device)
     ds_config = deepspeed_config.resolve(config, world.size, dtype)
+    choose_kernels(base.parts.layers)
     model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in attached])
     if config.engine.compile:
         model.compile_layers()

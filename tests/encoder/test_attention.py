@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from transformers import MT5Config, MT5EncoderModel, T5Config, T5EncoderModel
 
-from gpc_dist.encoder.attention import keep_short_scores, share_position_bias
+from gpc_dist.encoder.attention import choose_kernels, kernels, share_position_bias
+from gpc_dist.private.torch import FakeTensorMode
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 30,
@@ -101,7 +103,7 @@ def test_short_rows_in_bf16_are_attended_to_without_the_fused_kernel(
     dtype: torch.dtype, tokens: int, autocast: bool, fused: bool
 ) -> None:
     layers = torch.nn.ModuleList([Attending()])
-    keep_short_scores(layers)
+    choose_kernels(layers)
     states = torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = layers[0](states)
@@ -113,3 +115,23 @@ def test_short_rows_in_bf16_are_attended_to_without_the_fused_kernel(
     torch.testing.assert_close(found.double(), expected, rtol=0.03, atol=0.03)
     torch.testing.assert_close(states.grad.double(), exact.grad, rtol=0.05, atol=0.1)  # type: ignore[union-attr]
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize(("tokens", "cudnn"), [(22, False), (319, False), (320, True), (512, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cudnn_plans_no_short_lengths(dtype: torch.dtype, tokens: int, cudnn: bool) -> None:
+    with FakeTensorMode():
+        chosen = kernels(torch.empty(2, tokens, 32, dtype=dtype, device="cuda"))
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    assert chosen == (None if cudnn else others)
+
+
+@pytest.mark.slow
+def test_the_choice_is_compiled_with_the_layer() -> None:
+    """One compiled layer takes rows of both kinds, each with its own kernel."""
+    layers = torch.nn.ModuleList([Attending()])
+    choose_kernels(layers)
+    layers[0].forward = torch.compile(layers[0].forward, dynamic=True, backend="eager")
+    for tokens, fused in ((300, True), (22, False), (400, True), (250, False)):
+        layers[0](torch.randn(2, tokens, 32, dtype=torch.bfloat16))
+        assert layers[0].fused == fused
