@@ -65,14 +65,14 @@ def main(folder: Path, token: str) -> None:
     met_s, clock_s = time.monotonic() - start, time.time()
     marker = folder / TOKEN
     own = NodeReport(
-        socket.gethostname(),
-        platform.python_version(),
-        package_versions(),
-        gpus,
-        marker.is_file() and marker.read_text(encoding="utf-8") == token,
-        _free_gib(folder if folder.is_dir() else Path.cwd()),
-        _free_gib(Path(os.environ.get("TMPDIR", "/tmp"))),
-        clock_s,
+        host=socket.gethostname(),
+        python=platform.python_version(),
+        versions=package_versions(),
+        gpus=gpus,
+        sees_folder=marker.is_file() and marker.read_text(encoding="utf-8") == token,
+        free_gib=_free_gib(folder if folder.is_dir() else Path.cwd()),
+        free_local_gib=_free_gib(Path(os.environ.get("TMPDIR", "/tmp"))),
+        clock_s=clock_s,
     )
     reports: list[NodeReport | None] = [None] * size
     dist.all_gather_object(reports, own)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpc_dist.errors import MachineError, UserError
@@ -101,15 +101,15 @@ def partitions() -> list[Partition]:
         name, up, limit, nodes, cpus, memory, gres = line.split("|", 6)
         gpus, gpu_type = _gpus(gres)
         new = Partition(
-            name.rstrip("*"),
-            name.endswith("*"),
-            up == "up",
-            int(nodes),
-            seconds(limit),
-            int(cpus.rstrip("+")),
-            int(memory.rstrip("+")),
-            gpus,
-            gpu_type,
+            name=name.rstrip("*"),
+            is_default=name.endswith("*"),
+            is_up=up == "up",
+            nodes=int(nodes),
+            max_s=seconds(limit),
+            cpus=int(cpus.rstrip("+")),
+            memory_mib=int(memory.rstrip("+")),
+            gpus=gpus,
+            gpu_type=gpu_type,
         )
         old = found.get(new.name)
         found[new.name] = _together(old, new) if old else new
@@ -118,16 +118,13 @@ def partitions() -> list[Partition]:
 
 def _together(a: Partition, b: Partition) -> Partition:
     """Two groups of nodes of one partition."""
-    return Partition(
-        a.name,
-        a.is_default,
-        a.is_up,
-        a.nodes + b.nodes,
-        a.max_s,
-        max(a.cpus, b.cpus),
-        max(a.memory_mib, b.memory_mib),
-        max(a.gpus, b.gpus),
-        a.gpu_type or b.gpu_type,
+    return replace(
+        a,
+        nodes=a.nodes + b.nodes,
+        cpus=max(a.cpus, b.cpus),
+        memory_mib=max(a.memory_mib, b.memory_mib),
+        gpus=max(a.gpus, b.gpus),
+        gpu_type=a.gpu_type or b.gpu_type,
     )
 
 

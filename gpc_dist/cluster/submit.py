@@ -94,7 +94,15 @@ def run_submission(
         number, path = job, str(log).replace("%j", job).replace("%A", job)
         if member.task is not None:
             number, path = f"{job}_{member.task}", path.replace(TASK, str(member.task))
-        write_record(member.folder, JobRecord(number, path, time.time(), list(command), words, code))
+        record = JobRecord(
+            job_id=number,
+            log=path,
+            submitted_s=time.time(),
+            command=list(command),
+            sbatch=words,
+            code=code,
+        )
+        write_record(member.folder, record)
         print(f"job {number}: {member.folder}\n  log: {path}")
     if first.config.tracking.enabled:
         print(f"compare runs: {ui_command(tracking_uri(first.config.tracking, first.folder.path))}")

@@ -202,7 +202,14 @@ def pack_shape(spec: SearchSpec) -> Shape:
         )
     at_once = min(algorithm.trials(spec), resources.concurrent or math.inf)
     lanes = min(resources.pack, math.ceil(at_once / room))
-    return Shape(resources.ranks, resources.cpus_per_rank, gpus, lanes, room, str(Path.cwd()))
+    return Shape(
+        ranks=resources.ranks,
+        cpus_per_rank=resources.cpus_per_rank,
+        gpus_per_rank=gpus,
+        lanes=lanes,
+        most=room,
+        folder=str(Path.cwd()),
+    )
 
 
 def _concurrent(spec: SearchSpec, shape: Shape) -> int:

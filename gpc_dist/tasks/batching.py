@@ -115,6 +115,7 @@ def share(
     sizes: Sizes,
     rank: int,
     world: int,
+    *,
     micro_batch_tokens: int | None = None,
     prompt_tokens: int = 0,
     pass_tokens: int | None = None,
@@ -154,7 +155,8 @@ def evaluation_batches(
     sizes: Sizes, rank: int, world: int, batch_tokens: int, prompt_tokens: int = 0
 ) -> list[np.ndarray]:
     """The batches of a whole split that `rank` evaluates; guarantees as in `share`."""
-    return share(np.arange(len(sizes)), sizes, rank, world, batch_tokens, prompt_tokens)
+    every = np.arange(len(sizes))
+    return share(every, sizes, rank, world, micro_batch_tokens=batch_tokens, prompt_tokens=prompt_tokens)
 
 
 def _longest_first(indices: np.ndarray, sizes: Sizes) -> np.ndarray:

@@ -179,7 +179,7 @@ def open_session(
     start = time.monotonic()
     frozen.place(base.encoder, world, config.engine, ds_config)
     load_s = base.load_s + time.monotonic() - start
-    session = Session(config, world, task, base, model, ds_config, load_s)
+    session = Session(config, world, task, base, model, ds_config=ds_config, load_s=load_s)
     for adapter in attached:
         session.hand_over_encoder(adapter)
     return session

@@ -89,9 +89,11 @@ def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
         sizes,
         world.rank,
         world.size,
-        session.config.engine.micro_batch_tokens,
-        shared_prompt_tokens([lane.adapter for lane in lanes]),
-        PASS_TOKENS if world.device.type == "cpu" and session.config.engine.zero_stage < 3 else None,
+        micro_batch_tokens=session.config.engine.micro_batch_tokens,
+        prompt_tokens=shared_prompt_tokens([lane.adapter for lane in lanes]),
+        pass_tokens=PASS_TOKENS
+        if world.device.type == "cpu" and session.config.engine.zero_stage < 3
+        else None,
     )
     passes = []
     for part in parts:

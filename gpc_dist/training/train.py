@@ -105,7 +105,15 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
     folder = RunFolder(config.run.folder)
     saved = saved_state(folder.checkpoints, config)
     check_input(config, world)
-    return _Inputs(config, world, folder, task, training, validation, saved)
+    return _Inputs(
+        config=config,
+        world=world,
+        folder=folder,
+        task=task,
+        training=training,
+        validation=validation,
+        saved=saved,
+    )
 
 
 def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:

@@ -93,7 +93,10 @@ def test_sharing_gives_every_example_to_one_place(
 ) -> None:
     sizes, prompt = make_sizes(300, most_rows, seed=count), 20
     step = np.random.default_rng(1).permutation(300)[:count]
-    parts = [share(step, sizes, rank, world, budget, prompt) for rank in range(world)]
+    parts = [
+        share(step, sizes, rank, world, micro_batch_tokens=budget, prompt_tokens=prompt)
+        for rank in range(world)
+    ]
     assert len({len(part) for part in parts}) == 1
     assert len(parts[0]) == 1 or budget is not None
     placed = np.concatenate([micro for part in parts for micro in part])
@@ -108,7 +111,7 @@ def test_sharing_gives_every_example_to_one_place(
 def test_ranks_get_near_equal_padded_work() -> None:
     sizes = make_sizes(3200)
     for step in EpochPlan(sizes, 0, 64).steps(0)[:20]:
-        work = [sizes.padded_tokens(share(step, sizes, r, 4, None, 20)[0], 20) for r in range(4)]
+        work = [sizes.padded_tokens(share(step, sizes, r, 4, prompt_tokens=20)[0], 20) for r in range(4)]
         assert max(work) <= 1.25 * np.mean(work)
 
 
@@ -144,8 +147,11 @@ def test_a_further_pass_is_run_where_it_saves_padding(world: int) -> None:
     def padded(parts: list[list[np.ndarray]]) -> int:
         return sum(sizes.padded_tokens(micro, prompt) for part in parts for micro in part)
 
-    one = [share(np.arange(128), sizes, rank, world, None, prompt) for rank in range(world)]
-    several = [share(np.arange(128), sizes, rank, world, None, prompt, 50) for rank in range(world)]
+    one = [share(np.arange(128), sizes, rank, world, prompt_tokens=prompt) for rank in range(world)]
+    several = [
+        share(np.arange(128), sizes, rank, world, prompt_tokens=prompt, pass_tokens=50)
+        for rank in range(world)
+    ]
     assert sorted(np.concatenate([micro for part in several for micro in part])) == list(range(128))
     assert len({len(part) for part in several}) == 1
     assert padded(several) <= 1.15 * int((lengths + prompt).sum())
@@ -154,7 +160,7 @@ def test_a_further_pass_is_run_where_it_saves_padding(world: int) -> None:
 
 def test_rows_of_one_length_are_run_in_one_pass() -> None:
     sizes = Sizes(np.ones(64, np.int64), np.full(64, 30))
-    assert len(share(np.arange(64), sizes, 0, 1, None, 10, 50)) == 1
+    assert len(share(np.arange(64), sizes, 0, 1, prompt_tokens=10, pass_tokens=50)) == 1
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
