@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpc_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -41,49 +44,111 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends without an error.
 
     Every file in it is synced first. A folder that stood at `path` is moved aside, so that at any
     moment either the old or the new one is whole; `recover_folder` puts it back after a crash in between.
+    Where `path` is a link, the folder that it leads to is replaced.
+
+    Args:
+        names: of the files that this program writes there.
+
+    Raises:
+        UserError: see `check_replaceable`.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    recover_folder(path, names)
+    check_replaceable(path, names)
+    temporary = _beside(path, _NEW)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # some writers make private files; runs are shared
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        mode = temporary.stat().st_mode & 0o666  # what the umask allows; some writers make private files
+        for file in temporary.iterdir():
+            file.chmod(mode)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
         fsync_folder(temporary)
         replaced = None
         if path.exists():
-            replaced = _aside(path)
-            shutil.rmtree(replaced, ignore_errors=True)
+            replaced = _beside(path, _OLD)
             path.rename(replaced)
         temporary.rename(path)
         fsync_folder(path.parent)
         if replaced:
-            shutil.rmtree(replaced)
+            remove_folder(replaced, names)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def recover_folder(path: Path) -> None:
-    """Put back the folder that a `new_folder` cut off between its two renames had moved aside.
+def check_replaceable(path: Path, names: Collection[str]) -> None:
+    """Refuse to replace what this program did not write.
+
+    Raises:
+        UserError: `path` is a file, or a folder with other files than these.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(
+            f"{path} is a file, and a folder is to be written there: move it, or give another folder"
+        )
+    if others := _others(path, names):
+        raise UserError(
+            f"{path} holds {few(others)}, which gpc-dist did not write: give another folder, or move what is yours"
+        )
+
+
+def recover_folder(path: Path, names: Collection[str]) -> None:
+    """Put back the folder that a `new_folder` cut off between its two renames had moved aside, and remove what
+    others left half-written.
 
     For the one process that writes `path`; a reader must leave the swap to its writer.
     """
-    if _aside(path).exists() and not path.exists():
-        _aside(path).rename(path)
+    path = path.resolve()
+    name = glob.escape(path.name)
+    aside = sorted(path.parent.glob(f".{name}.{_OLD}-*"), key=lambda old: old.stat().st_mtime)
+    if aside and not path.exists():
+        aside.pop().rename(path)
+    for left in [*aside, *path.parent.glob(f".{name}.{_NEW}-*")]:
+        remove_folder(left, names)
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
+def remove_folder(path: Path, names: Collection[str]) -> None:
+    """Remove a folder with files of these names. Others stay, and the folder with them.
+
+    What cannot be removed, because another machine has it open (NFS) say, stays with a warning.
+    """
+    try:
+        for name in names:
+            (path / name).unlink(missing_ok=True)
+        if not _others(path, names):
+            path.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s could not be removed, and is left there: %s", path, error.strerror)
+
+
+def _others(path: Path, names: Collection[str]) -> list[str]:
+    """What is in a folder beside files of these names, and beside what NFS keeps of removed ones."""
+    if not path.is_dir():
+        return []
+    return sorted(name for name in os.listdir(path) if name not in names and not name.startswith(".nfs"))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of these names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+_NEW, _OLD = "new", "replaced"
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{uuid.uuid4().hex}")
 
 
 def write_json(path: Path, value: Any) -> None:

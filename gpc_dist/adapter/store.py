@@ -20,6 +20,8 @@ from gpc_dist.files import new_folder
 
 WEIGHTS = "adapter.safetensors"
 CARD = "adapter_config.json"
+NAMES = (WEIGHTS, CARD)
+"""The files of an adapter folder."""
 _FORMAT = 1
 _ENCODER = "encoder."
 """Begins the names of a fine-tuned encoder's tensors."""
@@ -52,7 +54,11 @@ def save_adapter(
     encoder: EncoderIdentity,
     task: dict[str, Any] | None = None,
 ) -> None:
-    """Write an adapter folder in one step: it holds the trained tensors and nothing else."""
+    """Write an adapter folder in one step: it holds the trained tensors and nothing else.
+
+    Raises:
+        UserError: there is a folder with other files.
+    """
     card = {
         "format": _FORMAT,
         "gpc_dist": __version__,
@@ -63,7 +69,7 @@ def save_adapter(
         "task": task or {},
     }
     tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.named_parameters()}
-    with new_folder(Path(folder)) as temporary:
+    with new_folder(Path(folder), NAMES) as temporary:
         save_file(tensors, temporary / WEIGHTS)
         (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 

@@ -123,12 +123,13 @@ def _naming(members: Sequence[Member], log: Path) -> list[str]:
 
 
 def _check(member: Member) -> None:
-    """Raise `UserError` for one that has a job, or whose input is not there."""
+    """Raise `UserError` for one that has a job, whose folder is not its own, or whose input is not there."""
     # late, because they bring torch
     from gpc_dist.encoder.frozen import encoder_path
     from gpc_dist.tasks import make_task
 
     folder = member.folder
+    folder.check_own()
     encoder_path(member.config.encoder)
     make_task(member.config.task, member.config.data)
     if data := member.config.data.path:

@@ -8,20 +8,21 @@ A checkpoint `step-00000100/` holds
     state.json            step, data position, best metric so far
     COMPLETE              SHA-256 of the other files; written last
 
-A folder without `COMPLETE` is left by an interrupted save. It is never read, and the next save removes it.
+A folder without `COMPLETE` is left by an interrupted save. It is never read, and the next save removes it. Folders and
+files of other names are not touched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpc_dist.errors import UserError
-from gpc_dist.files import new_folder, write_text
+from gpc_dist.files import new_folder, recover_folder, remove_folder, write_text
 
 # torch is imported on use: the processes of a search that only look for checkpoints do without it
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ FORMAT = 1
 _MARKER = "COMPLETE"
 _TRAINED, _RNG, _STATE = "trained.safetensors", "rng.safetensors", "state.json"
 _FILES = (_TRAINED, _RNG, _STATE)
+_NAMES = (*_FILES, _MARKER)
+_FOLDER = re.compile(r"\.?(step-\d{8,})(?:\..*)?")
+"""Names of a checkpoint's folder, and of what `files.new_folder` puts beside it for a while."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     from safetensors.torch import save_file
 
     path = folder / _name(checkpoint.step)
-    with new_folder(path) as temporary:
+    with new_folder(path, _NAMES) as temporary:
         save_file(checkpoint.tensors, temporary / _TRAINED)
         save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, temporary / _RNG)
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
@@ -94,12 +98,20 @@ def load(path: Path) -> Checkpoint:
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Remove what interrupted saves left, and all checkpoints but the newest `keep_last` and the best one."""
+    for path in _folders(folder):
+        recover_folder(path, _NAMES)
     complete = sorted(_complete(folder), key=step_of)
-    kept = {step_of(path) for path in complete[-keep_last:]} | {best_step}
-    for path in folder.iterdir():
-        abandoned = path.is_dir() and path not in complete
-        if abandoned or (path in complete and step_of(path) not in kept):
-            shutil.rmtree(path)
+    kept = complete[-keep_last:] + [path for path in complete if step_of(path) == best_step]
+    for path in _folders(folder):
+        if path not in kept:
+            remove_folder(path, _NAMES)
+
+
+def remove_all(folder: Path) -> None:
+    """Remove every checkpoint, and what interrupted saves left."""
+    for path in _folders(folder):
+        recover_folder(path, _NAMES)
+        remove_folder(path, _NAMES)
 
 
 def rng_state() -> Tensor:
@@ -117,7 +129,15 @@ def _remedy(path: Path, reason: str) -> str:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if (path / _MARKER).is_file()]
+    return [path for path in _folders(folder) if (path / _MARKER).is_file()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Where checkpoints stand, or would if their saves had not been interrupted."""
+    if not folder.is_dir():
+        return []
+    found = (_FOLDER.fullmatch(path.name) for path in folder.iterdir())
+    return [folder / name for name in sorted({match[1] for match in found if match})]
 
 
 def _name(step: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import IO
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _GRACE_S = 20.0
+_PR_SET_PDEATHSIG = 1
+"""`prctl` option: the signal that the kernel sends a process when the thread that started it ends."""
 _STARTED_S = "GPC_DIST_STARTED_S"
 """Environment variable that tells ranks when the user's command began."""
 
@@ -100,6 +103,7 @@ def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=None if rank == 0 else errors[rank - 1],
                 start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
+                preexec_fn=_tie_to(os.getpid()),
             )
             for rank in range(ranks)
         ]
@@ -112,6 +116,21 @@ def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
         for number in FORWARDED:
             signal.signal(number, forward)
         return _wait(processes, errors)
+
+
+def _tie_to(launcher: int) -> Callable[[], None] | None:
+    """What a rank runs before its program, so that it ends with its launcher, however that ends; None where the
+    system cannot do so."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may be imported
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != launcher:  # it ended before that
+            os._exit(1)
+
+    return tie
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -64,6 +65,21 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def on_main(self, call: Callable[[], None]) -> None:
+        """Call something on rank 0; every rank must call this.
+
+        Raises:
+            UserError: what the call raised, on every rank.
+        """
+        problem = ""
+        if self.is_main:
+            try:
+                call()
+            except UserError as error:
+                problem = str(error)
+        if problem := self.from_main(problem):
+            raise UserError(problem)
 
     def leave(self) -> None:
         """Close the process group."""

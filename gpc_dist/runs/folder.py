@@ -10,18 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
-from gpc_dist import files
+from gpc_dist import files, locks
 from gpc_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 # the C library's, where PyYAML has it: a search reads the configurations of hundreds of trials
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_LOCK, _TRACKING_LOCK = ".lock", ".tracking.lock"
+_OWN = ("status.json", "trial.json", "job/job.sh")
+"""What this program writes first into a folder: any of these files says that the folder is its own."""
 
 State = Literal["running", "finished", "failed", "killed", "stopped"]
 
@@ -51,6 +52,10 @@ class RunFolder:
     """
 
     kind: ClassVar[str] = "run"
+    others: ClassVar[tuple[str, ...]] = ("search.yaml", "study.yaml")
+    """What folders of other kinds have."""
+    elsewhere: ClassVar[str] = "another --run.name or --run.dir"
+    """What to give for another folder."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
@@ -139,34 +144,64 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.telemetry, ignore_errors=True)
 
-    def tracking_lock(self) -> BaseFileLock:
-        """The lock whose holder is the one writer of this run in MLflow and of `tracking.json`."""
-        from filelock import FileLock
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.path / ".tracking.lock")
-
     @contextmanager
-    def hold_tracking(self) -> Iterator[None]:
-        """Hold `tracking_lock` in a `with` statement, or fail at once.
+    def hold_tracking(self, timeout_s: float | None = 0.0) -> Iterator[None]:
+        """Be the one writer of this run in MLflow, and of `tracking.json`, while the block runs.
+
+        Args:
+            timeout_s: seconds to wait for another writer; without end when None.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process still is.
         """
-        from filelock import Timeout
-
-        lock = self.tracking_lock()
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            with locks.hold(self.path / _TRACKING_LOCK, timeout_s):
+                yield
+        except locks.TakenError:
             raise UserError(
                 f"{self.path} is being recorded by another process (see {self.tracking_log.name} "
                 "there): wait until it ends"
             ) from None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the one process that works on this run while the block runs.
+
+        Raises:
+            UserError: another process is; or the folder is no run's, see `check_own`.
+        """
+        self.check_own()
         try:
-            yield
-        finally:
-            lock.release()
+            with locks.hold(self.path / _LOCK, timeout_s=0.0):
+                yield
+        except locks.TakenError:
+            status = self.read_status()
+            raise UserError(
+                f"{self.path} is in use by process {status.pid} on {status.host}: wait until it ends, or give "
+                f"{self.elsewhere}"
+            ) from None
+
+    def check_own(self) -> None:
+        """Refuse a folder that is not this program's to write into.
+
+        Raises:
+            UserError: it is a file; or it holds files, and nothing that this program writes first into the folder
+                of a run; or it is the folder of something else.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: give {self.elsewhere}")
+        if other := next((name for name in self.others if (self.path / name).exists()), None):
+            raise UserError(
+                f"{self.path} is not the folder of a {self.kind} (it has {other}): give {self.elsewhere}"
+            )
+        found = sorted(set(os.listdir(self.path)) - {_LOCK, _TRACKING_LOCK})
+        if found and not any((self.path / name).is_file() for name in _OWN):
+            raise UserError(
+                f"{self.path} holds {files.few(found)}, and is not the folder of a {self.kind}: give "
+                f"{self.elsewhere}, of a folder that is new or empty"
+            )
 
 
 class TrialFolder(RunFolder):
@@ -186,6 +221,8 @@ class SearchFolder(RunFolder):
     """A search: files of its own under the names a run has for them, and the folders of its trials."""
 
     kind = "search"
+    others = ("config.yaml", "study.yaml")
+    elsewhere = "another --name"
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)

@@ -52,7 +52,13 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
     space.validate(spec)
     goal = space.goal(spec)
     folder = SearchFolder(spec.folder)
-    _open(folder, spec, command, resume)
+    _check(folder, spec, resume)
+    with folder.hold():
+        _open(folder, spec, command, resume)
+        return _search(spec, folder, goal, resume)
+
+
+def _search(spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], resume: bool) -> int:
     recording = start_exporter(folder.path) if spec.tracking.enabled else None
     start_s = time.time()
     try:
@@ -132,7 +138,7 @@ def _interrupt_on_signals() -> list[str]:
     return came
 
 
-def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume: bool) -> None:
+def _check(folder: SearchFolder, spec: SearchSpec, resume: bool) -> None:
     there = folder.config.exists()
     if there and not resume:
         raise UserError(
@@ -151,6 +157,9 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
             f"{folder.config} differs from the search that is to go on: give --resume with that file, as "
             f"gpc-dist tune {folder.config} --resume"
         )
+
+
+def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume: bool) -> None:
     folder.write_status("running")
     folder.result.unlink(missing_ok=True)
     files.write_text(folder.config, spec.to_yaml())

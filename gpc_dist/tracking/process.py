@@ -148,7 +148,7 @@ def follow(folder: RunFolder, open_exporter: Callable[[], Exporter], delay_s: fl
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
 
     trainer = _Trainer(trainer_pid)
-    with folder.tracking_lock():  # the exporter before a resume may still be at its end
+    with folder.hold_tracking(timeout_s=None):  # the exporter before a resume may still be at its end
         _wait_for_metrics(folder, trainer, delay_s)
         attempts = _Attempts(folder, open_exporter)
         attempts.update()

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpc_dist import locks
 from gpc_dist.config import TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.runs.facts import redact
@@ -95,10 +96,7 @@ def _client(uri: str) -> MlflowClient:
 @contextmanager
 def _creating(database: Path) -> Iterator[None]:
     # The first use of a SQLite store creates and migrates its tables, and two at once break it.
-    from filelock import FileLock
-
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(database.with_name(f".{database.name}.lock")):
+    with locks.hold(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             _make_tables(database)
         yield

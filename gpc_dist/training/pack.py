@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.memory import peak_memory_mib
 from gpc_dist.distributed.world import World
-from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder, State
 from gpc_dist.tasks import make_task, read_part, selection_part
 from gpc_dist.tasks.holdout import Part
@@ -38,6 +38,8 @@ class Pack:
         self._session = open_session(config, world, task, load_base(config, world))
         self._trainer = Trainer(self._session)
         self._runs: dict[str, Run] = {}
+        self._held: dict[str, ExitStack] = {}
+        """The locks of their folders."""
         self._splits: dict[tuple[Part, int | None, int | None], Split] = {}
 
     @property
@@ -58,28 +60,25 @@ class Pack:
             UserError: as `gpc-dist train` would; the pack goes on without it.
         """
         session, folder = self._session, RunFolder(config.run.folder)
-        saved = start_from or saved_state(folder.checkpoints, config)
         training = self._split("train", config)
         validation = self._split(selection_part(config.data), config)
-        adapter = session.new_adapter(config)
-        problem = ""
-        if session.world.is_main:
-            try:
-                open_folder(folder, config, command, session.task, training.examples, validation.examples)
-            except UserError as error:
-                problem = str(error)
-        if problem := session.world.from_main(problem):
-            raise UserError(problem)
-        self._runs[name] = Run(
-            name,
-            session,
-            config,
-            folder,
-            adapter=adapter,
-            training=training,
-            validation=validation,
-            saved=saved,
-        )
+        with ExitStack() as held:
+            session.world.on_main(lambda: held.enter_context(folder.hold()))
+            saved = start_from or saved_state(folder.checkpoints, config)
+            adapter = session.new_adapter(config)
+            examples = training.examples, validation.examples
+            session.world.on_main(lambda: open_folder(folder, config, command, session.task, *examples))
+            self._runs[name] = Run(
+                name,
+                session,
+                config,
+                folder,
+                adapter=adapter,
+                training=training,
+                validation=validation,
+                saved=saved,
+            )
+            self._held[name] = held.pop_all()
 
     def leave(self, name: str, state: State = "stopped", reason: str = "") -> None:
         """Save a run's state and free its lane; no run of that name is fine, it may have ended meanwhile."""
@@ -117,8 +116,11 @@ class Pack:
         run, world = self._runs.pop(name), self._session.world
         memory = world.gather(peak_memory_mib(world.device))
         run.close()
-        if memory is None:  # not rank 0
-            return
+        if memory is not None:  # on rank 0
+            self._write_end(run, memory, state, reason)
+        self._held.pop(name).close()
+
+    def _write_end(self, run: Run, memory: list[float], state: State, reason: str) -> None:
         if state in ("finished", "stopped"):
             measured = {"peak_memory_mib": memory, "energy_j": None, "wall_s": time.time() - run.started_s}
             shared = {"share_s": run.position.share_s}

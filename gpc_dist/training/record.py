@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from gpc_dist import files
+from gpc_dist.adapter import store
 from gpc_dist.config import Config
+from gpc_dist.distributed import checkpoint
 from gpc_dist.runs import facts
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tasks import Example, Task, selection_part
@@ -31,11 +32,12 @@ def open_folder(
     Raises:
         UserError: an earlier run there is still being recorded.
     """
-    files.recover_folder(folder.adapter)
+    files.recover_folder(folder.adapter, store.NAMES)
+    files.check_replaceable(folder.adapter, store.NAMES)
     if not config.train.resume:
         folder.start_over()
-        for path in (folder.checkpoints, folder.adapter):
-            shutil.rmtree(path, ignore_errors=True)
+        checkpoint.remove_all(folder.checkpoints)
+        files.remove_folder(folder.adapter, store.NAMES)
     folder.result.unlink(missing_ok=True)
     folder.write_status("running")
     files.write_text(folder.config, config.to_yaml())

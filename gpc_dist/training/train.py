@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ _STOPPED_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run begins with, read and checked before its folder is touched."""
+    """What a run begins with, read and checked before anything is written into its folder."""
 
     config: Config
     world: World
@@ -75,8 +75,9 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
         stop: a request that comes before training begins takes effect after the first step.
     """
     world = init_world(config.engine)
+    held = ExitStack()
     try:
-        inputs = _read_inputs(config, world)
+        inputs = _read_inputs(config, world, held)
         exporter = None
         if world.is_main:
             exporter = _open_record(inputs, argv)
@@ -92,19 +93,22 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
         if world.is_main:
             _record_outcome(inputs, exporter, outcome)
     finally:
+        held.close()
         world.leave()
     # the main rank alone speaks of a stop: `srun` ends all others when one of them ends with an error
     return EXIT_STOPPED if outcome.stopped_by and world.is_main else EXIT_DONE
 
 
-def _read_inputs(config: Config, world: World) -> _Inputs:
+def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
+    """Read what a run begins with, and hold its folder until `held` is closed."""
     task = make_task(config.task, config.data)
     training = read_part(task, config.data, "train", config.run.seed)
     validation = read_part(task, config.data, selection_part(config.data))
     config = planned(config, world, task.outputs)
-    folder = RunFolder(config.run.folder)
-    saved = saved_state(folder.checkpoints, config)
     check_input(config, world)
+    folder = RunFolder(config.run.folder)
+    world.on_main(lambda: held.enter_context(folder.hold()))
+    saved = saved_state(folder.checkpoints, config)
     return _Inputs(
         config=config,
         world=world,
