@@ -1,5 +1,5 @@
-"""A search for hyper-parameters: what is tried, in which order, and on which resources.
+"""Search for hyper-parameters: its space, its algorithm and scheduler, and the packs that train its trials.
 
-`spec.load` reads a search, `space.validate` checks it against the configuration it searches, and `space.to_ray`
-or `space.to_optuna` hands its space to the library that draws from it.
+`spec.load` reads a search, `space.validate` checks it against the configuration that it searches, and `space.to_ray`
+or `space.to_optuna` converts its space for the library that draws from it.
 """

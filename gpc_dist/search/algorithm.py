@@ -1,4 +1,4 @@
-"""The parts of Ray Tune that a search is made of: its samples, searcher, scheduler and stop rules."""
+"""The parts of Ray Tune that a search uses: samples, searcher, scheduler and stop rules."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import SAMPLE, SEED, STEP
 
 _LAST_STEP = 10**9
-"""For schedulers that want to know the longest run."""
+"""Upper bound of a run's steps, for schedulers that require one."""
 
 
 def param_space(spec: SearchSpec) -> dict[str, Any]:
-    """What a trial's configuration is drawn from; a searcher draws its samples itself."""
+    """Return the space that Ray Tune draws trials from. A searcher (Optuna) draws its samples itself."""
     if spec.algorithm == "optuna":
         return {SEED: spec.seeds[0]}
     return {SAMPLE: tune.grid_search(draw(spec)), SEED: tune.grid_search(list(spec.seeds))}
 
 
 def draw(spec: SearchSpec) -> list[dict[str, Any]]:
-    """The configurations of a random or grid search; each is tried with every seed.
+    """Return the configurations of a random or grid search; each is run with every seed.
 
-    Ray Tune draws them, once: it would draw conditional keys anew for each repetition. Configurations that the search
-    lists are returned with all keys in each, because Tune's table looks for them.
+    Ray Tune draws them here, once: it would draw conditional keys again for each seed. Configurations that the search
+    lists are returned with all keys in each, because Tune's table needs them.
     """
     if spec.configurations is not None:
         return [dict.fromkeys(spec.tried_keys, space.NOT_SET) | each for each in spec.configurations]
@@ -50,7 +50,7 @@ def draw(spec: SearchSpec) -> list[dict[str, Any]]:
 
 
 def samples(spec: SearchSpec) -> int:
-    """How often Ray Tune draws from `param_space`."""
+    """Number of samples that Ray Tune draws from `param_space`."""
     return trials(spec) if spec.algorithm == "optuna" else 1
 
 
@@ -61,10 +61,10 @@ def trials(spec: SearchSpec) -> int:
 
 
 def searcher(spec: SearchSpec, metric: str, mode: str, concurrent: int) -> Searcher | SearchAlgorithm:
-    """What chooses the next trials.
+    """Return the part of Ray Tune that chooses the next trials.
 
     Raises:
-        UserError: it needs a package that is not installed.
+        UserError: the algorithm needs a package that is not installed.
     """
     if spec.algorithm != "optuna":
         return BasicVariantGenerator(max_concurrent=concurrent)
@@ -78,7 +78,7 @@ def searcher(spec: SearchSpec, metric: str, mode: str, concurrent: int) -> Searc
 
 
 def make_scheduler(spec: SearchSpec) -> TrialScheduler:
-    """Ray Tune's scheduler, counting in optimizer steps."""
+    """Return Ray Tune's scheduler; its unit of time is the optimizer step."""
     wanted = spec.scheduler
     match wanted.name:
         case "asha":
@@ -104,7 +104,7 @@ def make_scheduler(spec: SearchSpec) -> TrialScheduler:
 
 
 def stop_rule(spec: SearchSpec, metric: str, mode: str) -> stopper.Stopper | None:
-    """What ends a whole search early; None for nothing."""
+    """Return the rule that ends a whole search early; None if there is none."""
     rules: list[stopper.Stopper] = []
     if spec.stop.max_s is not None:
         rules.append(stopper.TimeoutStopper(spec.stop.max_s))
@@ -116,7 +116,7 @@ def stop_rule(spec: SearchSpec, metric: str, mode: str) -> stopper.Stopper | Non
 
 
 class _Threshold(stopper.Stopper):
-    """Ends the search at a value of the metric."""
+    """Ends the search when the metric reaches a value."""
 
     def __init__(self, metric: str, mode: str, value: float):
         self._metric, self._sign, self._value = metric, 1 if mode == "max" else -1, value

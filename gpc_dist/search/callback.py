@@ -1,4 +1,4 @@
-"""Ray Tune's callback: writes what became of each trial, and restores a scheduler's memory after a restart."""
+"""Callback of Ray Tune: writes the decision on each trial, and restores a scheduler's state after a restart."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gpc_dist.search.trial_files import trial_folder
 
 
 class TrialCallback(tune.Callback):
-    """Writes down what became of each trial.
+    """Writes the decision on each trial to its `trial.json`.
 
-    At the start of a search that goes on it also tells the scheduler again what it was told before: Ray Tune
-    restores trials and searchers, but a scheduler's memory (the rungs of ASHA) is lost.
+    When a search resumes, it first repeats the past evaluations to the scheduler: Ray Tune restores trials and
+    searchers, but not a scheduler's state (the rungs of ASHA).
 
     Args:
-        metric: as it stands in results.
+        metric: its name in results, `val/<metric>`.
     """
 
     def __init__(self, folder: SearchFolder, metric: str, scheduler: TrialScheduler):
@@ -46,14 +46,14 @@ class TrialCallback(tune.Callback):
 
 
 def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, metric: str) -> int:
-    """Tell a scheduler of the evaluations that trials have made, in the order in which they were made.
+    """Report the past evaluations of trials to a scheduler, in the order in which they were made.
 
-    ASHA hears of all. The median rule hears of trials that have ended: it breaks down when one that it stopped goes
-    on, as one does whose stop came too late for Ray Tune's records. PBT hears of none, because it would copy trials
-    while it listens; it compares them anew at their next evaluation.
+    ASHA gets all of them. The median rule gets only those of finished trials: it fails when a trial that it stopped
+    continues, which a trial does if its stop came too late for Ray Tune's records. PBT gets none, because it would
+    copy trials during the replay; it compares them again at their next evaluation.
 
     Returns:
-        How many it was told of.
+        Number of evaluations reported.
     """
     past = []
     for trial in trials:
@@ -70,14 +70,14 @@ def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, m
 
 
 class _Past:
-    """Stands for Ray Tune's controller while a scheduler hears of the past: nobody waits for a turn."""
+    """Replaces Ray Tune's controller during a replay, in which no trial waits for resources."""
 
     def get_live_trials(self) -> list[Any]:
         return []
 
 
 def best_trial(folder: SearchFolder, metric: str, mode: str) -> tuple[str, float] | None:
-    """Name and best value of the trial whose adapter is best; None if none was evaluated."""
+    """Return the name and the value of the trial with the best adapter; None if no trial was evaluated."""
     found = []
     for path in sorted(folder.trials.iterdir()) if folder.trials.is_dir() else []:
         result = files.read_json(path / "result.json")

@@ -1,4 +1,4 @@
-"""One searched key of a search: the values it may take, and when it is searched."""
+"""The distribution of a searched key: its values, and the condition under which it is set."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Distribution(Section):
     """Written as `{KIND: VALUES, when: {KEY: VALUE}}`; a plain list is a choice."""
 
     kind: Kind
-    """`choice`: one of a list; `grid`: each of a list in turn; `uniform`, `loguniform`: a number of a range;
-    `int`, `logint`: a whole number of a range, both ends included. Log: all magnitudes are equally likely."""
+    """`choice`: one of a list; `grid`: each of a list in turn; `uniform`, `loguniform`: a number in a range;
+    `int`, `logint`: a whole number in a range, both ends included. Log: all magnitudes are equally likely."""
     values: tuple[Any, ...]
     """The list, or the two ends of the range."""
     when: dict[str, tuple[Any, ...]] = Field({})
-    """The key is set only where each of these keys, searched or fixed, has one of its values. A searched key that
-    is itself not set has none of them."""
+    """Condition: the key is set only if each of these keys, searched or fixed, has one of the values listed for it.
+    A searched key that is not set itself has none of them."""
 
     @property
     def is_list(self) -> bool:
         return self.kind in ("choice", "grid")
 
     def probes(self) -> tuple[Any, ...]:
-        """Values that stand for all that can be drawn: those of a list; the ends of a range, and between them
-        a number with decimals, if it has such."""
+        """Return values that represent the distribution in checks: all of a list; the ends of a range, and a number
+        with decimals between them if the range has such numbers."""
         if self.is_list or self.kind in ("int", "logint"):
             return self.values
         low, high = self.values
@@ -93,5 +93,5 @@ class Distribution(Section):
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-4, without a point, for text."""
+    """Convert text such as 1e-4 to a number: YAML 1.1 reads a number without a point as text."""
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

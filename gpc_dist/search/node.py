@@ -1,8 +1,8 @@
-"""One node of a search inside a Slurm job: its part of the Ray cluster, and on the first node the search itself.
+"""One node of a search in a Slurm job: its part of the Ray cluster, and on the first node the search itself.
 
     srun --ntasks-per-node=1 gpc-dist tune SEARCH [--key VALUE ...]
 
-All nodes start in one step and end together: the workers when the head is gone.
+All nodes start in one Slurm step and end together: the workers end when the head has ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.spec import SearchSpec
 
 NODES = "GPC_DIST_RAY_NODES"
-"""Environment variable: how many nodes the cluster of RAY_ADDRESS will have."""
+"""Environment variable: number of nodes that the cluster at RAY_ADDRESS will have."""
 
 _START_S = 120.0
 _END_S = 20.0
@@ -42,7 +42,7 @@ def run_node(spec: SearchSpec, arguments: Sequence[str]) -> int:
     """Run this node's part; returns the search's exit code on the first node, 0 on the others.
 
     Args:
-        spec: of the search; what is in its folder already is gone on with, as a job does for a run.
+        spec: of the search; a search that is already in its folder is resumed, as a job resumes a run.
         arguments: the command line, from `tune` on.
     """
     address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
@@ -55,7 +55,7 @@ def run_node(spec: SearchSpec, arguments: Sequence[str]) -> int:
 
 def _head(address: str, arguments: Sequence[str]) -> int:
     host, _, port = address.partition(":")
-    # Unix sockets allow a hundred characters, and Ray's names are long
+    # the path of a Unix socket is limited to about 100 characters, and Ray's names are long
     with tempfile.TemporaryDirectory(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp") as folder:
         own = [f"--node-ip-address={host}", f"--port={port}", f"--temp-dir={folder}"]
         ray = _start(["--head", "--include-dashboard=false", *own])
@@ -75,7 +75,7 @@ def _head(address: str, arguments: Sequence[str]) -> int:
 
 def _worker(address: str) -> int:
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the first node ends the search, and with it this one
+        signal.signal(number, signal.SIG_IGN)  # the first node ends the search, and then this node ends
     if not _wait_for(address):
         return EXIT_ENVIRONMENT
     own = socket.gethostbyname(socket.gethostname())
@@ -89,7 +89,7 @@ def _worker(address: str) -> int:
 
 
 def _start(options: Sequence[str]) -> subprocess.Popen[bytes]:
-    """This node's Ray processes, with what Slurm gave of the node; ports that are not named are free ones."""
+    """Start this node's Ray processes with the CPUs and GPUs that Slurm gave; workers use any free ports."""
     cpus = f"--num-cpus={os.environ['SLURM_CPUS_ON_NODE']}"
     ports = ["--min-worker-port=0", "--max-worker-port=0"]
     gpus = [f"--num-gpus={os.environ['SLURM_GPUS_ON_NODE']}"] if "SLURM_GPUS_ON_NODE" in os.environ else []
@@ -97,12 +97,12 @@ def _start(options: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [ray, "start", "--block", "--disable-usage-stats", cpus, *gpus, *ports, *options],
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # signals of the step are not for Ray, which would end before the search has saved
+        start_new_session=True,  # keeps the step's signals from Ray, which would end before the search has saved
     )
 
 
 def _wait_for(address: str, ray: subprocess.Popen[bytes] | None = None) -> bool:
-    """Whether something answers there in time; no longer if that which should has ended."""
+    """Wait until the address answers; returns False after `_START_S`, or when `ray` has ended."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and (ray is None or ray.poll() is None):
         if _answers(address):
@@ -121,7 +121,7 @@ def _answers(address: str) -> bool:
 
 
 def _stop(ray: subprocess.Popen[bytes]) -> None:
-    """End the Ray processes of this node, and only those: `ray stop` would end those of other jobs too."""
+    """End this node's Ray processes of this job only: `ray stop` would end those of other jobs too."""
     ray.terminate()
     try:
         ray.wait(_END_S)

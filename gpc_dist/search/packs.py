@@ -1,7 +1,7 @@
-"""The packs of a search: trials ask for a lane, wait for what their run comes to, and leave.
+"""The packs of a search: a trial requests a lane, waits for the events of its run, and leaves.
 
-One Ray actor keeps them all. A pack is a group of rank actors with one encoder and K lanes; it is started when
-a trial finds no free lane that suits it, and ended when nobody uses it and its room is needed, or after a while.
+One Ray actor manages all packs. A pack is a group of rank actors with one encoder and K lanes. It is started when a
+trial finds no free lane for its key, and ended when it has no runs and another pack needs its resources.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from gpc_dist.search.ranks import Rank
 
 ACTOR = "gpc-dist-packs"
 _DECIDE_S = 1.0
-"""For which lanes wait for the trials of their pack to say whether they go on."""
+"""Longest time that a pack waits for its trials to decide whether they continue."""
 _ROUND_S = 5.0
-"""After which a pack looks for trials that want to join or leave."""
+"""Time after which a pack checks for trials that want to join or leave."""
 _SHARE = 0.97
-"""Of a rank's CPUs asked of Ray; the rest is for the trials' own processes, which only wait."""
+"""Share of a rank's CPUs that is requested from Ray; the rest is for the trials' own processes, which only wait."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one pack takes."""
+    """Size and resources of a pack."""
 
     ranks: int
     cpus_per_rank: float
     gpus_per_rank: float
     lanes: int
     most: int
-    """Packs at once."""
+    """Largest number of packs at the same time."""
     folder: str
     """Working folder of the ranks."""
 
@@ -45,7 +45,7 @@ class Place:
     pack: int
     lane: int
     visit: int
-    """Number of this stay; a trial that comes back gets another."""
+    """Number of this stay in a lane; a trial that joins again gets a new one."""
     host: str
 
 
@@ -56,9 +56,9 @@ class _Lane:
     events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     """Events, or the error that ended the pack."""
     joined: bool = False
-    """Whether the ranks know its run."""
+    """Whether the ranks have added its run."""
     may_go: bool = False
-    """Whether its trial waits for the next event; otherwise the lane rests."""
+    """Whether its trial waits for the next event; otherwise its run is not trained."""
     leaving: bool = False
 
 
@@ -71,14 +71,14 @@ class _Pack:
     host: str = ""
     lanes: dict[str, _Lane] = field(default_factory=dict)
     calls: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held for a call to all ranks: they need the same order."""
+    """Held during a call to all ranks, which need the same order of calls."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when a trial joined, left or wants to go on."""
+    """Set when a trial has joined, has left or waits for its next event."""
     alive: bool = True
 
 
 class Packs:
-    """The actor's class; see the module.
+    """The Ray actor that manages all packs; see the module's docstring.
 
     Args:
         shape: of every pack.
@@ -101,7 +101,7 @@ class Packs:
     async def add(
         self, name: str, key: Any, tree: dict[str, Any], command: Sequence[str], state: str | None
     ) -> Place:
-        """A lane for a run, as soon as there is one.
+        """Give a run a lane, as soon as there is a free one.
 
         Args:
             key: packs take runs with equal keys only.
@@ -112,7 +112,7 @@ class Packs:
             UserError: the run's configuration cannot be trained.
         """
         if stayed := self._lane_of(name):
-            await self.leave(name, stayed.visit, "goes on elsewhere")  # its last process has yet to say so
+            await self.leave(name, stayed.visit, "goes on elsewhere")  # its previous process has not left yet
         async with self._changed:
             pack = await self._find(key)
             number = min(set(range(self._shape.lanes)) - {lane.number for lane in pack.lanes.values()})
@@ -130,7 +130,7 @@ class Packs:
         return Place(pack.number, lane.number, lane.visit, pack.host)
 
     async def next(self, name: str) -> Any:
-        """The next `training.progress.Event` of a run; it is trained while this waits.
+        """Wait for the next `training.progress.Event` of a run, which is trained meanwhile.
 
         Raises:
             RuntimeError: the pack has ended: a rank died.
@@ -155,7 +155,7 @@ class Packs:
             await self._all(pack, "call", "save", name)
 
     async def leave(self, name: str, visit: int, reason: str) -> None:
-        """Stop a run with its state saved; one that has ended, or has come back since that visit, is left alone."""
+        """Save and stop a run; does nothing if it has ended, or has joined again since that visit."""
         pack, lane = self._pack_of(name), self._lane_of(name)
         if pack and lane and lane.visit == visit and not lane.leaving:
             lane.leaving, lane.may_go = True, False
@@ -166,20 +166,19 @@ class Packs:
                 await self._notify(pack)
 
     async def close(self) -> None:
-        """Stop the runs of all trials with their state saved: Tune ends trials that wait for an evaluation without
-        asking them."""
+        """Save and stop all runs: Tune ends trials that wait for an evaluation before they can leave their lane."""
         for pack in list(self._packs):
             joined = [(name, lane) for name, lane in pack.lanes.items() if lane.joined]
             stopping = (self.leave(name, lane.visit, "stopped by the search") for name, lane in joined)
-            # a pack that dies of it has told its trials
+            # a pack that fails here has sent the error to its trials
             await asyncio.gather(*stopping, return_exceptions=True)
             async with self._changed:
-                # those whose trials have asked for it themselves
+                # runs that are being stopped by their own trials
                 while pack.alive and any(lane.leaving for lane in pack.lanes.values()):
                     await self._changed.wait()
 
     async def _find(self, key: Any) -> _Pack:
-        """A pack with a free lane for this key; waits until there is one."""
+        """Return a pack with a free lane for this key, perhaps a new one without ranks; waits until there is one."""
         while True:
             for pack in self._packs:
                 if pack.alive and pack.key == key and len(pack.lanes) < self._shape.lanes:
@@ -194,7 +193,7 @@ class Packs:
             await self._changed.wait()
 
     async def _start(self, pack: _Pack, tree: dict[str, Any]) -> None:
-        """Start the ranks of a pack; whoever comes meanwhile waits for its lock."""
+        """Start the ranks of a pack, once: other callers wait for its lock meanwhile."""
         async with pack.calls:
             if pack.ranks:
                 return
@@ -226,7 +225,7 @@ class Packs:
             self._go(self._drive(pack))
 
     async def _drive(self, pack: _Pack) -> None:
-        """Train a pack's lanes round after round, until it has ended."""
+        """Train a pack's lanes in rounds until the pack ends."""
         try:
             while pack.alive:
                 names = await self._ready(pack)
@@ -239,10 +238,10 @@ class Packs:
             self._fail(pack, error)
 
     async def _ready(self, pack: _Pack) -> list[str]:
-        """The runs to train next.
+        """Return the runs to train next.
 
-        Waits until every trial has decided whether it goes on, for at most `_DECIDE_S`, and until those that were
-        given a lane have joined: a step without them costs nearly as much as a step with them.
+        Waits at most `_DECIDE_S` until every trial has decided whether it continues, and without limit for trials
+        that are joining: a step without them costs nearly as much as a step with them.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _DECIDE_S
@@ -256,7 +255,7 @@ class Packs:
                 return going
             pack.news.clear()
             try:
-                # with nobody to train there is nothing to be late for
+                # no deadline without a run that could be trained
                 await asyncio.wait_for(pack.news.wait(), None if joining or not going else left_s)
             except TimeoutError:
                 continue
@@ -266,7 +265,7 @@ class Packs:
         """Call a method on all ranks; returns what rank 0 returns.
 
         Raises:
-            UserError: all ranks refuse; the pack goes on.
+            UserError: all ranks refuse the call; the pack stays usable. Any other error ends the pack.
         """
         async with pack.calls:
             if not pack.alive:
@@ -283,7 +282,7 @@ class Packs:
             return found[0]
 
     def _fail(self, pack: _Pack, error: BaseException) -> None:
-        """End a pack and tell its trials, who will be tried again from their checkpoints."""
+        """End a pack and send the error to its trials, which Ray Tune restarts from their checkpoints."""
         for lane in pack.lanes.values():
             lane.events.put_nowait(_cause(error))
         self._end(pack)
@@ -300,10 +299,10 @@ class Packs:
             ray.kill(rank)
         if pack.group is not None:
             remove_placement_group(pack.group)
-        self._go(self._notify(pack))  # room for others
+        self._go(self._notify(pack))  # there is room for another pack
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside; asyncio itself would let it be collected."""
+        """Run a coroutine in the background. A reference is kept: without one, the task could be garbage-collected."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -322,5 +321,5 @@ class Packs:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a rank raised, out of Ray's wrapping."""
+    """Return the error that a rank raised, without Ray's wrapper."""
     return getattr(error, "cause", None) or error

@@ -22,13 +22,13 @@ class Rank:
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(size),
-            LOCAL_RANK=str(rank),  # where Ray shows an actor its own GPU only, that one is taken
+            LOCAL_RANK=str(rank),  # without effect where Ray makes only the actor's own GPU visible
             OMP_NUM_THREADS=str(threads),
         )
         self._pack: Pack | None = None
 
     def address(self) -> tuple[str, int]:
-        """This host, and a port that is free on it: where the ranks can meet."""
+        """Return this host and a free port on it, at which the ranks can connect."""
         import ray
 
         host = ray.util.get_node_ip_address()
@@ -37,7 +37,7 @@ class Rank:
             return host, probe.getsockname()[1]
 
     def open(self, tree: dict[str, Any], host: str, port: int) -> str:
-        """Meet the other ranks and load the encoder; returns the host's name."""
+        """Connect to the other ranks and load the encoder; returns the host's name."""
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
         if host.startswith("127."):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,7 +1,7 @@
-"""The space of a search: checked against the configuration it searches, and handed to what draws from it.
+"""The space of a search: checks against the configuration, and conversion for Ray Tune and Optuna.
 
-A sample is a flat mapping of dotted keys to values, as Ray Tune and Optuna draw it; `settings_of` makes the settings
-of one trial of it. All drawing is Ray's and Optuna's own.
+A sample is a flat mapping of dotted keys to values, as Ray Tune and Optuna draw it; `settings_of` converts it to the
+settings of one trial. Only Ray Tune and Optuna draw.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from gpc_dist.search.distribution import Distribution
 from gpc_dist.search.spec import SearchSpec
 
 NOT_SET = "not set"
-"""Stands in Ray's samples for a key whose condition does not hold."""
+"""Value in Ray's samples of a key whose condition does not hold."""
 
 _FIXED_ONCE_STARTED = frozenset(
     f"train.{name}" for name in ("steps", "epochs", "batch_size", "batch_tokens", "optimizer")
 )
-"""What a run that goes on from a checkpoint cannot change: the order of its data, the state of its optimizer."""
+"""Keys that cannot change when a run resumes: they determine its length, data order and optimizer state."""
 
 _MOST_COMBINATIONS = 2000
-"""Combinations that `validate` builds: more would keep the user waiting for more than a second or two."""
+"""Largest number of combinations that `validate` builds, because more would take longer than a second or two."""
 
 
 def base_config(spec: SearchSpec) -> Config:
-    """One configuration of the search, for what all of them have in common."""
+    """Return one configuration of the search, to read from it what all of them have in common."""
     if spec.configurations is not None:
         return trial_config(spec, spec.configurations[0])
     return trial_config(spec, {key: held.probes()[0] for key, held in spec.space.items() if not held.when})
 
 
 def trial_config(spec: SearchSpec, sample: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of one trial.
+    """Return the configuration of one trial.
 
     Args:
         own: values of the keys that the search sets itself (`run.dir`, `run.seed`, ...).
@@ -53,7 +53,7 @@ def trial_config(spec: SearchSpec, sample: Mapping[str, Any], own: Mapping[str, 
 
 
 def settings_of(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The dotted settings of a sample: without the keys whose conditions do not hold."""
+    """Return the dotted settings of a sample, without the keys whose conditions do not hold."""
     return {key: value for key, value in sample.items() if value != NOT_SET}
 
 
@@ -64,12 +64,12 @@ def _build(spec: SearchSpec, tree: dict[str, Any], settings: Mapping[str, Any]) 
 
 
 def goal(spec: SearchSpec) -> tuple[str, Literal["max", "min"]]:
-    """The metric that is searched for, without `val/`, and whether more or less of it is better.
+    """Return the metric to optimise, without `val/`, and whether to maximise or minimise it.
 
     Raises:
         UserError: the task has no such metric, or cannot be made.
     """
-    from gpc_dist.tasks import make_task  # brings numpy and scikit-learn
+    from gpc_dist.tasks import make_task  # imports numpy and scikit-learn
 
     base = base_config(spec)
     task = make_task(base.task, base.data)
@@ -77,7 +77,7 @@ def goal(spec: SearchSpec) -> tuple[str, Literal["max", "min"]]:
 
 
 def pack_key(trial: Config) -> tuple[str, ...]:
-    """What must be equal for two trials to share one running encoder and its batches."""
+    """Return what must be equal in two trials that share one running encoder and its batches."""
     data = trial.data.model_dump_json(exclude={"limit_train", "limit_eval"})
     prompt_tokens = trial.adapter.prompt_tokens if trial.adapter.has_prompt else 0
     sections = (trial.encoder, trial.task, trial.engine)
@@ -85,11 +85,11 @@ def pack_key(trial: Config) -> tuple[str, ...]:
 
 
 def validate(spec: SearchSpec) -> None:
-    """Refuse what would fail in the middle of a search.
+    """Check a search for errors that would otherwise occur in the middle of it.
 
     Raises:
         UserError: the recipe or the settings are not valid; a value that can be drawn is not accepted; conditions
-            that never hold or form a circle; distributions that the algorithm or the scheduler cannot draw.
+            never hold or form a circle; the algorithm or the scheduler cannot draw from a distribution.
     """
     if spec.configurations is not None:
         _check_configurations(spec, spec.configurations)
@@ -107,7 +107,7 @@ def validate(spec: SearchSpec) -> None:
 
 
 def _check_configurations(spec: SearchSpec, configurations: Sequence[Mapping[str, Any]]) -> None:
-    """Those given one by one may differ in anything: what cannot share a pack gets another one."""
+    """Check listed configurations. They may differ in any key: those that cannot share a pack get different packs."""
     tree = config.recipe_tree(spec.recipe)
     for number, each in enumerate(configurations, start=1):
         try:
@@ -126,7 +126,7 @@ def _check_frozen(spec: SearchSpec, built: Config) -> None:
 
 
 def _ordered(spec: SearchSpec) -> dict[str, Distribution]:
-    """The searched keys, each after those that its conditions name."""
+    """Return the searched keys, each after the keys in its conditions."""
     graph = {key: [k for k in held.when if k in spec.space] for key, held in spec.space.items()}
     try:
         return {key: spec.space[key] for key in TopologicalSorter(graph).static_order()}
@@ -149,7 +149,7 @@ def _check_kind(spec: SearchSpec, key: str, distribution: Distribution) -> None:
 def _check_condition(spec: SearchSpec, key: str, other: str, accepted: tuple[Any, ...]) -> None:
     parent = spec.space.get(other)
     if parent is None:
-        return  # fixed: true of all trials or of none, which an override may well make it
+        return  # a fixed key: the condition holds for all trials or none, and an override may change that
     if not parent.is_list:
         raise UserError(
             f"space.{key}: when: {other} is drawn from a range: a condition needs a list of values"
@@ -162,7 +162,7 @@ def _check_condition(spec: SearchSpec, key: str, other: str, accepted: tuple[Any
 
 
 def _live(spec: SearchSpec) -> dict[str, Distribution]:
-    """The keys that can be set at all, each after those its conditions name; of these the searched ones alone."""
+    """Return the keys that can be set, each after the keys in its conditions; conditions on fixed keys are left out."""
     base = base_config(spec)
     live: dict[str, Distribution] = {}
     for key, held in _ordered(spec).items():
@@ -203,7 +203,7 @@ def _check_values(spec: SearchSpec) -> None:
 
 
 def _probe(live: dict[str, Distribution], key: str = "", value: Any = None) -> dict[str, Any]:
-    """A sample of first values, in which `key` has this one and its conditions hold."""
+    """Return a sample of first values, except that `key` has `value` and its conditions hold."""
     forced = {key: value}
     for child in reversed(live):
         if child in forced:
@@ -216,7 +216,7 @@ def _probe(live: dict[str, Distribution], key: str = "", value: Any = None) -> d
 
 
 def _combinations(live: dict[str, Distribution]) -> Iterator[dict[str, Any]]:
-    """A sample for every combination of the values that stand for each key's."""
+    """Yield a sample for every combination of the keys' probes."""
     samples: Iterator[dict[str, Any]] = iter([{}])
     for key, held in live.items():
         samples = _extend(samples, key, held)
@@ -232,7 +232,7 @@ def _extend(samples: Iterator[dict[str, Any]], key: str, held: Distribution) -> 
 
 
 def count(spec: SearchSpec) -> int:
-    """Configurations that the search tries, each of them with every seed."""
+    """Number of configurations that the search tries, each with every seed."""
     if spec.configurations is not None:
         return len(spec.configurations)
     if spec.algorithm == "grid":
@@ -242,9 +242,9 @@ def count(spec: SearchSpec) -> int:
 
 
 def to_ray(spec: SearchSpec) -> dict[str, Any]:
-    """The space in Ray Tune's own terms, for algorithms `random` and `grid`.
+    """Convert the space to Ray Tune's form, for the algorithms `random` and `grid`.
 
-    A key whose condition does not hold is drawn as `NOT_SET`. Give `BasicVariantGenerator` the search's seed.
+    A key whose condition does not hold is drawn as `NOT_SET`. `BasicVariantGenerator` needs the search's seed.
     """
     from ray import tune
 
@@ -268,24 +268,24 @@ def _domain(spec: SearchSpec, held: Distribution) -> Any:
         case "loguniform":
             return tune.loguniform(low, high)
         case "int":
-            return tune.randint(low, high + 1)  # Ray leaves the upper end out
+            return tune.randint(low, high + 1)  # Ray excludes the upper end
         case _:
             return tune.lograndint(low, high + 1)
 
 
 def _draw(when: Mapping[str, tuple[Any, ...]], domain: Any, variant: Mapping[str, Any]) -> Any:
-    """What Ray puts in the place of a conditional key, and resolves again by itself, with its own seed."""
+    """Return what replaces a conditional key: `NOT_SET`, or its domain, from which Ray then draws with its own seed."""
     from ray import tune
     from ray.tune.search.sample import Domain
 
     drawn = {other: variant["config"][other] for other in when}
     if any(isinstance(value, Domain | dict) for value in drawn.values()):
-        return tune.sample_from(partial(_draw, when, domain))  # the other key comes first
+        return tune.sample_from(partial(_draw, when, domain))  # again, after Ray has drawn the other keys
     return domain if _holds(when, drawn) else NOT_SET
 
 
 def to_optuna(spec: SearchSpec) -> Callable[[Any], dict[str, Any]]:
-    """The space as the define-by-run function that Ray's `OptunaSearch` takes, for algorithm `optuna`."""
+    """Convert the space to the define-by-run function that Ray's `OptunaSearch` takes, for the algorithm `optuna`."""
     return partial(_suggest, _live(spec))
 
 
@@ -305,8 +305,8 @@ def _suggest(live: dict[str, Distribution], trial: Any) -> dict[str, Any]:
 
 
 def mutations(spec: SearchSpec) -> dict[str, Any]:
-    """What population-based training changes while trials run, as its scheduler takes it: the keys of train. that a
-    run can change on its way and that have no condition. All others are copied with the better trial."""
+    """Return the keys that population-based training changes while trials run, as its scheduler takes them: keys of
+    `train.` that can change when a run resumes and have no condition. All others are copied with the better trial."""
     return {
         key: list(held.values) if held.is_list else _domain(spec, held)
         for key, held in _mutated(spec).items()
@@ -314,7 +314,7 @@ def mutations(spec: SearchSpec) -> dict[str, Any]:
 
 
 def within(spec: SearchSpec, sample: dict[str, Any]) -> dict[str, Any]:
-    """The sample with what population-based training moved out of its range put back to the range's end."""
+    """Return the sample with values that population-based training moved out of their range set to the range's end."""
     ranges = {key: held.values for key, held in _mutated(spec).items() if not held.is_list}
     return sample | {key: min(max(sample[key], low), high) for key, (low, high) in ranges.items()}
 

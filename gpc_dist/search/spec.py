@@ -33,26 +33,26 @@ RESERVED = {
         if key.startswith("tracking.")
     },
 }
-"""Keys that the search itself sets, and what to do instead."""
+"""Keys that the search itself sets, and what to give instead."""
 
 
 class SchedulerConfig(Section):
     name: Literal["fifo", "asha", "median", "pbt"] = "fifo"
-    """`fifo`: every trial runs to its end; `asha`: the weaker ones are stopped at ever more steps; `median`: a
-    trial below the median of the others is stopped; `pbt`: the weaker ones go on from a copy of a better one with
-    changed values (population-based training)."""
+    """`fifo`: every trial runs to its end; `asha`: at each rung (a number of steps) the worse trials are stopped;
+    `median`: a trial worse than the median of the others is stopped; `pbt`: the worse trials continue from a copy of
+    a better one, with changed values (population-based training)."""
     grace_steps: int | None = Field(None, ge=1)
-    """asha, median: steps that every trial may run; up to its first evaluation when not given."""
+    """asha, median: number of steps before a trial can be stopped; until its first evaluation when not given."""
     reduction_factor: float = Field(4, gt=1)
-    """asha: at each rung one of so many trials goes on, for so many times the steps."""
+    """asha: factor between rungs: one of this many trials continues, to this many times the steps."""
     brackets: int = Field(1, ge=1)
-    """asha: brackets, each with a longer grace than the one before."""
+    """asha: number of brackets, each with a longer grace period than the one before."""
     perturb_every: int | None = Field(None, ge=1)
     """pbt: steps between two comparisons of the trials."""
     quantile_fraction: float = Field(0.25, gt=0, le=0.5)
-    """pbt: share of the trials that copy, and of those that are copied."""
+    """pbt: share of the trials that copy (the worst), and share that is copied (the best)."""
     resample_probability: float = Field(0.25, ge=0, le=1)
-    """pbt: how often a changed value is drawn anew instead of being moved to one nearby."""
+    """pbt: probability that a changed value is drawn again instead of moved to a nearby one."""
 
     @model_validator(mode="after")
     def _check(self) -> SchedulerConfig:
@@ -65,13 +65,13 @@ class ResourcesConfig(Section):
     ranks: int = Field(1, ge=1)
     """Processes of a trial."""
     gpus_per_rank: float | None = Field(None, ge=0, le=1)
-    """GPUs of a rank: 1, 0, or a part of one for several trials on it; 1 where there are GPUs when not given."""
+    """GPUs of a rank: 1, 0, or a fraction if several trials share a GPU. When not given: 1 if the cluster has GPUs."""
     cpus_per_rank: int = Field(1, ge=1)
     """Cores of a rank."""
     pack: int = Field(1, ge=1)
     """Trials that share one running encoder, each in a lane of its own (K)."""
     concurrent: int | None = Field(None, ge=1)
-    """Most trials that run at the same time; as many as the cluster has room for when not given."""
+    """Largest number of trials at the same time; as many as the cluster has room for when not given."""
 
     @model_validator(mode="after")
     def _check(self) -> ResourcesConfig:
@@ -86,46 +86,46 @@ class StopConfig(Section):
     threshold: float | None = None
     """End the search when a trial's metric is as good as this."""
     max_s: float | None = Field(None, gt=0)
-    """End the search after so many seconds."""
+    """End the search after this many seconds."""
     patience: int | None = Field(None, ge=1)
-    """End the search after so many finished trials in a row without a better one."""
+    """End the search after this many finished trials in a row without a better one."""
 
 
 class SearchSpec(Section):
     name: str = Field("search", min_length=1)
-    """Name of the search; that of its file when not given."""
+    """Name of the search; the name of its file when not given."""
     dir: Path | None = None
     """Folder the search writes; `searches/<name>` when not given."""
     recipe: str
-    """What is searched: a packaged recipe, or the path of one, from the search's file or from here."""
+    """Recipe to search: a packaged one, or a path, relative to the search's file or to the working folder."""
     settings: dict[str, Any] = Field({})
     """Dotted keys of the recipe and the values they have in every trial: `train.steps: 100`."""
     space: dict[str, Distribution] = Field({})
     """Dotted keys of the recipe and the values that are tried: `train.lr: {loguniform: [1e-3, 1e-1]}`."""
     configurations: list[dict[str, Any]] | None = Field(None, min_length=1)
-    """Instead of a space: the configurations to try, in this order, each a mapping of dotted keys to values. Those
-    that can share an encoder and its batches share packs; keep them together."""
+    """Instead of a space: the configurations to try, in this order, each a mapping of dotted keys to values.
+    Configurations that can share an encoder and its batches share packs; list them one after the other."""
     trials: int | None = Field(None, ge=1)
-    """Configurations to try; not for algorithm `grid` and for `configurations`, of which all are tried."""
+    """Number of configurations to try. Not for algorithm `grid` and for `configurations`: all of them are tried."""
     seeds: list[int] = Field([0], min_length=1)
-    """Seeds (run.seed) with each of which every configuration is run."""
+    """Seeds (run.seed); every configuration is run with each of them."""
     metric: str | None = None
-    """Metric that is searched for, such as `accuracy`, on the validation split or on what `data.holdout` holds out;
-    the task's own when not given."""
+    """Metric to optimise, such as `accuracy`, on the validation split or, with `data.holdout`, on the held-out part;
+    the task's main metric when not given."""
     mode: Literal["max", "min"] | None = None
-    """Whether more or less of the metric is better; known from the metric when not given."""
+    """Whether to maximise or minimise the metric; derived from the metric when not given."""
     algorithm: Literal["random", "grid", "optuna"] = "random"
-    """`random`; `grid`: every combination; `optuna`: drawn near what went well (TPE; needs the extra `optuna`)."""
+    """`random`; `grid`: every combination; `optuna`: draws near good configurations (TPE; needs the extra `optuna`)."""
     scheduler: SchedulerConfig = SchedulerConfig()
     resources: ResourcesConfig = ResourcesConfig()
     stop: StopConfig = StopConfig()
     retries: int = Field(1, ge=0)
-    """How often a trial that failed is started again, from its last checkpoint."""
+    """How often a failed trial is restarted from its last checkpoint."""
     seed: int = Field(0, ge=0)
-    """Seed of what the search draws."""
+    """Seed of the search's draws."""
     register_as: str | None = None
-    """Name of the MLflow model that the best adapter becomes a version of: the search's own when not given, none when
-    null."""
+    """Name of the MLflow model that gets the best adapter as a new version; the search's name when not given, no model
+    when null."""
     tracking: TrackingConfig = TrackingConfig()
 
     @property
@@ -133,7 +133,7 @@ class SearchSpec(Section):
         return self.dir or Path("searches") / self.name
 
     def to_yaml(self) -> str:
-        """The search as YAML, every default filled in; it loads as the same search again."""
+        """Return the search as YAML with every default filled in; it loads as the same search."""
         tree = self.model_dump(mode="json")
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
@@ -199,7 +199,7 @@ class SearchSpec(Section):
 
 
 def check_keys(given: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key that is none of the configuration's, or that a search sets itself."""
+    """Raise ValueError for a key that the configuration does not have, or that a search sets itself."""
     for key, value in given.items():
         _check_key(key)
         for other in value.when if isinstance(value, Distribution) else ():
@@ -209,7 +209,7 @@ def check_keys(given: Mapping[str, Any]) -> None:
 
 
 def check_seeds(given: Sequence[int]) -> None:
-    """Raises ValueError for seeds that are not all different, or below 0."""
+    """Raise ValueError for seeds that are not all different, or are below 0."""
     if min(given) < 0 or len(set(given)) < len(given):
         raise ValueError(f"give different seeds, none below 0 (given: {given})")
 
@@ -225,7 +225,7 @@ def _reserved(key: str) -> str:
 
 
 def all_keys() -> list[str]:
-    """Every dotted key an override may have; those of the recipe stand under `settings.` and `space.`."""
+    """Return every dotted key that can be overridden; keys of the recipe begin with `settings.` or `space.`."""
     found: list[str] = []
     for key in schema.all_keys(SearchSpec):
         if key in ("settings", "space"):
@@ -236,10 +236,10 @@ def all_keys() -> list[str]:
 
 
 def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
-    """A packaged search or a YAML file, with dotted overrides on top.
+    """Load a packaged search or a YAML file, with dotted overrides on top.
 
-    What is given on the command line wins: `--settings.KEY` fixes a key that the file searches, `--space.KEY`
-    searches one that it fixes, and `--space.KEY null` leaves it out.
+    The command line wins over the file: `--settings.KEY` fixes a key that the file searches, `--space.KEY` searches
+    a key that the file fixes, and `--space.KEY null` removes the key from the space.
 
     Args:
         search: packaged name (`demo`) or path of a YAML file.
@@ -293,7 +293,7 @@ def _override(tree: dict[str, Any], key: str, value: Any, values: dict[str, Any]
 
 
 def _give_way(tree: dict[str, Any], name: str, values: dict[str, Any]) -> None:
-    """Take out what the file says about a key given on the command line, or about one that excludes it."""
+    """Remove the file's entries for a key given on the command line and for the key that excludes it."""
     for section in ("settings", "space"):
         for other in (name, RIVALS.get(name)):
             if f"{section}.{other}" not in values:

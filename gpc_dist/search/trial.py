@@ -1,4 +1,4 @@
-"""A trial as Ray Tune knows it: a process that waits for a run which a pack trains."""
+"""A trial of Ray Tune: a process that waits while a pack trains its run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gpc_dist.search.packs import ACTOR
 from gpc_dist.search.trial_files import TrialRecord, recipe_of, trial_folder, write_trial
 
 SAMPLE = "sample"
-"""Of a trial's configuration in Ray Tune: what was drawn for it; a searcher puts its keys beside it."""
+"""Key of a trial's configuration in Ray Tune that holds the drawn values; those of a searcher are top-level keys."""
 SEED = "run.seed"
 STEP = "step"
 OVER = "over"
-"""Of a result: the run has made all its steps."""
+"""Key of a result: whether the run is complete."""
 
 _STATE, _ORIGIN = "state", "origin.json"
 
@@ -38,12 +38,12 @@ class Trial(tune.Trainable):
     """One trial. A result is an evaluation of its run: `val/<metric>`, `step` and `over`."""
 
     def setup(self, config: dict[str, Any], search: str = "", place: str = ".") -> None:
-        """Prepare; the run joins a pack at the first step, when it is known where it starts from.
+        """Prepare. The run joins a pack in the first `step`, because only then its starting state is known.
 
         Args:
-            config: what was drawn, and `run.seed`.
+            config: the drawn values, and `run.seed`.
             search: folder of the search.
-            place: the user's working folder.
+            place: working folder of the user.
         """
         os.chdir(place)
         self._folder = SearchFolder(search)
@@ -53,7 +53,7 @@ class Trial(tune.Trainable):
         self._take_up(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial, or the same one with other values: a process takes seconds to start."""
+        """Reuse this process for another trial, or for other values: a process takes seconds to start."""
         self.cleanup()
         self._take_up(new_config)
         return True
@@ -70,7 +70,7 @@ class Trial(tune.Trainable):
         """Wait for the next evaluation.
 
         Raises:
-            RuntimeError: the run failed, or its pack died.
+            RuntimeError: the run failed, or its pack has ended.
         """
         if self._visit is None:
             self._join()
@@ -82,7 +82,7 @@ class Trial(tune.Trainable):
         return {**metrics, STEP: event.step, OVER: event.over, tune.result.DONE: event.over}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Copy the run's newest state, so that this or another trial can go on from it."""
+        """Save the run's state and copy it, so that this or another trial can resume from it."""
         from gpc_dist.distributed import checkpoint
 
         if self._visit is not None:
@@ -93,20 +93,20 @@ class Trial(tune.Trainable):
         files.write_json(Path(checkpoint_dir) / _ORIGIN, {"number": self._number})
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Go on from the state of another trial; its own is in its run's folder, and at least as new."""
+        """Start from another trial's state. The trial's own is ignored: its run's folder has one at least as new."""
         folder = Path(checkpoint)
         if files.read_json(folder / _ORIGIN).get("number") == self._number:
             return
         states = list((folder / _STATE).glob("step-*"))
         if states:
-            # Ray removes what it has handed over
+            # Ray removes the checkpoint that it has passed
             kept = self._run.path / "started-from"
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(states[0], kept / states[0].name)
             self._start_from = str(kept / states[0].name)
 
     def cleanup(self) -> None:
-        """Leave the lane, with the state saved."""
+        """Save the run's state and leave the lane."""
         if self._visit is not None:
             ray.get(self._packs.leave.remote(self._lane_name, self._visit, "stopped by the search"))
 
@@ -133,13 +133,13 @@ class Trial(tune.Trainable):
             key = (
                 *key,
                 uuid.uuid4().hex,
-            )  # no other run, nor this one begun again, may find the encoder changed
+            )  # neither another run nor a restart of this one may get the changed encoder
         try:
             place: Any = ray.get(
                 self._packs.add.remote(self._lane_name, key, tree, self._command(), self._start_from)
             )
         except Exception as error:
-            # nothing was trained, but the trial is to be seen, and why it failed
+            # nothing was trained, but the folder must show the trial and why it failed
             files.write_text(self._run.config, built.to_yaml())
             self._run.write_status("failed", str(getattr(error, "cause", None) or error))
             raise
@@ -159,5 +159,5 @@ class Trial(tune.Trainable):
 
 
 def seed_group(drawn: dict[str, Any]) -> str:
-    """A name for what was drawn: the same for all seeds it is tried with."""
+    """Return a name for the drawn values, which is the same for all seeds."""
     return hashlib.sha256(repr(sorted(drawn.items())).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What a search writes of its trials, in the folder that tracking reads."""
+"""Files that a search writes about its trials, in the folder that tracking reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpc_dist.runs.folder import SearchFolder, TrialFolder
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What a search knows of one of its runs (`trial.json` in the run's folder)."""
+    """A search's record of one trial (`trial.json` in the run's folder)."""
 
     search: str
     trial: str
@@ -22,7 +22,7 @@ class TrialRecord:
     seed_group: str
     """Equal for the seeds of one configuration."""
     settings: Mapping[str, Any]
-    """Dotted keys that the search drew."""
+    """Dotted keys that the search drew, with their values."""
     lane: int | None = None
     host: str = ""
     decision: str = "running"
@@ -30,12 +30,12 @@ class TrialRecord:
 
 
 def recipe_of(search: SearchFolder) -> Path:
-    """The recipe as it was when the search began: trials of one search must not differ by a later edit."""
+    """Path of the recipe as it was when the search began: a later edit must not change some of the trials."""
     return search.path / "recipe.yaml"
 
 
 def trial_folder(search: SearchFolder, number: int) -> TrialFolder:
-    """The folder of a trial, from 0."""
+    """Folder of a trial; numbers start at 0."""
     return search.trial(f"{number:03d}")
 
 

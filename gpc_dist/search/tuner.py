@@ -1,4 +1,4 @@
-"""`gpc-dist tune`: a search from its specification to its best trial, with Ray Tune's own parts."""
+"""`gpc-dist tune`: runs a search with Ray Tune, from its specification to its best trial."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 _NAMESPACE = "gpc-dist"
 _NODES_S = 120.0
 _RAY = "ray"
-"""Of a search's folder: where Ray Tune keeps its own records."""
+"""Subfolder of a search's folder for Ray Tune's own files."""
 
 
 def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
-    """Search as specified; returns the exit code.
+    """Run a search; returns the exit code.
 
     Args:
-        command: the user's, for the record.
-        resume: go on with a search that was cut off.
+        command: command line of the user, for the search's record.
+        resume: continue a search that was interrupted.
 
     Raises:
-        UserError: the search is not valid, or its folder holds another one already.
-        MachineError: the cluster has no room for one trial.
+        UserError: the search is not valid, its folder has another one already, or there is none to resume.
+        MachineError: the cluster has no room for one trial, or lacks nodes.
     """
     space.validate(spec)
     goal = space.goal(spec)
@@ -63,7 +63,7 @@ def _search(spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], resum
     start_s = time.time()
     try:
         _connect()
-        signals = _interrupt_on_signals()  # Ray takes SIGTERM for itself when it connects
+        signals = _interrupt_on_signals()  # only now: Ray sets its SIGTERM handler when it connects
         try:
             trials = _tune(spec, folder, *goal, resume)
         finally:
@@ -102,9 +102,9 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         search_alg=algorithm.searcher(spec, metric, mode, concurrent),
         scheduler=scheduler,
         stop=algorithm.stop_rule(spec, metric, mode),
-        # a trial's process only waits; the ranks that work for it ask for resources of their own
+        # a trial's process only waits; the ranks that train its run request their own resources
         resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
-        # which Tune heeds for searchers only
+        # Tune applies this limit to searchers only
         max_concurrent_trials=concurrent if spec.algorithm == "optuna" else None,
         max_failures=spec.retries,
         raise_on_failed_trial=False,
@@ -122,16 +122,16 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
 
 
 def _interrupt_on_signals() -> list[str]:
-    """Let SIGTERM and SIGUSR2 do what SIGINT does: Tune stops, and its trials save their state.
+    """Let SIGTERM, SIGUSR2 and SIGINT stop Tune, whose trials then save their state.
 
     Returns:
-        A list in which the name of the signal will stand, if one comes.
+        A list to which the name of each signal is added when it arrives.
     """
     came: list[str] = []
 
     def pass_on(number: int, _: object) -> None:
         came.append(signal.Signals(number).name)
-        os.kill(os.getpid(), signal.SIGUSR1)  # Tune's own word for it
+        os.kill(os.getpid(), signal.SIGUSR1)  # the signal at which Tune stops
 
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, pass_on)
@@ -145,7 +145,7 @@ def _check(folder: SearchFolder, spec: SearchSpec, resume: bool) -> None:
             f"{folder.path} holds a search already: go on with it by --resume, or give this one another --name"
         )
     if not there and folder.trials.exists():
-        # which the trials of this one would take for their own, and go on from
+        # the trials of this search would resume from the checkpoints of those
         raise UserError(
             f"{folder.path} holds trials of a search whose {folder.config.name} is gone: remove the folder, or give "
             "this one another --name"
@@ -170,12 +170,12 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
 
 
 def _connect() -> None:
-    """A Ray cluster: the one that RAY_ADDRESS names, or one of this machine's own."""
-    # Tune reports by tables, not by its newer output, which cannot sort them
+    """Connect to the Ray cluster at RAY_ADDRESS, or start one on this machine."""
+    # Tune's older output, because the newer one cannot sort its tables
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # runs keep their own records
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # runs have their own metrics logs
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe's relative paths start where the user is
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe's paths start at the user's folder
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see `_interrupt_on_signals`
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
@@ -188,13 +188,13 @@ def _connect() -> None:
 
 
 def pack_shape(spec: SearchSpec) -> Shape:
-    """What a pack takes, and how many of them the cluster has room for.
+    """Return the resources of a pack, and the number of packs that fit on the cluster.
 
-    Packs have no more lanes than the trials need that run at once, spread over all packs: a full pack beside an empty
-    one would take longer.
+    A pack has only as many lanes as it needs when the concurrent trials are spread over all packs: a full pack beside
+    an empty one would take longer.
 
     Raises:
-        MachineError: not for one.
+        MachineError: not one pack fits.
     """
     resources, there = spec.resources, ray.cluster_resources()
     gpus = resources.gpus_per_rank

@@ -1,4 +1,4 @@
-"""A study: several methods, each with the same budget of search, on several tasks, and what came of it.
+"""Studies: several methods, each with the same search budget, compared on several tasks.
 
-`spec.load` reads a study, `run.run_study` carries it out, and `report.write_report` says what is in its folder.
+`spec.load` reads a study, `run.run_study` runs it, and `results.read_study` reads its results.
 """

@@ -1,4 +1,4 @@
-"""The trials of a study by method, and the configuration of each method that did best on the hold-out."""
+"""The trials of a study by method, and the best configuration of each method on the hold-out."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from gpc_dist.tasks.metrics import LOWER_IS_BETTER
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial, and what it came to on the hold-out."""
+    """A trial and its result on the hold-out."""
 
     folder: TrialFolder
     method: str
     configuration: Configuration
     seed: int
     result: Mapping[str, Any]
-    """Its `result.json`; empty for one that failed or was cut off."""
+    """Its `result.json`; empty for a trial that failed or was killed."""
 
     @property
     def metric(self) -> str:
-        """The task's main metric; only of a trial with a result."""
+        """Name of the task's main metric; only for a trial with a result."""
         return self.result["main_metric"]
 
     @property
     def value(self) -> float | None:
-        """The metric of the checkpoint that was kept; None for a trial that failed before it had one."""
+        """The main metric at the best checkpoint; None without a result, or if the metric is not finite."""
         found = self.result.get("metrics", {}).get("best", {}).get(self.result.get("main_metric"))
         return found if isinstance(found, int | float) and math.isfinite(found) else None
 
@@ -47,15 +47,15 @@ class Tried:
 
     @property
     def sign(self) -> int:
-        """What to multiply a value with so that more is better."""
+        """1 if a larger value is better, else -1."""
         return -1 if self.result.get("main_metric") in LOWER_IS_BETTER else 1
 
 
 def tried(folder: TaskFolder, stage: Stage, methods: Mapping[str, Sequence[Configuration]]) -> list[Tried]:
-    """The trials of a stage.
+    """Return the trials of a stage.
 
     Args:
-        methods: the configurations of each method, by which a trial's method is known.
+        methods: the configurations of each method, which identify a trial's method.
     """
     known = {identity(each): (name, each) for name, group in methods.items() for each in group}
     found = []
@@ -72,10 +72,10 @@ def tried(folder: TaskFolder, stage: Stage, methods: Mapping[str, Sequence[Confi
 
 
 def choose(trials: Sequence[Tried], seeds: int) -> dict[str, dict[str, Any]]:
-    """The best configuration of each method that has one, by the mean over its seeds.
+    """Choose the best configuration of each method that has one, by the mean over its seeds.
 
     Args:
-        seeds: of each configuration; one with a seed that failed is not chosen, whatever its others reached.
+        seeds: number of seeds of each configuration. A configuration with a failed seed is not chosen.
     """
     groups: dict[str, dict[str, list[Tried]]] = defaultdict(lambda: defaultdict(list))
     for each in trials:

@@ -1,4 +1,4 @@
-"""`gpc-dist study --dry-run`: what a study will run, and what the planner expects it to take."""
+"""`gpc-dist study --dry-run`: the runs of a study, and the hours that the planner expects for them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _NOTE = (
 
 
 def describe(study: StudySpec, gpu: str | None) -> str:
-    """A line for each task and method: configurations, runs, steps, and with a device the planner's hours on it.
+    """Return a line for each task and method: configurations, runs, steps, and with a device the planner's hours.
 
-    Nothing is read but the encoder's configuration, so runs that count in epochs have no steps here, and hours are
-    counted with one row for each example (see the note under the table).
+    Only the encoder's configuration is read, not the data. So runs whose length is given in epochs have no steps here,
+    and hours are those for one row per example (see the note under the table).
 
     Args:
-        gpu: a device that the planner knows; none for no hours.
+        gpu: a device that the planner knows; without one there are no hours.
 
     Raises:
-        UserError: a configuration is not accepted; an unknown device, or an encoder whose configuration cannot be had.
+        UserError: a configuration is not accepted, the device is unknown, or the encoder's configuration is not found.
     """
     clock = _Clock(gpu, study.resources.ranks) if gpu else None
     lines, all_steps, all_hours = [], 0, 0.0
@@ -64,13 +64,13 @@ def describe(study: StudySpec, gpu: str | None) -> str:
 
 
 def _together(each: list[_Number], search_seeds: int, final_seeds: int) -> _Number:
-    """What all runs of a method on a task take, of what a run of each configuration takes; for the final runs that of
-    the costliest one."""
+    """Return the total over all runs of a method on a task, from the value of one run of each configuration. A final
+    run counts as the costliest one."""
     return sum(each) * search_seeds + max(each) * final_seeds
 
 
 class _Clock:
-    """The planner's time of a step, asked once for runs that differ in nothing that it counts with."""
+    """The planner's time of a step, computed once for runs that are the same to the planner."""
 
     def __init__(self, gpu: str, ranks: int):
         from gpc_dist.planner.devices import find_device
@@ -80,15 +80,15 @@ class _Clock:
         self._known: dict[str, float] = {}
 
     def step_s(self, config: Config) -> float:
-        """Seconds of a step in the regime that the planner recommends.
+        """Return the seconds of a step in the regime that the planner recommends.
 
         Raises:
-            UserError: none fits, or the encoder's configuration cannot be had.
+            UserError: no regime fits, or the encoder's configuration is not found.
         """
         from gpc_dist.planner.recipe import choose, make_planner, reason
 
         train, data = config.train, config.data
-        # where a prompt starts costs nothing, and whether the cell acts once more next to nothing
+        # the prompt's start costs nothing, and one more application of the cell almost nothing
         adapter = config.adapter.model_copy(update={"prompt_init": "vocab", "pooling": "mean"})
         key = repr((adapter, train.batch_size, train.batch_tokens, train.optimizer, data.max_length))
         if key not in self._known:

@@ -1,4 +1,4 @@
-"""Where a study keeps what it has found: one folder for each task, with searches in it."""
+"""Paths of a study's files: one folder for each task, with its searches in it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder
 
 Stage = Literal["search", "final"]
-"""The runs that configurations are chosen by; and those of the chosen ones that are reported."""
+"""`search`: runs from which configurations are chosen; `final`: runs of the chosen ones, which are reported."""
 Part = Literal["packed", "alone"]
-"""The runs that can share an encoder; and those that train it, each with one of its own."""
+"""`packed`: runs that can share an encoder; `alone`: runs that train the encoder, each with a copy of its own."""
 
 
 class TaskFolder:
-    """What was tried, chosen and measured on one task."""
+    """Paths of what was drawn, chosen and run on one task."""
 
     def __init__(self, path: Path):
         self.path = path
         self.drawn = path / "drawn.json"
-        """Of each method, its configurations."""
+        """The configurations of each method."""
         self.chosen = path / "chosen.json"
-        """Of each method, the configuration that did best on the hold-out."""
+        """The best configuration of each method on the hold-out."""
 
     def search(self, stage: Stage, part: Part) -> SearchFolder:
         return SearchFolder(self.path / f"{stage}-{part}")
 
     def searches(self, stage: Stage) -> list[SearchFolder]:
-        """The searches of a stage that have begun."""
+        """Return the searches of a stage that have begun."""
         both = (self.search(stage, part) for part in ("packed", "alone"))
         return [search for search in both if search.config.exists()]
 
@@ -46,10 +46,10 @@ class StudyFolder:
 
 
 def official(trial: Path) -> Path:
-    """What a trial's adapter decided on the official validation split."""
+    """Path of the scores and decisions of a trial's adapter on the official validation split."""
     return trial / "official.json"
 
 
 def read_official(trial: Path) -> dict[str, Any]:
-    """Empty where the trial was not evaluated on the official validation split."""
+    """Read the file of `official`; empty if the trial was not evaluated on the official validation split."""
     return files.read_json(official(trial))

@@ -1,4 +1,4 @@
-"""What is in a study's folder, task by task: scores on the official split, what they cost, and how the search went."""
+"""Results in a study's folder, by task: scores on the official split, their cost, and the course of the search."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpc_dist.tasks import Example, Task, judged, make_task
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER
 
 LEARNT = 0.03
-"""By how much the ceiling must be better than the majority baseline for a task to count in means."""
+"""Margin by which the ceiling must be better than the majority baseline for a task to count in means."""
 DRAWS = 1000
 _MACHINE = ("cpu", "cpus", "memory_gib", "gpu", "gpus", "python", "versions")
 
@@ -35,28 +35,28 @@ class FinalRun:
     seed: int
     score: float
     loss: float
-    """Mean over the split's examples, as training lowers it."""
+    """The training loss, averaged over the split's examples."""
     holdout: float
-    """Of its best checkpoint, on what that was chosen by."""
+    """Main metric of its best checkpoint on the hold-out."""
     decisions: np.ndarray
-    """`[N]`, one for each example of the split."""
+    """`[N]`: one for each example of the split."""
     parameters: int
-    """Trained ones."""
+    """Number of trained parameters."""
     record: Record
 
 
 @dataclass(frozen=True)
 class SearchSpread:
-    """How a method's search went, on the hold-out."""
+    """Results of a method's search runs on the hold-out."""
 
     values: Sequence[float]
-    """Of the runs that have one, the best first."""
+    """Main metric of each run that has one, the best first."""
     failed: int
-    """Runs without a value: their loss was not finite, or they were cut off."""
+    """Number of runs without a value: their loss was not finite, or they were killed."""
     at_majority: int
-    """Runs that are no better than the majority baseline on the same rows: they did not learn."""
+    """Number of runs that are no better than the majority baseline on the same rows: they did not learn."""
     cost_s: float
-    """Seconds of ranks, of all runs that know theirs."""
+    """Rank-seconds of all runs whose cost is known."""
 
     @property
     def runs(self) -> int:
@@ -70,13 +70,13 @@ class SearchSpread:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A method on a task."""
+    """Results of a method on a task."""
 
     search: SearchSpread
     configuration: Configuration | None
     """The chosen one; None if none could be chosen."""
     runs: Sequence[FinalRun]
-    """By seed; those that failed are not among them."""
+    """Final runs in the order of their seeds, without failed ones."""
 
     @property
     def mean(self) -> float | None:
@@ -97,7 +97,7 @@ class MethodResult:
 
     @property
     def cost_s(self) -> float | None:
-        """Seconds of ranks of a final run, on average."""
+        """Mean rank-seconds of a final run."""
         known = [run.record.cost_s for run in self.runs if run.record.cost_s is not None]
         return statistics.fmean(known) if known else None
 
@@ -112,48 +112,48 @@ class Difference:
 
     mean: float
     draws: np.ndarray
-    """The same of every bootstrap draw of the examples."""
+    """The same difference for every bootstrap draw of the examples, float64 `[draws]`."""
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """95 % of the draws lie between these."""
+        """The ends between which the middle 95 % of the draws lie."""
         return interval(self.draws)
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task of a study."""
+    """Results of a task of a study."""
 
     name: str
     metric: str
     examples: int
-    """Of the official validation split."""
+    """Number of examples of the official validation split."""
     majority: float
     methods: Mapping[str, MethodResult]
-    """By name, in the study's order; those with a search."""
+    """Methods that have search runs, by name, in the study's order."""
     differences: Mapping[str, Difference]
-    """From the study's reference, of every other method with final runs."""
+    """Difference from the study's reference, for every other method with final runs."""
     floor: float | None
     """Mean score of the study's floor."""
     ceiling: float | None
     on_gpu: bool
     machines: Sequence[Mapping[str, Any]]
-    """What is known of those that the final runs ran on."""
+    """Facts about the machines of the final runs, each machine once."""
 
     @property
     def sign(self) -> int:
-        """What to multiply a score with so that more is better."""
+        """1 if a larger score is better, else -1."""
         return -1 if self.metric in LOWER_IS_BETTER else 1
 
     @property
     def learnt(self) -> bool | None:
-        """Whether the ceiling is clearly better than the majority baseline; None without a ceiling."""
+        """Whether the ceiling is better than the majority baseline by at least `LEARNT`; None without a ceiling."""
         if self.ceiling is None:
             return None
         return self.sign * (self.ceiling - self.majority) >= LEARNT
 
     def covered(self, method: str) -> float | None:
-        """Share of the distance from the floor to the ceiling that a method covers; None where there is none."""
+        """Share of the distance from the floor to the ceiling that a method covers; None if there is none."""
         mean = self.methods[method].mean
         if mean is None or self.floor is None or self.ceiling is None:
             return None
@@ -163,13 +163,13 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """All that is known of a study."""
+    """The results of a study so far."""
 
     study: StudySpec
     tasks: Sequence[TaskResult]
-    """Those whose final runs have been measured."""
+    """Tasks whose final runs have been measured."""
     missing: Sequence[str]
-    """Tasks that are not there yet."""
+    """Tasks without measured final runs."""
 
     @property
     def counted(self) -> list[TaskResult]:
@@ -183,13 +183,13 @@ class StudyResult:
         return statistics.fmean(known) if known and len(known) == len(self.counted) else None
 
     def mean_covered(self, method: str) -> float | None:
-        """As `mean`, of the shares of the distance from floor to ceiling."""
+        """As `mean`, for the share of the distance from floor to ceiling (`covered`)."""
         found = [task.covered(method) for task in self.counted if method in task.methods]
         known = [value for value in found if value is not None]
         return statistics.fmean(known) if known and len(known) == len(self.counted) else None
 
     def mean_difference(self, method: str) -> Difference | None:
-        """From the reference, on average over the tasks that count: their examples are drawn independently."""
+        """Mean difference from the reference over the tasks that count, draw by draw; None if one of them has none."""
         found = [task.differences.get(method) for task in self.counted]
         known = [difference for difference in found if difference is not None]
         if not known or len(known) < len(found):
@@ -200,10 +200,10 @@ class StudyResult:
 
 
 def read_study(study: StudySpec) -> StudyResult:
-    """What a study has found so far.
+    """Read the results of a study so far.
 
     Raises:
-        UserError: nothing that could be reported.
+        UserError: there is nothing to report.
     """
     folder = StudyFolder(study.folder)
     found = {task: _read_task(study, folder.task(task), task) for task in study.tasks}
@@ -217,7 +217,7 @@ def read_study(study: StudySpec) -> StudyResult:
 
 
 def _read_task(study: StudySpec, folder: TaskFolder, name: str) -> TaskResult | None:
-    """None for a task without measured runs."""
+    """Read the results of a task; None if it has no measured runs."""
     if not folder.chosen.exists():
         return None
     chosen = {method: best["configuration"] for method, best in files.read_json(folder.chosen).items()}
@@ -255,7 +255,7 @@ def _read_task(study: StudySpec, folder: TaskFolder, name: str) -> TaskResult | 
 
 
 def _machines(runs: Sequence[Tried]) -> list[dict[str, Any]]:
-    """The different ones among those that these runs ran on."""
+    """Return facts about the machines of these runs, each machine once."""
     found: list[dict[str, Any]] = []
     for run in runs:
         facts = files.read_json(run.folder.facts)
@@ -266,7 +266,7 @@ def _machines(runs: Sequence[Tried]) -> list[dict[str, Any]]:
 
 
 def _records(folder: TaskFolder) -> dict[str, Record]:
-    """What tracking knows of every trial, by the trial's folder."""
+    """Read the record of every trial, by the trial's folder."""
     found: dict[str, Record] = {}
     for search in (*folder.searches("search"), *folder.searches("final")):
         if search.begun_trials():
@@ -302,7 +302,7 @@ def _spread(runs: Sequence[Tried], records: Mapping[str, Record]) -> SearchSprea
 def _differences(
     reference: str, task: Task, examples: Sequence[Example], methods: Mapping[str, MethodResult]
 ) -> dict[str, Difference]:
-    """From the reference, of every other method: all of them scored on the same draws of the examples."""
+    """Return the difference of every other method from the reference, scored on the same draws of the examples."""
     held = {method: result for method, result in methods.items() if result.runs}
     if reference not in held:
         return {}

@@ -1,4 +1,4 @@
-"""`gpc-dist study`: every stage of a study that has no result yet, one after the other.
+"""`gpc-dist study`: runs every stage of a study that has no result yet, one after the other.
 
 For each task: all methods' configurations are run and selected on the hold-out, the best one of each method is run
 again with the final seeds, and the adapters of these runs are measured once on the official validation split.
@@ -27,13 +27,13 @@ from gpc_dist.tasks import make_task, read_part
 
 
 def run_study(study: StudySpec, command: Sequence[str]) -> int:
-    """Carry out what is left of a study; returns the exit code.
+    """Run the stages of a study that have no result yet; returns the exit code.
 
     Args:
-        command: the user's, for the record.
+        command: command line of the user, for the record.
 
     Raises:
-        UserError: the study is not valid, or its folder holds another one; data that cannot be read.
+        UserError: the study is not valid, its folder has another one, or data cannot be read.
         MachineError: no method could be trained on a task.
     """
     folder = StudyFolder(study.folder)
@@ -53,10 +53,10 @@ def run_study(study: StudySpec, command: Sequence[str]) -> int:
 
 
 def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
-    """The tasks that the study did not have when it began.
+    """Return the tasks that were added since the study began: all if it has not begun.
 
     Raises:
-        UserError: anything else is not what it was then.
+        UserError: anything else has changed since then.
     """
     if not folder.config.exists():
         return list(study.tasks)
@@ -71,7 +71,7 @@ def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
 
 
 def _check(study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]) -> None:
-    """Refuse what would fail after hours: settings that are not accepted, and data that cannot be read."""
+    """Check what would otherwise fail after hours: whether settings are accepted and data can be read."""
     for search in _first_searches(study, task, methods):
         space.validate(search)
         built = space.base_config(search)
@@ -108,7 +108,7 @@ def _run_task(study: StudySpec, folder: TaskFolder, task: str, command: Sequence
 
 
 def _run(wanted: Sequence[SearchSpec], command: Sequence[str]) -> int:
-    """Run these searches, or go on with those that were cut off; returns the first exit code that is not 0."""
+    """Run or resume the searches that have no result; returns the exit code of the first one that leaves none, or 0."""
     for search in wanted:
         folder = SearchFolder(search.folder)
         if folder.result.exists():
@@ -123,7 +123,7 @@ def _run(wanted: Sequence[SearchSpec], command: Sequence[str]) -> int:
 
 @contextmanager
 def _kept_handlers() -> Iterator[None]:
-    """A search takes signals its own way; between searches they do what they did before."""
+    """Restore the signal handlers at the end, because a search sets its own."""
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -134,9 +134,9 @@ def _kept_handlers() -> Iterator[None]:
 
 
 def measure_official(trials: Sequence[Path]) -> None:
-    """Measure the adapters of these trials on the official validation split, those that are not measured yet.
+    """Measure the adapters of those trials that are not measured yet on the official validation split.
 
-    In a process of its own, so that no memory and no GPU is kept from the searches to come.
+    A separate process does it, so that later searches have all memory and GPUs.
     """
     missing = [trial for trial in trials if not official(trial).exists()]
     if missing:

@@ -1,6 +1,6 @@
-"""The searches of a study: what is tried for each method, and the runs in which it is tried.
+"""The searches of a study: the configurations of each method, and the searches that run them.
 
-A configuration here is all that a run has beside its recipe, seed and place: dotted keys and their values.
+A configuration here is a mapping of dotted keys to values: all settings of a run beside its recipe, seed and folder.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Configuration = Mapping[str, Any]
 
 
 def draw(study: StudySpec, task: str) -> dict[str, list[dict[str, Any]]]:
-    """Of each method the configurations to try on a task; as many for each as its space has, at most `trials`.
+    """Draw the configurations of each method for a task: at most `trials` of each, without duplicates.
 
-    Methods with the same space get the same draws of it.
+    Methods with the same space get the same draws.
 
     Raises:
         UserError: two methods try the same configuration, or a space cannot be drawn from.
@@ -71,15 +71,15 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
 
 
 def identity(configuration: Configuration) -> str:
-    """The same text for equal configurations, whether or not they went through a file."""
+    """Return a text that is the same for equal configurations, also after they were written to a file and read."""
     return json.dumps(configuration, sort_keys=True)
 
 
 def searches(
     study: StudySpec, task: str, stage: Stage, configurations: Sequence[Configuration]
 ) -> list[SearchSpec]:
-    """The searches that run these configurations, each with every seed of the stage: one search for those that can
-    share encoders, one for those that train theirs.
+    """Return the searches that run these configurations with every seed of the stage: one for those that can share an
+    encoder, one for those that train the encoder.
     """
     alone = [each for each in configurations if each["adapter.method"] == "fine-tuning"]
     packed = [each for each in configurations if each["adapter.method"] != "fine-tuning"]
@@ -120,7 +120,7 @@ def _search(
 
 
 def _grouped(spec: SearchSpec) -> list[Configuration]:
-    """The configurations, those that can share packs one after the other: a pack takes what comes next."""
+    """Return the configurations, those that can share a pack one after the other: packs take them in order."""
     groups: dict[Any, list[Configuration]] = {}
     for each in spec.configurations or []:
         groups.setdefault(space.pack_key(space.trial_config(spec, each)), []).append(each)
@@ -128,5 +128,5 @@ def _grouped(spec: SearchSpec) -> list[Configuration]:
 
 
 def configuration_of(spec: SearchSpec, drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole configuration of a trial that was drawn this part of it."""
+    """Return the whole configuration of a trial: the settings of its search, and the values `drawn` for it."""
     return {**spec.settings, **drawn}

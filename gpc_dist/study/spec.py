@@ -26,13 +26,13 @@ _METHOD = "adapter.method"
 
 class TaskSpec(Section):
     recipe: str = ""
-    """The packaged recipe of the task, or the path of one, from the study's file or from here; the recipe with the
-    task's name when not given."""
+    """Recipe of the task: a packaged one, or a path, relative to the study's file or to the working folder; the recipe
+    with the task's name when not given."""
     data: str | None = None
-    """The task's folder in `data_root`. Without a `data_root` the data are the recipe's; for others give
+    """The task's folder in `data_root`. Without `data_root` or `data`, the recipe's data are used; for other data give
     `settings: {data.path: ...}`."""
     settings: dict[str, Any] = Field({})
-    """Dotted keys and the values they have in this task's runs: its share of the budget, such as `train.steps: 400`."""
+    """Dotted keys and their values in this task's runs: its part of the budget, such as `train.steps: 400`."""
 
     @field_validator("settings")
     @classmethod
@@ -43,10 +43,10 @@ class TaskSpec(Section):
 
 class MethodSpec(Section):
     settings: dict[str, Any] = Field({})
-    """Dotted keys and the values they have in all runs of the method. `adapter.method` is the method's name when that
-    is one."""
+    """Dotted keys and their values in all runs of the method. When `adapter.method` is not given, it is the method's
+    name."""
     space: dict[str, Distribution] = Field({})
-    """Dotted keys that are searched, and their values (see `gpc-dist tune`). Without any there is one configuration."""
+    """Dotted keys to search, and their values (see `gpc-dist tune`). Without any there is one configuration."""
 
     @field_validator("settings", "space")
     @classmethod
@@ -65,12 +65,12 @@ class MethodSpec(Section):
 
 class StudySpec(Section):
     name: str = Field("study", min_length=1)
-    """Name of the study; that of its file when not given."""
+    """Name of the study; the name of its file when not given."""
     dir: Path | None = None
     """Folder the study writes; `studies/<name>` when not given."""
     encoder: EncoderConfig = EncoderConfig()
     data_root: Path | None = None
-    """Folder that holds the tasks' `data`; the recipes' own data (of the Hub) when not given."""
+    """Folder that has the tasks' `data`; the recipes' own data (from the Hub) when not given."""
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     """The tasks, by name."""
     methods: dict[str, MethodSpec] = Field(min_length=1)
@@ -78,28 +78,28 @@ class StudySpec(Section):
     reference: str = "prompt-tuning"
     """The method that the others are compared with, example by example."""
     floor: str = "linear-probe"
-    """The method that stands for 0 % of the distance to `ceiling`."""
+    """The method whose score is 0 % of the distance to `ceiling`."""
     ceiling: str = "fine-tuning"
-    """The method that stands for 100 % of the distance from `floor`; a task that it does not learn is left out of
+    """The method whose score is 100 % of the distance from `floor`; a task that it does not learn is left out of
     means."""
     settings: dict[str, Any] = Field({})
-    """Dotted keys and the values they have in all runs; a task's and then a method's own come on top."""
+    """Dotted keys and their values in all runs; a task's settings override them, and a method's override both."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of the training split that is held out (data.holdout). Checkpoints and configurations are selected on it;
-    the validation split is read once, by the adapters that are reported."""
+    only the reported adapters are measured on the validation split, once."""
     trials: int = Field(8, ge=1)
-    """Configurations to draw for each method, those of its grids among them: the same budget for all."""
+    """Largest number of configurations of each method, grids included: the same budget for all."""
     search_seeds: list[int] = Field([0], min_length=1)
-    """Seeds with each of which every drawn configuration is run."""
+    """Seeds of the search; every drawn configuration is run with each of them."""
     seeds: list[int] = Field([1, 2, 3], min_length=3)
-    """Seeds with each of which the chosen configurations are run again and reported; at least 3, none of them of the
-    search."""
+    """Seeds of the reported runs; every chosen configuration is run again with each of them. At least 3, none of them
+    in `search_seeds`."""
     seed: int = Field(0, ge=0)
-    """Seed of what is drawn."""
+    """Seed of the draws."""
     resources: ResourcesConfig = ResourcesConfig()
-    """As of a search. Methods that train the encoder run one by one, whatever `pack` says."""
+    """As in a search. Runs that train the encoder do not share it, whatever `pack` is."""
     retries: int = Field(1, ge=0)
-    """How often a trial that failed is started again, from its last checkpoint."""
+    """How often a failed trial is restarted from its last checkpoint."""
     tracking: TrackingConfig = TrackingConfig()
 
     @property
@@ -107,11 +107,11 @@ class StudySpec(Section):
         return (self.dir or Path("studies") / self.name).absolute()
 
     def to_yaml(self) -> str:
-        """The study as YAML, every default filled in; it loads as the same study again."""
+        """Return the study as YAML with every default filled in; it loads as the same study."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def settings_of(self, task: str, method: str) -> dict[str, Any]:
-        """The values that are fixed for a method on a task."""
+        """Return the fixed values of a method on a task."""
         own = self.methods[method].settings
         if _METHOD not in own:
             own = {_METHOD: method} | own
@@ -133,7 +133,7 @@ class StudySpec(Section):
         return merged
 
     def recipe_of(self, task: str) -> str:
-        """The recipe that a task's runs start from."""
+        """Return the recipe of a task's runs."""
         return self.tasks[task].recipe or task
 
     @field_validator("settings")
@@ -170,12 +170,12 @@ class StudySpec(Section):
 
 
 def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
-    """A packaged study or a YAML file, with dotted overrides on top.
+    """Load a packaged study or a YAML file, with dotted overrides on top.
 
     Args:
         study: packaged name (`minilm`) or path of a YAML file.
         overrides: dotted key -> YAML scalar text: `trials`, `settings.train.steps`, `tasks.cb.data`,
-            `tasks.cb.settings.train.steps`, `methods.gpc.settings.adapter.cell`. `tasks.cb null` leaves a task out, and
+            `tasks.cb.settings.train.steps`, `methods.gpc.settings.adapter.cell`. `tasks.cb null` removes a task, and
             `methods.gpc null` a method.
 
     Raises:
@@ -214,11 +214,11 @@ def _plain_keys() -> list[str]:
 
 
 _NAMED: dict[str, type[Section]] = {"tasks": TaskSpec, "methods": MethodSpec}
-"""Sections with an entry for each name."""
+"""Sections with an entry for each task or method."""
 
 
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set what a dotted key of the command line names."""
+    """Set the value of a dotted key from the command line."""
     first, *rest = key.split(".")
     if first in _NAMED and rest:
         name, *rest = rest
@@ -242,5 +242,5 @@ def _set(tree: dict[str, Any], field: str, inner: str, value: Any) -> None:
         tree[field] = value
         return
     held = dict(tree.get(field) or {})
-    held.pop(RIVALS.get(inner, ""), None)  # the command line comes last
+    held.pop(RIVALS.get(inner, ""), None)  # the command line wins
     tree[field] = held | {inner: value}

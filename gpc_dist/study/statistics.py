@@ -1,9 +1,8 @@
-"""Scores of a data set drawn again and again from itself (the bootstrap, Efron 1979).
+"""Bootstrap of the scores on a data set (Efron 1979).
 
-What is drawn, with replacement, are the examples, or all the examples made of one text together where the data say
-which those are: they are not independent of each other. Every draw is scored by the task's own metric, for every run;
-the runs of a method (its seeds) are averaged. Methods are scored on the same draws, so a difference between two of them
-is a paired one.
+Examples are drawn with replacement. Examples made of one text are drawn together where the data identify the text,
+because they are not independent of each other. Every draw is scored by the task's own metric, for every run; the runs
+of a method (its seeds) are averaged. Methods are scored on the same draws, so the difference of two methods is paired.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ _MEANS: dict[Metric, Callable[[Sequence[Example]], int]] = {
     record_exact_match: len,
     multirc_exact_match: _questions,
 }
-"""Metrics that are means over so many things of some examples: a draw's is found without scoring it anew."""
+"""Metrics that are means, each with the number of items that it averages: scores of units give a draw's score."""
 
 
 def units(examples: Sequence[Example]) -> list[np.ndarray]:
-    """What is drawn: the numbers of the examples that stay together, `[n]` each."""
+    """Return the units to draw: the indices of examples that are drawn together, int64 `[n]` each."""
     found: dict[Hashable, list[int]] = {}
     for number, example in enumerate(examples):
         key: Hashable = ("alone", number)
@@ -49,18 +48,18 @@ def units(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def draw_units(count: int, draws: int, seed: int = 0) -> np.ndarray:
-    """The units of each draw, int64 `[draws, count]`."""
+    """Draw with replacement: the units of each draw, int64 `[draws, count]`."""
     return np.random.Generator(np.random.PCG64(seed)).integers(count, size=(draws, count))
 
 
 def score_draws(
     metric: Metric, examples: Sequence[Example], decisions: np.ndarray, drawn: np.ndarray
 ) -> np.ndarray:
-    """A metric of every draw: float64 `[draws]`.
+    """Return a metric of every draw, float64 `[draws]`.
 
     Args:
         decisions: of one run, `[N]`.
-        drawn: as `draw_units` gives it for the units of the examples.
+        drawn: result of `draw_units` for the units of the examples.
     """
     parts = units(examples)
     if size := _MEANS.get(metric):
@@ -78,7 +77,7 @@ def score_draws(
 def resampled(
     metrics: Sequence[Metric], examples: Sequence[Example], runs: Sequence[np.ndarray], drawn: np.ndarray
 ) -> np.ndarray:
-    """The score of every draw, the mean over metrics and over the runs of a method: float64 `[draws]`.
+    """Return the score of every draw, float64 `[draws]`: the mean over metrics and over the runs of a method.
 
     Args:
         runs: decisions of each run, `[N]`.
@@ -87,6 +86,6 @@ def resampled(
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The ends between which the middle share `level` of the draws lies (percentile interval)."""
+    """Return the ends between which the middle share `level` of the draws lies (percentile interval)."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

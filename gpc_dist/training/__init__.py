@@ -1,1 +1,1 @@
-"""The loop: steps, schedule, evaluation, stop and resume; and what a trained adapter is used for."""
+"""Training: the trainer, its step, evaluation, a run's state, stop and resume."""

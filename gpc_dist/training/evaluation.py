@@ -17,10 +17,10 @@ from gpc_dist.training.session import Session, Split
 def evaluate(
     session: Session, lanes: Sequence[Adapter], split: Split, stop: Callable[[], bool]
 ) -> list[dict[str, float]] | None:
-    """Metrics of the task on a split, and its mean `loss`: a mapping for each lane, on every rank.
+    """Evaluate the lanes on a split. Returns for each lane the task's metrics and the mean `loss`, on every rank.
 
     Args:
-        stop: whether this rank wants the evaluation to end; if any rank does, all return None.
+        stop: asked after each batch whether this rank wants to stop; if any rank does, all return None.
     """
     task, world = session.task, session.world
 
@@ -37,14 +37,14 @@ def evaluate(
 
 
 class _StopError(Exception):
-    """A stop was asked for, and all ranks know."""
+    """A rank requested a stop, and all ranks know."""
 
 
 @torch.no_grad()
 def all_outputs(
     session: Session, lanes: Sequence[Adapter], encoded: Encoded, on_batch: Callable[[], None] = lambda: None
 ) -> list[list[np.ndarray]] | None:
-    """Outputs of each lane for every example in the order of the split, on rank 0; None on other ranks.
+    """Compute the outputs of each lane for every example, in the split's order, on rank 0; None on other ranks.
 
     Args:
         on_batch: called after each batch.

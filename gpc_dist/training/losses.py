@@ -1,4 +1,4 @@
-"""What the head's outputs mean for each kind of task: the loss, and the outputs of each example."""
+"""The loss and the outputs of each example, from the head's outputs, for each kind of task."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gpc_dist.tasks.example import Kind
 def summed_loss(kind: Kind, outputs: Tensor, batch: Batch) -> Tensor:
     """Loss summed over the examples of a batch, a float32 scalar.
 
-    Cross-entropy for a classification, squared error for a regression. For a choice, minus the log of
-    the probability that the softmax over an example's candidates gives to the right ones together.
+    Cross-entropy for a classification, squared error for a regression. For a choice, the negative log of the
+    right candidates' total probability under the softmax over the example's candidates.
 
     Args:
         outputs: `[R, outputs]` of the batch's rows.
@@ -33,7 +33,7 @@ def summed_loss(kind: Kind, outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def _by_example(rows: Tensor, batch: Batch, padding: float) -> Tensor:
-    """Values of the rows `[R]` as a table `[B, most candidates]`."""
+    """Arrange the values of the rows, `[R]`, in a padded table, `[B, largest number of candidates]`."""
     parts = rows.split(batch.rows_per_example)
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=padding)
 

@@ -1,4 +1,4 @@
-"""A pack: the runs of a search's trials in the lanes of one encoder. They come and go while the others go on."""
+"""A pack: runs of a search's trials in the lanes of one encoder. Runs join and leave while others train."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Pack:
     """Loads the encoder and trains runs in its lanes. Every rank makes the same calls in the same order.
 
     Args:
-        config: encoder, task, data and engine, which all runs of the pack share (see `search.space.pack_key`).
+        config: has the encoder, task, data and engine that all runs of the pack share (see `search.space.pack_key`).
 
     Raises:
-        UserError: as `gpc-dist train` of this configuration would.
+        UserError: for the same reasons as in `gpc-dist train`.
     """
 
     def __init__(self, config: Config, world: World):
@@ -44,20 +44,20 @@ class Pack:
 
     @property
     def names(self) -> list[str]:
-        """The runs in its lanes."""
+        """Names of the runs in the pack's lanes."""
         return list(self._runs)
 
     def add(
         self, name: str, config: Config, command: Sequence[str], start_from: Checkpoint | None = None
     ) -> None:
-        """Give a run a lane: it begins, or goes on from the newest checkpoint in its folder.
+        """Give a run a lane. The run begins, or resumes from the newest checkpoint in its folder.
 
         Args:
-            command: what reproduces the run.
-            start_from: another run's state to go on from instead.
+            command: command line that reproduces the run.
+            start_from: checkpoint of another run to start from instead.
 
         Raises:
-            UserError: as `gpc-dist train` would; the pack goes on without it.
+            UserError: for the same reasons as in `gpc-dist train`; the pack stays usable without this run.
         """
         session, folder = self._session, RunFolder(config.run.folder)
         training = self._split("train", config)
@@ -81,22 +81,22 @@ class Pack:
             self._held[name] = held.pop_all()
 
     def leave(self, name: str, state: State = "stopped", reason: str = "") -> None:
-        """Save a run's state and free its lane; no run of that name is fine, it may have ended meanwhile."""
+        """Save a run's state and free its lane; does nothing if there is no such run: it may have ended meanwhile."""
         if name in self._runs:
             self._runs[name].save()
             self._close(name, state, reason)
 
     def save(self, name: str) -> None:
-        """Save a run's state, as a checkpoint in its folder."""
+        """Save a run's state as a checkpoint in its folder."""
         self._runs[name].save()
 
     def advance(self, names: Sequence[str], most_s: float = 5.0) -> list[Event]:
-        """Train some of the runs until one of them has been evaluated, has ended or has failed, or for a while;
-        the others rest.
+        """Train some of the runs until one of them is evaluated, ends or fails, or until `most_s` has passed. The
+        other runs are not trained.
 
         Args:
             names: of the runs to train.
-            most_s: seconds after which to return even if nothing has come up; by rank 0's clock.
+            most_s: seconds after which to return without an event, by rank 0's clock.
         """
         world, end_s = self._session.world, time.monotonic() + most_s
 
@@ -112,7 +112,7 @@ class Pack:
         return events
 
     def _close(self, name: str, state: State, reason: str = "") -> None:
-        """Free a lane and write the end of its run."""
+        """Free a run's lane, and write its result and its end state."""
         run, world = self._runs.pop(name), self._session.world
         memory = world.gather(peak_memory_mib(world.device))
         run.close()
@@ -128,7 +128,7 @@ class Pack:
         run.folder.write_status(state, reason)
 
     def _split(self, part: Part, config: Config) -> Split:
-        """A part of the data, read and encoded once for all runs that use the same examples of it."""
+        """Read and encode a part of the data, once for all runs that use the same examples."""
         data, seed = config.data, config.run.seed
         limit = data.limit_train if part == "train" else data.limit_eval
         key = (part, limit, seed if part == "train" and limit is not None else None)

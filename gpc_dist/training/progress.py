@@ -1,4 +1,4 @@
-"""What is told of runs while they go on: events for the caller, a bar or plain lines for the user."""
+"""Progress of runs: events for the caller, a progress bar or log lines for the user."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """A run was evaluated, has ended or has failed."""
+    """A run was evaluated, ended or failed."""
 
     name: str
     step: int
     metrics: dict[str, float]
-    """Of the newest evaluation; empty for a run that failed."""
+    """Metrics of the newest evaluation; empty for a run that failed."""
     over: bool = False
-    """It has left its lane: finished, or failed."""
+    """The run has finished or failed, and trains no further."""
     failure: str = ""
 
 
@@ -33,7 +33,8 @@ class Progress:
     """Progress of a run: a bar where rank 0 has a terminal, log lines elsewhere.
 
     Args:
-        total: steps of the whole run; `done` of them were made before.
+        total: steps of the whole run.
+        done: steps that were made before.
         main: whether this is rank 0.
     """
 
@@ -66,7 +67,7 @@ class Progress:
         self._bar.update()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Show figures of a step, such as `loss`; they stay until they change."""
+        """Show values of a step, such as `loss`; they stay visible until they change."""
         self._shown |= {name: _short(value) for name, value in values.items()}
         if self._terminal:
             self._bar.set_postfix(self._shown)

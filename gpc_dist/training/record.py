@@ -1,4 +1,4 @@
-"""What a trainer writes into a run's folder before and after training."""
+"""Files in a run's folder that are written before and after training."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def open_folder(
     train: list[Example],
     validation: list[Example],
 ) -> None:
-    """Make a folder that of a run which begins, or goes on if `train.resume` says so.
+    """Prepare the folder of a run that begins, or that resumes if `train.resume` is true.
 
     Args:
-        argv: the command to reproduce it.
+        argv: command line that reproduces the run.
 
     Raises:
-        UserError: an earlier run there is still being recorded.
+        UserError: an earlier run in this folder is still being recorded.
     """
     files.recover_folder(folder.adapter, store.NAMES)
     files.check_replaceable(folder.adapter, store.NAMES)
@@ -56,7 +56,7 @@ def open_folder(
 
 
 def run_result(run: Run) -> dict[str, Any]:
-    """What came of a run, for `result.json`; memory, energy and total time are the caller's to add."""
+    """Return the contents of `result.json`; the caller adds memory, energy and total time."""
     session, config, position = run.session, run.config, run.position
     return {
         "task": session.task.name,

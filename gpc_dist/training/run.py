@@ -1,4 +1,4 @@
-"""One run in a lane of an encoder: what it learns from, how far it is, and what it writes into its folder."""
+"""One run in a lane of an encoder: its examples, its progress, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _EPOCHS = 10.0
 
 @dataclass
 class Speed:
-    """What the steps of this process cost, evaluation and saving left out."""
+    """Time, examples and tokens of this process's steps, without evaluation and saving."""
 
     step_s: list[float] = field(default_factory=list)
     examples: int = 0
     tokens: int = 0
     """Text tokens without padding."""
     padded_tokens: int = 0
-    """Text tokens if every row of a step were as long as its longest: ranks and micro-batches pad less."""
+    """Text tokens with every row padded to the step's longest; ranks and micro-batches pad less."""
     first_step_at_s: float | None = None
     """Unix time at which the first step was done."""
 
     def count(self, split: Split, indices: np.ndarray, seconds: float) -> None:
-        """Add a step; the first one, which also warms up, is left out."""
+        """Add a step. The first one is left out, because it includes warm-up."""
         if self.first_step_at_s is None:
             self.first_step_at_s = time.time()
             return
@@ -53,7 +53,7 @@ class Speed:
         self.padded_tokens += int(len(lengths) * lengths.max())
 
     def figures(self) -> dict[str, float | None]:
-        """For `result.json`."""
+        """Return speeds and padding for `result.json` and the metrics log; None before the second step."""
         total_s = sum(self.step_s)
         return {
             "samples_per_s": self.examples / total_s if total_s else None,
@@ -64,19 +64,19 @@ class Speed:
 
 
 class Run:
-    """One run in a lane of a session's encoder. Every rank has its own copy, in step with the others.
+    """One run in a lane of a session's encoder. Every rank has a copy, and all copies make the same steps.
 
-    Rank 0 writes the metrics log and the best adapter; all write checkpoints together.
+    Rank 0 writes the metrics log, the best adapter and the checkpoints; all ranks take part in saving a checkpoint.
 
     Args:
-        name: what events call it.
-        config: of this run; what a session fixes (encoder, task, engine) is the session's.
-        folder: the run's own, see `record.open_folder`.
-        adapter: what is trained, see `Session.new_adapter`.
-        saved: the state to go on from.
+        name: of the run, in events.
+        config: of the run; its encoder, task and engine are those of the session.
+        folder: the run's folder, prepared by `record.open_folder`.
+        adapter: the adapter to train, see `Session.new_adapter`.
+        saved: checkpoint to resume from.
 
     Raises:
-        UserError: the state is of an encoder with other weights.
+        UserError: the checkpoint was made with other weights of the encoder.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Run:
         self.speed = Speed()
         self.started_s = time.time()
         self.failure = ""
-        """Why the run cannot go on, once it has failed."""
+        """Why the run failed; empty if it has not."""
         self._nonfinite = 0
         self._batches = self.plan.batches(self.position.step)
         self._next: LaneExamples | None = None
@@ -116,41 +116,41 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether its steps are done, or early stopping has ended it."""
+        """Whether all steps are done, or early stopping has ended the run."""
         return self.position.step >= self.total or self.position.ended
 
     @property
     def complete(self) -> bool:
-        """Whether it is over and evaluated."""
+        """Whether the run is over and its final state is evaluated."""
         return self.over and not self.evaluation_due
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the state it has reached is to be evaluated, and was not yet."""
+        """Whether the current state must be evaluated and has not been yet."""
         step, every = self.position.step, self.config.train.eval_every
         periodic = self.plan.locate(step)[1] == 0 if every is None else step % every == 0
         return step > self.position.evaluated_step and (step == self.total or periodic)
 
     @property
     def next_examples(self) -> LaneExamples:
-        """What the next step learns from: the same until `begin_step`."""
+        """The examples of the next step; they stay the same until `begin_step`."""
         if self._next is None:
             _, indices = next(self._batches)
             self._next = LaneExamples(self.adapter, self.training.encoded, indices)
         return self._next
 
     def begin_step(self) -> None:
-        """Use up `next_examples`, and set the learning rates of the step."""
+        """Consume `next_examples` and set the learning rates of the step."""
         self._next = None
         warmup = warmup_steps(self.config.train, self.total)
         schedule = self.config.train.schedule
         self.optimizer.set_factor(schedule_factor(schedule, self.position.step, warmup, self.total))
 
     def finish_step(self, examples: LaneExamples, done: Done, step_s: float) -> dict[str, float] | None:
-        """Count a step; returns its figures if they were logged.
+        """Record a step that was made; returns its metrics if they were logged.
 
         Raises:
-            UserError: the loss stays non-finite.
+            UserError: the loss was not finite for `train.nonfinite_patience` steps in a row.
         """
         settings, position = self.config.train, self.position
         epoch = self.plan.locate(position.step)[0]
@@ -179,7 +179,7 @@ class Run:
         return figures
 
     def finish_evaluation(self, metrics: dict[str, float]) -> None:
-        """Keep the adapter if it is the best so far; end the run if none was for too long."""
+        """Save the adapter if it is the best so far; otherwise end the run if `train.patience` is used up."""
         task, position, patience = self.session.task, self.position, self.config.train.patience
         position.last, position.evaluated_step = metrics, position.step
         value, best = metrics[task.main_metric], position.best.get(task.main_metric)
@@ -194,12 +194,12 @@ class Run:
         self._write({f"val/{name}": metric for name, metric in metrics.items()})
 
     def save_due(self, evaluated: bool) -> bool:
-        """Whether its state is to be saved after this step."""
+        """Whether to save the state after this step; `evaluated` says whether the step was evaluated."""
         every = self.config.train.save_every
         return self.over or (evaluated if every is None else self.position.step % every == 0)
 
     def save(self) -> None:
-        """Save its state; every rank must call it."""
+        """Save the state as a checkpoint; every rank must call it."""
         encoder = self.session.base.identity
         save_state(self.folder.checkpoints, self.config, encoder, self.optimizer, self.position)
 
@@ -214,7 +214,7 @@ class Run:
 
 
 def _task_card(config: Config, task: Task) -> dict[str, Any]:
-    """The `task` entry of an adapter's card: enough to evaluate and predict without its run's folder."""
+    """Return the `task` entry of an adapter's card: enough to evaluate and predict without the run's folder."""
     values = config.dump()
     if config.task.text or config.task.choices:
         # a table's labels must not depend on finding its training split again

@@ -36,14 +36,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen encoder on its way into a session: found and checked, not yet placed."""
+    """An encoder that is found and checked, but not yet placed on its device."""
 
     encoder: frozen.Encoder
     identity: EncoderIdentity
     tokenizer: Any
     """None for an encoder of random weights."""
     parameters: int
-    """N."""
+    """Number of the encoder's parameters, N."""
     load_s: float
 
     @property
@@ -53,7 +53,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that runs, on one rank."""
+    """Configuration, task and placed encoder of one rank."""
 
     config: Config
     world: World
@@ -62,7 +62,7 @@ class Session:
     model: GraftedEncoder
     ds_config: dict[str, Any]
     load_s: float
-    """Seconds from the first look at the encoder to its last weight in place."""
+    """Seconds that reading and placing the encoder took."""
 
     @property
     def text_tokens(self) -> int:
@@ -73,14 +73,14 @@ class Session:
         return getattr(self.base.tokenizer, "pad_token_id", None) or 0
 
     def run(self, batch: LaneBatch, lanes: Sequence[Adapter]) -> list[Tensor]:
-        """Outputs `[R_k, outputs_k]` of each lane's rows, for a batch on the session's device."""
+        """Run a batch that is on the session's device; returns the outputs of each lane's rows, `[R_k, outputs_k]`."""
         return self.model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows, lanes)
 
     def new_adapter(self, config: Config) -> Adapter:
-        """An adapter of a run, started from `run.seed`, on this session's device.
+        """Make the adapter of a run on this session's device, initialised from `run.seed`.
 
         Raises:
-            UserError: see `hand_over_encoder`.
+            UserError: see `graft.new_adapter` and `hand_over_encoder`.
         """
         adapter = new_adapter(
             self.base.parts,
@@ -94,10 +94,10 @@ class Session:
         return adapter
 
     def hand_over_encoder(self, adapter: Adapter) -> None:
-        """Make the encoder a part of an adapter whose method trains it; others get nothing.
+        """Make the encoder a part of the adapter if its method trains the encoder; otherwise do nothing.
 
         Raises:
-            UserError: it is another adapter's already.
+            UserError: the encoder is already part of another adapter.
         """
         if not adapter.config.trains_encoder:
             return
@@ -113,10 +113,10 @@ class Session:
 
 
 def text_tokens(config: Config, parts: EncoderParts) -> int:
-    """T at most: `data.max_length`, or what the encoder's positions leave beside the prompt.
+    """Return the largest T: `data.max_length`, or the encoder's positions minus the prompt if that is less.
 
     Raises:
-        UserError: they leave too little.
+        UserError: fewer than 8 positions are left for text.
     """
     if parts.max_positions is None:
         return config.data.max_length
@@ -137,7 +137,7 @@ def seed_everything(seed: int) -> None:
 
 
 def check_input(config: Config, world: World) -> None:
-    """Say what is wrong with the encoder's place or the engine's regime before anything is loaded or written.
+    """Check the encoder's path and the engine's regime, before anything is loaded or written.
 
     Raises:
         UserError: see `frozen.encoder_path` and `deepspeed_config.resolve`.
@@ -147,12 +147,12 @@ def check_input(config: Config, world: World) -> None:
 
 
 def load_base(config: Config, world: World) -> Base:
-    """Read the encoder and its tokenizer. One that is fine-tuned keeps float32 weights."""
+    """Load the encoder and its tokenizer. An encoder that is fine-tuned gets float32 weights."""
     start = time.monotonic()
     tokenizer = frozen.load_tokenizer(config.encoder)
     dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
     encoder = frozen.load_encoder(config.encoder, dtype, world)
-    # under the name the user gave, not the folder it was found in on this machine
+    # the path is the one that the user gave, not the folder on this machine
     identity = replace(identify(encoder.parts.encoder, encoder.folder), path=config.encoder.path)
     parameters = frozen.count_parameters(encoder.parts)
     return Base(encoder, identity, tokenizer, parameters, time.monotonic() - start)
@@ -164,7 +164,7 @@ def open_session(
     """Graft the encoder, and place it where it runs.
 
     Args:
-        attached: adapters that run where a pass is given no others.
+        attached: adapters that run if a pass is given no others.
     """
     dtype = encoder_dtype(config.engine, world.device)
     ds_config = deepspeed_config.resolve(config, world.size, dtype)
@@ -175,7 +175,7 @@ def open_session(
     if config.engine.activation_checkpointing:
         model.checkpoint_activations()
     if config.engine.activation_checkpointing or config.engine.quantize != "none":
-        return_freed_memory()  # or the heap would hold what is no longer kept
+        return_freed_memory()  # otherwise the heap keeps memory that is no longer used
     start = time.monotonic()
     frozen.place(base.encoder, world, config.engine, ds_config)
     load_s = base.load_s + time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Saving a run's state and going on from it."""
+"""Saving and restoring the state of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpc_dist.errors import UserError
 
 @dataclass
 class Position:
-    """How far a run is: what a checkpoint holds beside tensors."""
+    """Progress of a run, as its checkpoints hold it."""
 
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
@@ -34,14 +34,14 @@ class Position:
     ended: bool = False
     """Early stopping has ended the run."""
     share_s: float = 0.0
-    """Seconds spent on the run: each step and evaluation divided by the number of runs in it."""
+    """Seconds spent on the run: those of each step and evaluation, divided by the number of runs in it."""
 
 
 def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
-    """The newest complete checkpoint, verified; None where there is none or `train.resume` is false.
+    """Load and verify the newest complete checkpoint; None if there is none or `train.resume` is false.
 
     Raises:
-        UserError: it is damaged, or another run's.
+        UserError: the checkpoint is damaged, or belongs to another run.
     """
     path = checkpoint.newest(checkpoints) if config.train.resume else None
     if path is None:
@@ -63,7 +63,7 @@ def save_state(
     optimizer: LaneOptimizer,
     position: Position,
 ) -> None:
-    """Write a checkpoint and remove those that `train.keep_last` does not keep. Every rank must call it."""
+    """Write a checkpoint; keep only the newest `train.keep_last` and the best one. Every rank must call it."""
     world = optimizer.world
     tensors = optimizer.state()
     rng = world.gather(checkpoint.rng_state())
@@ -79,10 +79,12 @@ def save_state(
 
 
 def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOptimizer) -> Position:
-    """Put the tensors of a checkpoint, and this rank's random generator, where they were; returns the position.
+    """Restore the tensors of a checkpoint; returns the position.
+
+    This rank's random generator is restored if the number of ranks is the same.
 
     Raises:
-        UserError: the encoder's weights have changed since.
+        UserError: the encoder's weights have changed since the checkpoint was saved.
     """
     if saved.state["encoder_sha256"] != encoder.sha256:
         raise UserError(
@@ -97,7 +99,7 @@ def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOp
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What two parts of one run must agree on for the second to go on from the first's checkpoint."""
+    """Return the settings that must be equal in a checkpoint and in the run that resumes from it."""
     values = config.dump()
     train = ("batch_size", "batch_tokens", "optimizer")
     return {

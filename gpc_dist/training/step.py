@@ -1,10 +1,10 @@
 """One optimizer step of one or more lanes: prepared, run by this rank, and finished by all ranks together.
 
-All lanes of a step share its passes: one batch holds the rows of all. A lane's loss, gradient norm, clipping
-and update are its own, so that a lane learns as it would alone, up to the order of sums.
+All lanes of a step share its passes: one batch holds the rows of all lanes. Each lane has its own loss, gradient
+norm, clipping and update, so it learns as it would alone, up to the order of sums.
 
-A GPU is waited for in `finish` alone, which needs the losses and gradient norms on the host. So a caller that
-prepares the next step between `backward` and `finish` does so while the GPU works.
+Only `finish` waits for a GPU, because it needs the losses and gradient norms on the host. So a caller can prepare
+the next step between `backward` and `finish`, while the GPU works.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from gpc_dist.training.losses import summed_loss
 from gpc_dist.training.session import Session
 
 PASS_TOKENS = 50
-"""Padded tokens that a further pass must save. It costs a CPU as much time as up to 40 of them (shape of MiniLM, 1 and
-8 lanes). A GPU wants few and large passes, and under ZeRO-3 each of them gathers the encoder."""
+"""Padded tokens of a rank that an additional pass must save, on a CPU. Such a pass takes the time of up to 40 of them
+(MiniLM's shape, 1 and 8 lanes). A GPU needs few and large passes, and under ZeRO-3 each pass gathers the encoder."""
 
 
 @dataclass(frozen=True)
 class LaneExamples:
-    """What an adapter learns from in a step."""
+    """An adapter and its examples of a step."""
 
     adapter: Adapter
     encoded: Encoded
@@ -41,25 +41,25 @@ class LaneExamples:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Examples that a rank runs at once, on its device."""
+    """Examples that a rank runs in one pass, on its device."""
 
     batch: LaneBatch
     counts: bool
-    """False for a pass that is run for the other ranks' sake only."""
+    """False for a pass that this rank runs only because the other ranks run one."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the lanes learn from, and this rank's part of it."""
+    """The examples of all lanes in a step, and this rank's passes."""
 
     lanes: list[LaneExamples]
-    """Of each lane, in order."""
+    """One entry for each lane, in order."""
     passes: list[MicroBatch]
 
 
 @dataclass(frozen=True)
 class Done:
-    """What all ranks know of a lane's finished step."""
+    """Result of a step for one lane, the same on all ranks."""
 
     loss: float
     """Mean over the lane's examples."""
@@ -68,15 +68,15 @@ class Done:
 
     @property
     def finite(self) -> bool:
-        """Whether both are finite; the adapter is left as it was if they are not."""
+        """Whether loss and norm are finite; if not, the adapter is not updated."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
-    """The step in which these lanes learn from these examples. Copies to a GPU are queued, not waited for.
+    """Prepare a step of these lanes and examples. Copies to a GPU are asynchronous.
 
-    Ranks and passes share out all lanes' examples together, so that rows of similar length meet whichever lane
-    they belong to.
+    The examples of all lanes are divided together over ranks and passes, so that a pass has rows of similar length,
+    whatever their lanes.
     """
     world = session.world
     sizes = Sizes(
@@ -97,7 +97,7 @@ def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
     )
     passes = []
     for part in parts:
-        # under ZeRO-3 a pass is a collective: a rank without examples runs one that counts nothing
+        # under ZeRO-3 a pass is a collective: a rank without examples runs one that does not count
         chosen = part if len(part) else np.array([len(sizes) - 1])
         batches = []
         for lane, end in zip(lanes, ends, strict=True):
@@ -110,8 +110,8 @@ def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
 
 
 def backward(session: Session, step: Step) -> Tensor:
-    """Gradients of this rank's part of a step; returns its part of each lane's mean loss, `[K]`, which a GPU may
-    still be working on."""
+    """Compute the gradients of this rank's part of a step. Returns its part of each lane's mean loss, float32 `[K]`,
+    without waiting for the GPU."""
     total = torch.zeros(len(step.lanes), device=session.world.device)
     for micro in step.passes:
         outputs = session.run(micro.batch, [lane.adapter for lane in step.lanes])
@@ -131,16 +131,16 @@ def backward(session: Session, step: Step) -> Tensor:
 def finish(
     session: Session, optimizers: Sequence[LaneOptimizer], losses: Tensor, flag: bool = False
 ) -> tuple[list[Done], bool]:
-    """Sum the gradients over the ranks and update the adapters, but those with something that is not finite.
+    """Sum the gradients over the ranks, and update each adapter whose loss and gradient norm are finite.
 
     Args:
         losses: what `backward` returned.
-        flag: what this rank wants the others to know.
+        flag: of this rank, combined with those of the other ranks.
 
     Returns:
-        What came of each lane, and whether any rank raised its flag.
+        The result of each lane, and whether any rank set its flag.
     """
-    # filled by the device itself: a copy from the host would wait for all that is queued before it
+    # filled on the device: a copy from the host would wait for all work queued before it
     flags = torch.full_like(losses[:1], float(flag))
     reduced = reduce_gradients(optimizers, torch.cat([losses, flags]), session.config.engine.zero_stage)
     *means, raised = reduced.sums

@@ -1,4 +1,4 @@
-"""A stop on request: the signal only sets a flag, which the loop reads at a step's end."""
+"""Stop on request: a signal only sets a flag, which the trainer reads in every step and evaluation batch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopRequest:
-    """While it is entered, SIGINT, SIGTERM and SIGUSR2 ask for a stop.
+    """Context manager in which SIGINT, SIGTERM and SIGUSR2 request a stop.
 
-    A second Ctrl-C ends at once, lest a stuck step keep the user from ending the program. The others may come
-    several times: a batch system tells a job's script and its processes, and repeats itself.
+    A second Ctrl-C ends the program at once, because a step may be stuck. The other signals may arrive several
+    times: a batch system sends them to a job's script and to its processes, and repeats them.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """Name of the signal that came, if one came."""
+        """Name of the last signal received; None if there was none."""
         self._previous: dict[int, Any] = {}
 
     def listen(self, *numbers: signal.Signals) -> None:
-        """Take these signals for the request already; the others still end the process."""
+        """Treat these signals as requests from now on, before the context is entered; others still end the process."""
         for number in numbers:
             self._previous.setdefault(number, signal.signal(number, self._handle))
 

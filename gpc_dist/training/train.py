@@ -36,10 +36,11 @@ from gpc_dist.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 _RUN_ID_TIMEOUT_S = 30.0
-"""How long the end of a run waits to learn its MLflow run id; a server that is down must not hold it."""
+"""Longest wait for the MLflow run id at the end of a run; a server that is down must not block the run."""
 
 _STOPPED_TIMEOUT_S = 5.0
-"""How long a stopped run waits for MLflow: a batch system's grace is short, and a resume records the rest."""
+"""Longest wait of a stopped run for MLflow: a batch system's grace period is short, and the resumed run records the
+rest."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What training came to."""
+    """Result of training."""
 
     step: int
     stopped_by: str | None
-    """The signal that asked for the stop; None when the run is complete."""
+    """The signal that requested the stop; None if the run is complete."""
     result: dict[str, Any]
     """Contents of `result.json`; empty on ranks above 0."""
 
@@ -71,8 +72,8 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
 
     Args:
         started_s: unix time at which the user's command began.
-        argv: that command, for the record.
-        stop: a request that comes before training begins takes effect after the first step.
+        argv: that command, for the run's record.
+        stop: a request made before training begins takes effect at the first step or evaluation.
     """
     world = init_world(config.engine)
     held = ExitStack()
@@ -95,7 +96,7 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
     finally:
         held.close()
         world.leave()
-    # the main rank alone speaks of a stop: `srun` ends all others when one of them ends with an error
+    # only the main rank returns the code of a stop: `srun` ends all ranks when one of them ends with an error
     return EXIT_STOPPED if outcome.stopped_by and world.is_main else EXIT_DONE
 
 
@@ -121,7 +122,7 @@ def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
 
 
 def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
-    """Load the encoder and train until the run is complete or a stop was asked for."""
+    """Load the encoder and train until the run is complete or a stop is requested."""
     config, world, folder = inputs.config, inputs.world, inputs.folder
     if not world.is_main:
         logs.log_rank_to(folder.rank_log(world.rank))
@@ -159,7 +160,7 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
 
 
 def _advance(run: Run, stop: StopRequest) -> bool:
-    """Train a run to its end, and show its progress; returns whether a stop came first.
+    """Train a run and show its progress, until it is complete or stopped; returns whether it was stopped.
 
     Raises:
         UserError: the loss stays non-finite.
@@ -191,7 +192,7 @@ def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
 
 
 def _open_record(inputs: _Inputs, argv: Sequence[str]) -> ExporterProcess | None:
-    """Open the run's folder and start its export to MLflow, if it is to be exported."""
+    """Prepare the run's folder and, if tracking is enabled, start the export to MLflow."""
     open_folder(inputs.folder, inputs.config, argv, inputs.task, inputs.training, inputs.validation)
     return exporter_process.start(inputs.folder.path) if inputs.config.tracking.enabled else None
 
@@ -204,7 +205,7 @@ def _record_failure(inputs: _Inputs, exporter: ExporterProcess | None, error: Ba
 
 
 def _record_outcome(inputs: _Inputs, exporter: ExporterProcess | None, outcome: _Outcome) -> None:
-    """Write the end of the run into its folder, let MLflow have it, and tell the user."""
+    """Write the end of the run to its folder, finish the export to MLflow, and print the result."""
     config, folder = inputs.config, inputs.folder
     timeout_s: float = config.tracking.finish_timeout_s
     if outcome.stopped_by is None:

@@ -13,7 +13,7 @@ from gpc_dist.training.session import Session
 from gpc_dist.training.step import Step, backward, finish, prepare
 
 StepCallback = Callable[[Run, dict[str, float] | None], None]
-"""Takes a run that has made a step, and the step's figures if they were logged."""
+"""Takes a run that has made a step, and the step's metrics if they were logged."""
 
 
 def _never() -> bool:
@@ -21,11 +21,11 @@ def _never() -> bool:
 
 
 class Trainer:
-    """Trains runs together. Every rank makes the same calls in the same order; runs may come and go between calls.
+    """Trains runs together. Every rank makes the same calls in the same order; the runs may differ between calls.
 
     Args:
         session: the encoder that the runs share.
-        stop: whether this rank was asked to stop.
+        stop: returns whether this rank was asked to stop.
         on_step: called for each run after each of its steps.
     """
 
@@ -35,15 +35,15 @@ class Trainer:
         self._session, self._stop, self._on_step = session, stop, on_step
         self._prefetched: tuple[Sequence[Run], Step] | None = None
         self.stopped = False
-        """A rank was asked to stop: all ranks have stopped, with the states of the runs saved."""
+        """A rank was asked to stop: all ranks have stopped and saved the runs' states."""
 
     def advance(self, runs: Sequence[Run], pause: Callable[[], bool] = _never) -> list[Event]:
-        """Train until one of these runs was evaluated, has ended or has failed, or until any rank stops or pauses.
+        """Train until one of these runs is evaluated, ends or fails, or until any rank stops or pauses.
 
         Args:
-            pause: whether this rank wants the call to return after the current step; nothing is saved then.
+            pause: returns whether this rank wants `advance` to return after the current step; a pause saves nothing.
         """
-        # the evaluation of a resumed run may be due: a stop came before it
+        # the evaluation of a resumed run may be due: it was stopped before that
         events = self._settle(runs, stepped=False)
         paused = not runs
         while not (events or paused or self.stopped):
@@ -52,7 +52,7 @@ class Trainer:
         return events
 
     def _step(self, runs: Sequence[Run], pause: Callable[[], bool]) -> tuple[list[Event], bool]:
-        """One step of all runs. Returns the events of runs that failed, and whether any rank stops or pauses."""
+        """Make one step of all runs. Returns the events of runs that failed, and whether any rank stops or pauses."""
         session, started_s = self._session, time.monotonic()
         step = self._next_step(runs)
         for run in runs:
@@ -86,7 +86,7 @@ class Trainer:
         return prepare(self._session, [run.next_examples for run in runs])
 
     def _settle(self, runs: Sequence[Run], stepped: bool) -> list[Event]:
-        """Evaluate and save the runs for which that is due. Returns the events of those evaluated or complete."""
+        """Evaluate and save the runs that are due. Returns the events of runs that were evaluated or are complete."""
         evaluated = [] if self.stopped else self._evaluate([run for run in runs if run.evaluation_due])
         for run in runs:
             due = self.stopped or run.save_due(run in evaluated) if stepped else run in evaluated
@@ -99,7 +99,7 @@ class Trainer:
         ]
 
     def _evaluate(self, runs: Sequence[Run]) -> list[Run]:
-        """Evaluate runs, those of one split in one pass. Returns the evaluated ones: a stop cuts off the others."""
+        """Evaluate runs, those with the same split together. Returns the evaluated ones: a stop skips the others."""
         evaluated: list[Run] = []
         for split in {id(run.validation): run.validation for run in runs}.values():
             together = [run for run in runs if run.validation is split]
