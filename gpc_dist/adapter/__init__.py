@@ -1,6 +1,6 @@
 """The method: prompt, cell and head, and their graft onto a frozen encoder.
 
-Works with plain PyTorch and transformers; knows neither DeepSpeed nor MLflow.
+Works with plain PyTorch and transformers; does not use DeepSpeed or MLflow.
 
     model = attach(AutoModel.from_pretrained("bert-base-uncased"), AdapterConfig(prompt_tokens=20))
     loss = cross_entropy(model(**tokenizer(texts, return_tensors="pt", padding=True)), labels)

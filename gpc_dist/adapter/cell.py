@@ -1,15 +1,15 @@
 """The cell: the rule that writes the next layer's prompt state.
 
-Notation: `e` is the prompt as layer *l* encoded it, `p` the prompt state that entered layer *l*; both
+Notation: `e` is the prompt that layer *l* encoded, `p` the prompt state that entered layer *l*; both
 are `[B, P, H]`. The public text of arXiv 2304.05642 gives the mechanism (RNN-inspired, a
-remembering unit on `e`, a forgetting unit on `p`, one module for all layers) and not its
-equations; each class says which reading of it it is.
+remembering unit on `e`, a forgetting unit on `p`, one module for all layers) but not its
+equations; each class names its interpretation.
 
 The options `adapter.cell_units` (a unit that is left out adds nothing), `adapter.cell_norm` and `adapter.cell_scale`
 are this project's; the rules below are written without them. With a norm, `Cell(e, p)` is
-`rms(e) Rule(e / rms(e), p / rms(p))`: states of another size make the cell write the same at that size, so that the
-learning rate it needs does not depend on the size of an encoder's hidden states. With a scale, what the rule writes is
-brought to the size of `e` or to that of the text.
+`rms(e) Rule(e / rms(e), p / rms(p))`: if the states are scaled by a factor, so is the result, and the learning rate
+that it needs does not depend on the scale of an encoder's hidden states. With a scale, the result of the rule is
+rescaled to the rms of `e` or of the text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Unit(nn.Sequential):
     """A linear map `[..., H] -> [..., H]` without bias, as one matrix or as a product of rank `rank`.
 
     Args:
-        zero: start at the zero map (the product's second factor only, so that gradients flow).
+        zero: start at the zero map (of a product only the second factor is zero, so that gradients flow).
     """
 
     def __init__(self, hidden_size: int, rank: int | None, zero: bool = False):
@@ -42,7 +42,7 @@ class Unit(nn.Sequential):
 
 
 class Cell(nn.Module, ABC):
-    """A remembering and a forgetting unit; what they make of `e` and `p` is each subclass's own `rule`.
+    """A remembering and a forgetting unit; the `rule` of each subclass combines them.
 
     Args:
         zero: start both units at the zero map.
@@ -63,7 +63,7 @@ class Cell(nn.Module, ABC):
         """The next prompt state `[B, P, H]` from the encoded and the previous one.
 
         Args:
-            text_rms: the size `[B, 1, 1]` that `cell_scale: text` brings it to.
+            text_rms: root mean square `[B, 1, 1]` of the result with `cell_scale: text`.
         """
         *states, size = self.read(encoded, previous)
         written = self.rule(*states)
@@ -75,13 +75,13 @@ class Cell(nn.Module, ABC):
         return written * size if self.norm else written
 
     def read(self, encoded: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`e` and `p` as the rule is given them, and `rms(e) [B, P, 1]`."""
+        """`e` and `p` as inputs of the rule (divided by their rms with a norm), and `rms(e) [B, P, 1]`."""
         size = rms(encoded)
         return (encoded / size, normed(previous), size) if self.norm else (encoded, previous, size)
 
     @abstractmethod
     def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        """The next prompt state, at the size of what it is given."""
+        """The next prompt state, at the scale of the inputs."""
 
     def remembered(self, encoded: Tensor) -> Tensor | float:
         """`R(e)`; 0 without a remembering unit."""
@@ -93,9 +93,9 @@ class Cell(nn.Module, ABC):
 
 
 class RecurrentCell(Cell):
-    """`tanh(R(e) + F(p) + b)`: the Elman reading.
+    """`tanh(R(e) + F(p) + b)`: interpretation as an Elman network.
 
-    The state is bounded by 1, whatever the scale of the encoder's hidden states.
+    The result is bounded by 1 at any scale of the encoder's hidden states.
     """
 
     def __init__(self, hidden_size: int, config: AdapterConfig):
@@ -107,10 +107,10 @@ class RecurrentCell(Cell):
 
 
 class GatedCell(Cell):
-    """`f * p + (1 - f) * e` with `f = sigmoid(R(e) + F(p) + b)`: the forget-gate reading.
+    """`f * p + (1 - f) * e` with `f = sigmoid(R(e) + F(p) + b)`: interpretation as a forget gate.
 
-    Per feature, the gate decides how much of the encoded prompt is kept and how much of the
-    previous one. It starts nearly closed (`b = -4`, f of about 0.02): close to vanilla prompt tuning.
+    For each feature, the gate mixes the encoded and the previous prompt. It starts nearly closed
+    (`b = -4`, f is about 0.02): close to vanilla prompt tuning.
     """
 
     def __init__(self, hidden_size: int, config: AdapterConfig):
@@ -121,14 +121,14 @@ class GatedCell(Cell):
         return torch.lerp(encoded, previous, self.gate(encoded, previous))
 
     def gate(self, encoded: Tensor, previous: Tensor) -> Tensor:
-        """`f [B, P, H]`, from what the rule is given."""
+        """`f [B, P, H]`, from the inputs of the rule."""
         return torch.sigmoid(self.remembered(encoded) + self.forgotten(previous) + self.bias)
 
 
 class ResidualCell(Cell):
-    """`e + R(e) - F(p)`: remembering adds to the encoded prompt, forgetting takes from it.
+    """`e + R(e) - F(p)`: remembering adds to the encoded prompt, forgetting subtracts from it.
 
-    Both units start at zero, so that training starts from exactly vanilla prompt tuning.
+    Both units start at zero, so that training starts exactly from vanilla prompt tuning.
     """
 
     def __init__(self, hidden_size: int, config: AdapterConfig):

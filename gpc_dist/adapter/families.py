@@ -1,12 +1,12 @@
-"""Where an encoder's layers are, which encoders work, and which are refused.
+"""Finds the layers of an encoder; lists the encoder families that are tested or refused.
 
 The rule: in the encoder (the encoder half of an encoder-decoder model), the outermost
 `nn.ModuleList` whose length is the configuration's `num_hidden_layers` and whose modules are of one
 class is the layer stack. Each layer must take the hidden states `[B, T, H]` as its first positional
 argument and return them, alone or as a tuple's first item, for the next layer, and the encoder must take
-`inputs_embeds` and honour the padding of `attention_mask`. For the families of `TESTED` this has been
-checked by this project's tests; any other encoder is probed with a toy batch when the adapter is
-attached, and refused with the reason if it does not behave so.
+`inputs_embeds` and mask the padding in `attention_mask`. This project's tests check this for the families
+in `TESTED`; any other encoder is probed with a toy batch when the adapter is attached, and refused with the
+reason if it breaks the rule.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class EncoderParts:
-    """The places of an encoder that the graft touches."""
+    """The parts of an encoder that the graft uses."""
 
     encoder: nn.Module
-    """What is called with `inputs_embeds`: the model itself, or the encoder half of it."""
+    """The module to call with `inputs_embeds`: the model itself, or its encoder half."""
     token_embeddings: nn.Module
     """Token ids `[..]` -> embeddings `[.., E]`."""
     layers: nn.ModuleList
-    """The L layers in the order they run."""
+    """The L layers, in the order in which they run."""
     shape: EncoderShape
     max_positions: int | None
     """Longest P+T that the position embeddings allow; None for relative positions."""
@@ -58,17 +58,17 @@ def locate(model: Any) -> EncoderParts:
     """Find the parts of a `transformers` encoder.
 
     An ALBERT-like encoder that runs fewer modules than layers is unrolled in place: every layer gets
-    a module of its own that shares the weights, so that a hook can tell the layers apart.
+    a module of its own that shares the weights, so that each layer can have its own hooks.
 
     Raises:
-        UserError: the family is refused, or no layer stack is found.
+        UserError: the family is refused, or the encoder has no layer stack, no `inputs_embeds` or no token table.
     """
     config = model.config
     family = config.model_type
     if family in REFUSED:
         raise UserError(f"encoder family '{family}' cannot hold a prompt: {REFUSED[family]}")
     encoder: Any = model.base_model
-    if hasattr(encoder, "decoder"):  # its configuration may deny it: that of T5's encoder half does
+    if hasattr(encoder, "decoder"):  # not is_encoder_decoder, which is false for T5's encoder half
         encoder = encoder.get_encoder()
     if family == "albert":
         from gpc_dist.private.transformers import unroll_albert
@@ -108,12 +108,12 @@ def _layer_stack(encoder: nn.Module, count: int) -> nn.ModuleList | None:
 
 
 def _max_positions(encoder: nn.Module) -> int | None:
-    """Rows of a table of absolute positions that text can use, if the encoder has one."""
+    """Usable rows of the table of absolute positions; None without such a table."""
     config: Any = encoder.config
     for name, module in encoder.named_modules():
         table = name.rsplit(".", 1)[-1] in ("position_embeddings", "embed_positions")
         if table and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1; others keep rows beyond what they count to
+            # RoBERTa counts positions from padding_idx + 1; tables of others may have more rows than positions
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             return min(module.num_embeddings - offset, config.max_position_embeddings)
     return None
@@ -121,12 +121,12 @@ def _max_positions(encoder: nn.Module) -> int | None:
 
 @torch.no_grad()
 def probe(parts: EncoderParts) -> None:
-    """Check with a toy batch that an untested encoder keeps to the rule in this module's docstring.
+    """Check with a toy batch that an untested encoder obeys the rule in this module's docstring.
 
     Raises:
-        UserError: naming the family and the first thing that does not hold.
+        UserError: the encoder breaks the rule; names the family and the first violation.
     """
-    encoder: Any = parts.encoder.eval()  # dropout would look like padding that matters
+    encoder: Any = parts.encoder.eval()  # dropout would look like an effect of padding
     family = encoder.config.model_type
     parameter = next(encoder.parameters())
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Which encoder an adapter belongs to: its name, revision and a fingerprint of its weights."""
+"""Identity of the encoder of an adapter: its name, revision and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ _HEAD_BYTES = 4096
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What tells one frozen encoder from another."""
+    """Identity of a frozen encoder."""
 
     path: str
-    """Local folder or Hub id it was loaded from."""
+    """Local folder or Hub id from which it was loaded."""
     revision: str | None
     """Commit of a Hub id."""
     model_type: str
     hidden_size: int
     layers: int
     sha256: str
-    """See `fingerprint_files`, or `fingerprint_tensors` for an encoder that has no file."""
+    """See `fingerprint_files`, or `fingerprint_tensors` for an encoder without files."""
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def identify(encoder: nn.Module, folder: Path | None = None) -> EncoderIdentity:
-    """Identity of an encoder; its weight files are those of `folder`, or of the place it names itself: of a Hub id
-    without a folder, those of its main branch in the cache, for a model does not know of which revision it is."""
+    """Identity of an encoder.
+
+    Args:
+        folder: folder of its weight files. When not given, the folder or Hub id that the encoder names; of a Hub id
+            the main branch in the cache, because a model does not know its revision.
+    """
     config: Any = encoder.config
     path = getattr(encoder, "name_or_path", "")
     if folder is None and path:
@@ -51,10 +55,10 @@ def identify(encoder: nn.Module, folder: Path | None = None) -> EncoderIdentity:
 
 
 def fingerprint_files(files: list[Path]) -> str:
-    """SHA-256 of the weights' index: name, dtype and shape of every tensor and its first 4 KiB.
+    """SHA-256 over name, dtype, shape and first 4 KiB of every tensor.
 
-    Reads a few hundred KiB of a checkpoint of any size, and never unpickles: of a `.bin` file the
-    checksums in its zip directory are used.
+    Reads a few hundred KiB of a checkpoint of any size, and never unpickles: for a `.bin` file it
+    uses the checksums in the zip directory.
     """
     entries: list[tuple[str, bytes]] = []
     for file in files:
@@ -67,7 +71,7 @@ def fingerprint_files(files: list[Path]) -> str:
 
 
 def fingerprint_tensors(encoder: nn.Module) -> str:
-    """The same for an encoder that exists in memory only (for example with random weights)."""
+    """SHA-256 over name, shape and first 1024 values of every tensor, for an encoder in memory (random weights)."""
     entries = []
     for name, parameter in encoder.named_parameters():
         head = parameter.detach().flatten()[: _HEAD_BYTES // 4].float().cpu().numpy().tobytes()
@@ -98,7 +102,7 @@ def _safetensors_entries(file: Path) -> list[tuple[str, bytes]]:
 
 
 def _folder_of(path: str) -> Path | None:
-    """A local folder, or the snapshot of a Hub id's main branch in the cache."""
+    """A local folder, or the snapshot of a Hub id's main branch in the cache; None if there is neither."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import try_to_load_from_cache

@@ -1,13 +1,13 @@
-"""The graft: adapters attached to a frozen encoder, without touching its weights or its code.
+"""The graft: adapters attached to a frozen encoder, without changes to its weights or its code.
 
-Before the first layer each row gets its lane's prompt through `inputs_embeds`. After every layer but
-the last, and after that one too if the head reads the prompt, a forward hook writes the next prompt state
+Each row gets its lane's prompt through `inputs_embeds`, before the first layer. By default, after every layer
+but the last, and after the last too if the head reads the prompt, a forward hook writes the next prompt state
 
     p_{l+1} = Cell(e_l, p_l)          h_{l+1} = [p_{l+1} ; Layer_l(h_l)[:, P:]]
 
-(arXiv 2304.05642). The hooks need nothing but the layer's own input and output and the rows of each lane,
-which are the same for all layers of a pass: no state goes from layer to layer, so the layers may be run
-again in any order, as activation checkpointing does.
+(arXiv 2304.05642). The hooks need only the layer's input and output and the rows of each lane, which are
+the same for all layers of a pass. No state is passed from layer to layer, so the layers can run again in
+any order, as activation checkpointing does.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Pass:
-    """What the hooks must know of the pass they run in."""
+    """State of a pass, for the hooks."""
 
     lanes: Sequence[Adapter]
     rows: list[slice]
-    """Of each lane."""
+    """Rows of each lane."""
     prompt_tokens: int
     """P."""
     attention_mask: Tensor
-    """Of the text, `[R, T]`."""
+    """Mask of the text, `[R, T]`."""
     prompts: dict[int, Tensor] = field(default_factory=dict)
     """`p_l [R, P, H]` of a layer, while it runs."""
 
@@ -53,14 +53,14 @@ class _Pass:
 
 
 class GraftedEncoder(nn.Module):
-    """A frozen encoder with one or more adapters (lanes). With method `fine-tuning` the one adapter takes the
-    encoder (`Adapter.take_encoder`), which then is what it trains.
+    """A frozen encoder with one or more adapters (lanes). With method `fine-tuning` the only adapter takes the
+    encoder (`Adapter.take_encoder`) and trains it.
 
-    Use `attach` to make one from a `transformers` model. The hooks act within a pass of this object
-    only: called by itself, or through another graft, the encoder is what it was.
+    Use `attach` to make one from a `transformers` model. The hooks act only during a pass of this object:
+    called directly, or through another graft, the encoder works as before.
 
     Args:
-        lanes: the attached adapters, which run where a pass is given no others.
+        lanes: the attached adapters, which run if a pass is given no others.
     """
 
     def __init__(self, parts: EncoderParts, lanes: Sequence[Adapter]):
@@ -70,7 +70,7 @@ class GraftedEncoder(nn.Module):
         self.parts = parts
         self.lanes = nn.ModuleList(lanes)
         self.autocast: torch.dtype | None = None
-        """Type of the encoder's matrix products where it is not that of its weights."""
+        """dtype of the encoder's matrix products; None if it is that of the weights."""
         self._pass: _Pass | None = None
         self.encoder.requires_grad_(False)
         self.encoder.eval()
@@ -90,7 +90,7 @@ class GraftedEncoder(nn.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter, where one is attached."""
+        """The attached adapter, if there is exactly one."""
         (adapter,) = self.adapters
         return adapter
 
@@ -100,7 +100,7 @@ class GraftedEncoder(nn.Module):
         return shared_prompt_tokens(self.adapters)
 
     def train(self, mode: bool = True) -> GraftedEncoder:
-        """As `nn.Module.train`, but the frozen encoder stays in eval mode: no dropout inside it."""
+        """As `nn.Module.train`, but the encoder stays in eval mode, without dropout."""
         super().train(mode)
         self.encoder.eval()
         return self
@@ -117,7 +117,7 @@ class GraftedEncoder(nn.Module):
 
         Args:
             input_ids: text tokens `[R, T]`, padded on the right.
-            attention_mask: 1 for text, 0 for padding `[R, T]`; all text when not given.
+            attention_mask: 1 for text, 0 for padding, `[R, T]`; all ones when not given.
             token_type_ids: segment numbers `[R, T]`, for encoders that take them.
             lane_rows: rows of each lane: the batch holds the rows of the first lane, then those of the second, and
                 so on. Not needed for one lane.
@@ -172,7 +172,7 @@ class GraftedEncoder(nn.Module):
         return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _before(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Forward pre-hook of layer `index`: note the prompt state that enters it."""
+        """Forward pre-hook of layer `index`: save the prompt state that enters it."""
         if self._pass is None or not self._pass.rewrites_after(index):
             return None
         states, self._pass.prompts[index] = read_prompt(args[0], self._pass.prompt_tokens)
@@ -199,18 +199,17 @@ class GraftedEncoder(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in the forward pass and compute the layer again in the backward
-        pass. The hooks stay outside: they run once, so the cell is not computed twice."""
+        pass. The hooks are not included: they run once, so the cell is not computed twice."""
         for layer in self.parts.layers:
             layer.forward = _recomputed(layer.forward)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile each layer, for any length of text; call it before `checkpoint_activations`. The hooks stay
-        outside."""
+        """Compile each layer without its hooks, for any length of text; call it before `checkpoint_activations`."""
         for layer in self.parts.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
     def detach_hooks(self) -> None:
-        """Take the hooks off: the encoder is again what it was before the graft."""
+        """Remove the hooks from the encoder's layers."""
         for handle in self._handles:
             handle.remove()
 
@@ -242,7 +241,7 @@ def shared_prompt_tokens(lanes: Sequence[Adapter]) -> int:
     """P, which is the same for all lanes of a pass.
 
     Raises:
-        ValueError: lanes with prompts of different lengths.
+        ValueError: the lanes have prompts of different lengths.
     """
     lengths = {lane.prompt_tokens for lane in lanes}
     if len(lengths) > 1:
@@ -266,8 +265,8 @@ def attach(
     Args:
         config: method, prompt, cell; GPC with its defaults when not given.
         outputs: classes of a classification, or 1 for a score or a number.
-        tokenizer, label_words: for the prompt's start (`AdapterConfig.prompt_init`).
-        seed: of all starting values.
+        tokenizer, label_words: for the prompt's starting values (`AdapterConfig.prompt_init`).
+        seed: seed of all starting values.
 
     Raises:
         UserError: the encoder's family cannot hold a prompt, or the method trains the encoder.
@@ -290,10 +289,10 @@ def new_adapter(
     label_words: Sequence[str] = (),
     seed: int = 0,
 ) -> Adapter:
-    """A fresh adapter whose prompt starts from the encoder's own (whole, not sharded) embeddings.
+    """A new adapter whose prompt starts from the encoder's embeddings, which must not be sharded.
 
     Raises:
-        UserError: the prompt is longer than the encoder's position table.
+        UserError: the prompt leaves no room for text in the encoder's position table.
     """
     embeddings: Any = parts.token_embeddings
     device: torch.device = embeddings.weight.device

@@ -1,4 +1,4 @@
-"""The head: reads states of the last layer and gives the task's outputs."""
+"""The head: computes the task's outputs from states of the last layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """A linear map of pooled states. Which states are pooled, of the text or of the prompt, its caller says.
+    """A linear map of pooled states. The caller chooses the states: of the text or of the prompt.
 
     Args:
         outputs: classes of a classification, or 1 for a score or a number.

@@ -1,7 +1,7 @@
-"""The adapter: prompt, cell and head; what is trained, and all that is trained. With method `fine-tuning` the
+"""The adapter: prompt, cell and head, which are all the trained parameters. With method `fine-tuning` the
 encoder becomes a part of it.
 
-An adapter's place in a running encoder is a *lane*; several lanes can share one batch.
+The place of an adapter in a running encoder is a *lane*; several lanes can share one batch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 
 PARTS = ("prompt", "cell", "head", "encoder")
-"""The parts of an adapter, which may have learning rates of their own. The first component of a
-parameter's name is its part."""
+"""The parts of an adapter; each can have its own learning rate. The first component of a parameter's
+name is its part."""
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """What an adapter must know of its encoder."""
+    """The sizes of an encoder that an adapter needs."""
 
     layers: int
     hidden_size: int
@@ -33,7 +33,7 @@ class EncoderShape:
 
 
 class Prompt(nn.Module):
-    """`start [P, E]` stands before the text; `deep [L-1, P, H]` are the fresh prompts of the later layers
+    """`start [P, E]` is put before the text; `deep [L-1, P, H]` are the fresh prompts of the later layers
     (method `deep-prompt`)."""
 
     def __init__(self, tokens: int, shape: EncoderShape, deep: bool):
@@ -47,14 +47,14 @@ class Adapter(nn.Module):
 
     Args:
         config: method, cell, sizes.
-        shape: of the encoder it is made for.
+        shape: sizes of its encoder.
         outputs: outputs of the head.
-        seed: of the head's, the cell's and the deep prompts' starting values. The prompt's own start needs
-            the encoder's embeddings: see `prompt.starting_prompt`.
+        seed: seed of the starting values of head, cell and deep prompts. Those of the prompt need the
+            encoder's embeddings: see `prompt.starting_prompt`.
 
     Raises:
-        UserError: a cell after a layer that the encoder does not have, or after its last one where the head does
-            not read the prompt.
+        UserError: `cell_layers` has a layer that the encoder does not have, or its last layer although the head
+            does not read the prompt.
     """
 
     def __init__(self, config: AdapterConfig, shape: EncoderShape, outputs: int, seed: int = 0):
@@ -66,7 +66,7 @@ class Adapter(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pooling = "mean" if config.pooling == "prompt" else config.pooling
-            head = Head(shape.hidden_size, outputs, pooling)  # first: the same for every method
+            head = Head(shape.hidden_size, outputs, pooling)  # first, so that it starts alike in all methods
             self.prompt = None
             if config.has_prompt:
                 self.prompt = Prompt(config.prompt_tokens, shape, deep=method == "deep-prompt")
@@ -82,7 +82,7 @@ class Adapter(nn.Module):
                 nn.init.normal_(self.prompt.deep, std=0.02)
 
     def take_encoder(self, body: nn.Module, token_embeddings: nn.Module) -> None:
-        """Make an encoder a part of this adapter, with all that is trained, saved and loaded (`fine-tuning`)."""
+        """Make an encoder a part of this adapter, to train, save and load it (`fine-tuning`)."""
         self.encoder = nn.ModuleDict({"embeddings": token_embeddings, "body": body})
 
     @property
@@ -91,7 +91,7 @@ class Adapter(nn.Module):
         return 0 if self.prompt is None else self.config.prompt_tokens
 
     def cell_after(self, layer: int) -> nn.Module | None:
-        """The cell that acts after layer `layer`, 0 to L-1, if one does."""
+        """The cell that acts after layer `layer`, 0 to L-1; None if none does."""
         if self.cell is None or layer not in self._acting:
             return None
         return self.cell[self._acting.index(layer) if self.config.cell_per_layer else 0]
@@ -101,7 +101,7 @@ class Adapter(nn.Module):
         return self._fresh_after(layer) or self.cell_after(layer) is not None
 
     def _fresh_after(self, layer: int) -> bool:
-        """Whether a fresh prompt stands before the text of the next layer."""
+        """Whether the next layer gets a fresh prompt."""
         return self.config.method == "deep-prompt" and layer < self.shape.layers - 1
 
     def rewriting_parameters(self, layer: int) -> list[nn.Parameter]:
@@ -119,7 +119,7 @@ class Adapter(nn.Module):
         return self.prompt.deep
 
     def start(self, rows: int) -> Tensor:
-        """The prompt that stands before the text of `rows` rows: `[rows, P, E]`."""
+        """The prompt to put before the text of `rows` rows: `[rows, P, E]`."""
         assert self.prompt is not None
         return self.prompt.start.expand(rows, -1, -1)
 
@@ -127,8 +127,8 @@ class Adapter(nn.Module):
         """Outputs of the head, float32 `[R, outputs]`.
 
         Args:
-            states: of the last layer, `[R, P+T, H]`.
-            attention_mask: of the text, `[R, T]`.
+            states: output of the last layer, `[R, P+T, H]`.
+            attention_mask: mask of the text, `[R, T]`.
         """
         if self.config.pooling == "prompt":
             prompt = states[:, : self.prompt_tokens]
@@ -144,8 +144,8 @@ class Adapter(nn.Module):
             layer: index of the layer that has just run, 0 to L-1.
             encoded: `e_l [B, P, H]`, the prompt positions of the layer's output.
             previous: `p_l [B, P, H]`, the prompt positions of the layer's input.
-            text: the text positions of the layer's output, `[B, T, H]`; read for its scale alone, if at all.
-            attention_mask: of the text, `[B, T]`.
+            text: the text positions of the layer's output, `[B, T, H]`; only for its rms, with `cell_scale: text`.
+            attention_mask: mask of the text, `[B, T]`.
 
         Returns:
             `p_{l+1} [B, P, H]` in the dtype of `encoded`; computed in the adapter's own dtype.
@@ -162,7 +162,7 @@ class Adapter(nn.Module):
 
 def _cell_layers(config: AdapterConfig, shape: EncoderShape) -> Sequence[int]:
     """The layers after which the cell acts."""
-    # what is written after the last layer is read by a head that pools the prompt, and by nothing else
+    # only a head that pools the prompt reads what is written after the last layer
     last = shape.layers - (1 if config.pooling == "prompt" else 2)
     if config.cell_layers is None:
         return range(last + 1)

@@ -1,4 +1,4 @@
-"""The soft prompt's starting values.
+"""Starting values of the soft prompt.
 
 `vocab`, `text` and `labels` follow Lester et al. 2021, section 3.1 (initialise from the encoder's own
 embeddings: frequent tokens, a given text, or the label words).
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FREQUENT_TOKENS = 5000
-"""Vocabularies are ordered by frequency, special tokens aside: "frequent" is the first so many
-(Lester et al. 2021 sample from the 5,000 most common tokens)."""
+"""Tokens that count as frequent: the first ones, because vocabularies are ordered by frequency apart from
+special tokens (Lester et al. 2021 sample from the 5,000 most common tokens)."""
 
 
 def starting_prompt(
@@ -31,7 +31,7 @@ def starting_prompt(
     label_words: Sequence[str],
     generator: torch.Generator,
 ) -> Tensor:
-    """Values the prompt starts from.
+    """The starting values of the prompt.
 
     Args:
         embed: token ids `[n]` -> their frozen embeddings `[n, E]`.
@@ -50,14 +50,14 @@ def starting_prompt(
     if config.prompt_init == "vocab":
         ids = sample
     elif config.prompt_init == "uniform":
-        # the range that gives noise the standard deviation of the embeddings it stands in for
+        # with this bound, noise has the standard deviation of the embeddings that it replaces
         bound = embed(sample).float().std() * 3**0.5
         size = (count, embed(sample[:1]).shape[-1])
         return (torch.rand(size, generator=generator) * 2 - 1) * bound.cpu()
     else:
         ids = _token_ids(config, tokenizer, label_words)
         if config.prompt_init == "labels":
-            # Lester et al.: what the label words leave over is filled from the vocabulary
+            # Lester et al.: the positions after the label words are filled from the vocabulary
             ids = torch.cat([ids, sample])
     ids = ids.repeat(-(-count // len(ids)))[:count]
     return embed(ids).float().cpu().clone()
@@ -68,7 +68,7 @@ def _frequent_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None)
         return torch.arange(min(FREQUENT_TOKENS, vocab_size))
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))
-    # BERT's vocabulary opens with placeholders "[unused0]" ... that were never trained
+    # BERT's vocabulary starts with placeholders "[unused0]" ... that were never trained
     ids = [i for i, t in enumerate(tokens) if t and i not in special and not t.startswith("[unused")]
     return torch.tensor(ids[:FREQUENT_TOKENS])
 

@@ -1,4 +1,4 @@
-"""The scale of hidden states, and bringing what a cell writes to that of other states (`adapter.cell_scale`)."""
+"""The scale of hidden states, and rescaling of a cell's result to that of other states (`adapter.cell_scale`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _EPSILON = 1e-12
-"""Added to mean squares: at exactly 0 the root has no gradient."""
+"""Added to mean squares, because the root has no gradient at exactly 0."""
 
 
 def rms(states: Tensor) -> Tensor:
@@ -16,18 +16,18 @@ def rms(states: Tensor) -> Tensor:
 
 
 def normed(states: Tensor) -> Tensor:
-    """`states [..., H]` with a root mean square of 1 at each position."""
+    """`states [..., H]` rescaled to a root mean square of 1 at each position."""
     return F.rms_norm(states, states.shape[-1:], eps=_EPSILON)
 
 
 def rescaled(written: Tensor, target: Tensor) -> Tensor:
-    """`written [B, P, H]` with the root mean square `target [B, P or 1, 1]` at each position."""
-    return written * (target / rms(written))  # in this order exact where nothing is to change
+    """`written [B, P, H]` rescaled to the root mean square `target [B, P or 1, 1]` at each position."""
+    return written * (target / rms(written))  # this order is exact where the scale stays
 
 
 @torch.no_grad()
 def text_rms(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean root mean square of each row's text states, as a constant: float32 `[B, 1, 1]`.
+    """Mean root mean square of each row's text states, without gradient: float32 `[B, 1, 1]`.
 
     Args:
         states: `[B, T, H]`; they are not copied.

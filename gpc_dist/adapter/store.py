@@ -24,22 +24,22 @@ NAMES = (WEIGHTS, CARD)
 """The files of an adapter folder."""
 _FORMAT = 1
 _ENCODER = "encoder."
-"""Begins the names of a fine-tuned encoder's tensors."""
+"""Prefix of the names of a fine-tuned encoder's tensors."""
 
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What an adapter folder says about itself."""
+    """The description of an adapter in its folder (`adapter_config.json`)."""
 
     adapter: AdapterConfig
     shape: EncoderShape
     outputs: int
     encoder: EncoderIdentity
     task: dict[str, Any] = field(default_factory=dict)
-    """What it was trained for, as the writer describes it; this module does not read it."""
+    """The task of the training, in the form that the writer chose; this module does not read it."""
 
     def check_encoder(self, found: EncoderIdentity) -> None:
-        """Raises UserError if `found` is not the encoder the adapter was trained on."""
+        """Raise UserError if `found` is not the encoder on which the adapter was trained."""
         if found.sha256 != self.encoder.sha256:
             raise UserError(
                 f"this adapter was trained on encoder '{self.encoder.path}' "
@@ -75,7 +75,7 @@ def save_adapter(
 
 
 def read_card(folder: str | Path) -> AdapterCard:
-    """Raises UserError if `folder` holds no adapter this version can read."""
+    """Read the card of an adapter folder; raises UserError if it has none that this version can read."""
     path = Path(folder) / CARD
     if not path.is_file():
         raise UserError(f"no adapter in {folder}: {CARD} is missing")
@@ -97,11 +97,11 @@ def read_card(folder: str | Path) -> AdapterCard:
 
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
-    """The adapter of a folder (float32, on the CPU) and its card. A fine-tuned encoder's weights are left out:
-    see `load_tuned_encoder`.
+    """Load the adapter of a folder (float32, on the CPU) and its card, without the weights of a fine-tuned
+    encoder: see `load_tuned_encoder`.
 
     Raises:
-        UserError: no adapter there, a corrupt file, or tensors that do not fit the card.
+        UserError: the folder has no adapter, a file is corrupt, or the tensors do not match the card.
     """
     card = read_card(folder)
     path = Path(folder) / WEIGHTS
@@ -117,13 +117,13 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
 
 
 def load_tuned_encoder(folder: str | Path, adapter: Adapter) -> None:
-    """Give the encoder that an adapter has taken (see `Adapter.take_encoder`) its fine-tuned weights.
+    """Load fine-tuned weights into the encoder that an adapter has taken (see `Adapter.take_encoder`).
 
     Raises:
-        UserError: a corrupt file, or tensors that are not this encoder's.
+        UserError: the file is corrupt, or its tensors are not those of this encoder.
     """
     path = Path(folder) / WEIGHTS
-    # by name, because a state dictionary would ask for weights that layers share once for each layer
+    # by name, because load_state_dict would expect weights that layers share once for each layer
     named = {n: p for n, p in adapter.named_parameters() if n.startswith(_ENCODER)}
     try:
         tensors = {n: t for n, t in load_file(path).items() if n.startswith(_ENCODER)}

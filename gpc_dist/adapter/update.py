@@ -1,8 +1,8 @@
-"""Writing the next prompt state into a layer's output, in place.
+"""Writes the next prompt state into a layer's output, in place.
 
-Built from slices and concatenation, the update would copy the whole sequence `[B, P+T, H]` once in the forward
-and several times in the backward pass of every layer, for the sake of P rows. As one step of its own it touches
-only those rows, both ways.
+Built from slices and concatenation, the update would copy the whole sequence `[B, P+T, H]` of every layer, once
+in the forward pass and several times in the backward pass, to change P positions. As an autograd function of its
+own it touches only those positions, in both passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 
 def read_prompt(states: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """A layer's input `h_l [B, P+T, H]`, and beside it its prompt positions `p_l [B, P, H]`."""
+    """Return a layer's input `h_l [B, P+T, H]` and a copy of its prompt positions `p_l [B, P, H]`."""
     return _ReadPrompt.apply(states, tokens)  # type: ignore[return-value]
 
 
@@ -27,9 +27,9 @@ def write_prompt(rule: Rule, encoded: Tensor, previous: Tensor, parameters: list
     """Replace the prompt positions of a layer's output by `rule(encoded prompt, previous prompt)`.
 
     Args:
-        encoded: the layer's output `[B, P+T, H]`; it is changed.
+        encoded: the layer's output `[B, P+T, H]`, changed in place.
         previous: `p_l [B, P, H]`, the prompt that entered the layer.
-        parameters: what `rule` uses and trains.
+        parameters: the trained parameters that `rule` uses.
 
     Returns:
         `h_{l+1} [B, P+T, H]`, which is `encoded`.
@@ -37,8 +37,8 @@ def write_prompt(rule: Rule, encoded: Tensor, previous: Tensor, parameters: list
     return _WritePrompt.apply(rule, torch.is_grad_enabled(), encoded, previous, *parameters)  # type: ignore[return-value]
 
 
-# Both backward passes change the gradient they are given. A layer's input is read by its residual branch and by
-# its sub-layers, so what arrives is the sum of their gradients, a tensor made by that sum and held by nobody else.
+# Both backward passes change their incoming gradient in place. A layer's input is read by its residual branch and
+# by its sub-layers, so that gradient is a new tensor, the sum of theirs, which nothing else uses.
 
 
 class _ReadPrompt(torch.autograd.Function):
@@ -54,7 +54,7 @@ class _ReadPrompt(torch.autograd.Function):
 
 
 class _WritePrompt(torch.autograd.Function):
-    """Runs the rule as a small graph of its own, and differentiates that in the backward pass."""
+    """Runs the rule as a small graph of its own, and differentiates this graph in the backward pass."""
 
     @staticmethod
     def forward(
@@ -77,7 +77,7 @@ class _WritePrompt(torch.autograd.Function):
         written, inputs = ctx.graph
         prompt = states[:, : written.shape[1]]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        # kept, because the whole graph may be, for a second backward pass through it
+        # retained, because a caller may retain the whole graph for a second backward pass
         found = torch.autograd.grad(written, wanted, prompt.clone(), retain_graph=True, allow_unused=True)
         gradients = dict(zip(map(id, wanted), found, strict=True))
         encoded, *others = (gradients.get(id(tensor)) for tensor in inputs)

@@ -1,4 +1,4 @@
-"""Slurm: submitting runs, following and cancelling their jobs, and checking a cluster.
+"""Slurm: submit runs, follow and cancel their jobs, and check a cluster.
 
-The batch scripts in `slurm/` do the work and run without this package; `submit` gives them what they need.
+The batch scripts in `slurm/` also work without this package; `submit` passes them their options and files.
 """

@@ -1,4 +1,4 @@
-"""`gpc-dist doctor --slurm`: what a cluster has, and whether its nodes can work together."""
+"""`gpc-dist doctor --slurm`: report a cluster's partitions, and check that its nodes can work together."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from gpc_dist.cluster.environment import Finding
 from gpc_dist.cluster.resources import Resources
 
 _PATIENCE_S = 600
-"""For the queue and the check together."""
+"""Limit for the check job, its time in the queue included."""
 _SKEW_S = 1.0
 _FREE_GIB = 5.0
 
 
 def examine_cluster(partition: str | None, nodes: int, gpus_per_node: int | None) -> Iterator[Finding]:
-    """Findings about the partitions, then about a job on some nodes of one of them.
+    """Yield findings about the partitions, then about a job on some nodes of one of them.
 
     Raises:
-        UserError: no Slurm, no such partition, or it has less than is asked for.
+        MachineError: Slurm is not installed or does not answer.
+        UserError: the partition does not exist, is down, or has less than is requested.
     """
     partitions = slurm.partitions()
     for found in partitions:
@@ -39,7 +40,7 @@ def examine_cluster(partition: str | None, nodes: int, gpus_per_node: int | None
         partition=partition,
     )
     resources.check(partitions)
-    # beside the user's own files: what this asks is whether the nodes see those
+    # in the working folder, because the check is whether the nodes see the user's files
     folder = Path(tempfile.mkdtemp(prefix=".gpc-dist-doctor-", dir=Path.cwd()))
     try:
         yield from _examine_nodes(resources, folder)

@@ -1,4 +1,4 @@
-"""`gpc-dist doctor`: what this machine has, what is missing, and what to do about it."""
+"""`gpc-dist doctor`: report what this machine has, what is missing, and the remedy."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Finding:
     what: str
     found: str
     remedy: str = ""
-    """What to do; empty when all is well."""
+    """What to do; empty if nothing is wrong."""
     optional: bool = False
     """Training works without it."""
 
 
 def examine() -> Iterator[Finding]:
-    """The findings, one after the other: some take seconds."""
+    """Yield the findings one by one, because some take seconds."""
     yield Finding("python", platform.python_version())
     for name in ("torch", "transformers", "deepspeed", "datasets", "mlflow", "pydantic"):
         yield _package(name)
@@ -99,7 +99,7 @@ def _demo_encoder() -> Finding:
 
 
 def report(findings: Iterable[Finding]) -> int:
-    """Print findings; returns the exit code."""
+    """Print findings; return the exit code."""
     found = list(findings)
     marks = {f: "ok" if not f.remedy else "--" if f.optional else "!!" for f in found}
     lines = [[marks[f], f.what, f.found, f.remedy] for f in found]

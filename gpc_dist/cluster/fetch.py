@@ -1,4 +1,4 @@
-"""`gpc-dist fetch`: what a recipe needs, into the local caches, for machines without network."""
+"""`gpc-dist fetch`: download what a recipe needs to the local caches, for machines without network."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from gpc_dist.tasks.holdout import Part
 
 
 def run_fetch(config: Config) -> int:
-    """Read all that training would read, and download what is not here yet; returns the exit code.
+    """Read the data, tokenizer and encoder as training does, so that missing files are downloaded.
+
+    Returns:
+        The exit code.
 
     Raises:
-        UserError: something cannot be had, or is not what it should be.
+        UserError: one of them cannot be loaded, or does not match the configuration.
     """
     task = make_task(config.task, config.data)
     parts: tuple[Part, ...] = ("train", selection_part(config.data))
     counts = [f"{len(read_part(task, config.data, part)):,} {part}" for part in parts]
     print(f"data: {task.name}, {' and '.join(counts)} examples")
     load_tokenizer(config.encoder)
-    # matches every weight with the files' headers; the weights themselves are not read
+    # matches every weight with the headers of safetensors files, and reads only the token table; loads others whole
     encoder = load_encoder(config.encoder, torch.float32, World(0, 1, 0, torch.device("cpu")))
     print(f"encoder: {config.encoder.path}, {count_parameters(encoder.parts):,} parameters")
     return EXIT_DONE

@@ -1,4 +1,4 @@
-"""How many nodes a run needs, asked of the planner."""
+"""The number of nodes that a run needs, from the planner."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def fewest_nodes(config: Config, asked: Resources, gpu: str | None) -> Resources
     """`asked` with the fewest nodes (1, 2, 4, ...) on which the planner finds a regime that fits.
 
     Args:
-        asked: all but the nodes; GPUs of a node are all that a node has when not given.
-        gpu: a device the planner knows; what Slurm calls the partition's GPUs when not given.
+        asked: the request; its number of nodes is ignored, and without `gpus_per_node` it takes all GPUs of a node.
+        gpu: a device of the planner; Slurm's name of the partition's GPUs when not given.
 
     Raises:
-        UserError: unknown GPUs, or nothing fits on the whole partition.
+        UserError: the partition has no GPUs or unknown ones, or no regime fits on any of these numbers of nodes.
     """
     partition = replace(asked, nodes=1).check(slurm.partitions())
     per_node = asked.gpus_per_node or partition.gpus

@@ -1,4 +1,4 @@
-"""Following a job: its log until it ends."""
+"""Follow a job: print its log until it ends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _PERIOD_S = 2.0
 
 
 def follow(folder: RunFolder, job_id: str) -> int:
-    """Print a job's log as it grows, over all its starts; returns the exit code: 0 if its run finished.
+    """Print a job's log as it grows, over all starts of the job; Ctrl-C does not end the job.
 
-    Ctrl-C ends the following, not the job.
+    Returns:
+        The exit code: 0 if the run finished.
     """
     record = read_record(folder)
     assert record is not None

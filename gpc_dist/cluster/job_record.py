@@ -1,4 +1,4 @@
-"""What is known of a run's job: the folder `job/` of the run, and the run's own facts."""
+"""The job of a run: the run's folder `job/`, and the job id in its `facts.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder, SearchFolder
 
 RECIPE, SEARCH = "recipe.yaml", "search.yaml"
-"""In the job's folder: what is run."""
+"""Files in the folder `job/`: the recipe or the search that the job runs."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class JobRecord:
     submitted_s: float
     """Unix time."""
     command: list[str]
-    """The user's."""
+    """The user's command line."""
     sbatch: list[str]
-    """What was submitted."""
+    """The command line of sbatch."""
     code: dict[str, str | bool]
-    """The revision it was submitted from."""
+    """Git revision of the submission, see `facts.git_revision`."""
 
 
 def write_record(folder: RunFolder, record: JobRecord) -> None:
@@ -54,16 +54,16 @@ def job_id(folder: RunFolder) -> str | None:
         started = f"{array}_{facts['slurm_array_task_id']}"
     if record is None:
         return started
-    # a record newer than the run's last start is of a job that still waits
+    # a record newer than the run's last start belongs to a job that has not started yet
     newer = not folder.facts.exists() or record.submitted_s > folder.facts.stat().st_mtime
     return record.job_id if newer else started
 
 
 def run_folders(paths: Iterable[Path]) -> Iterator[RunFolder]:
-    """The runs and searches at these paths: each is the folder of one, or a folder of them.
+    """Yield the runs and searches at these paths: each path is the folder of one, or a folder that contains some.
 
     Raises:
-        UserError: a path is neither.
+        UserError: a path is not a folder.
     """
     for path in paths:
         if not path.is_dir():
@@ -77,7 +77,7 @@ def run_folders(paths: Iterable[Path]) -> Iterator[RunFolder]:
 
 
 def _folder(path: Path) -> RunFolder | None:
-    """The run or the search that has its folder here; None if neither has."""
+    """The run or search whose folder this is; None if it is neither."""
     search, run = SearchFolder(path), RunFolder(path)
     if search.config.exists() or (search.job / SEARCH).exists():
         return search

@@ -1,4 +1,4 @@
-"""`gpc-dist jobs` and `gpc-dist cancel`: this project's jobs, and their ends."""
+"""`gpc-dist jobs` and `gpc-dist cancel`: list and cancel this project's jobs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _PROGRESS = "train/progress_pct"
 
 
 def jobs_table(paths: Sequence[Path]) -> str:
-    """One line for each run that has a job: what Slurm says, how far it is, its metrics, the time left.
+    """A table with one line for each run that has a job: Slurm's state, progress, metrics, and the time left.
 
     Raises:
-        UserError: a path is no folder, or Slurm does not answer.
+        UserError: a path is not a folder.
+        MachineError: Slurm is not installed or does not answer.
     """
     found = {folder: number for folder in run_folders(paths) if (number := job_id(folder)) is not None}
     known = slurm.jobs(found.values())
@@ -52,7 +53,7 @@ def _line(folder: RunFolder, number: str, job: slurm.Job | None) -> list[Any]:
 
 
 def _state(status: Status, job: slurm.Job | None, started: bool) -> tuple[str, str]:
-    """Slurm's state while it has the job, otherwise the run's, and the reason for it."""
+    """The state and its reason: Slurm's until the job has ended, then the run's."""
     if job is not None and not job.ended:
         return job.state.lower(), job.reason if job.state == "PENDING" else ""
     if not started:
@@ -63,10 +64,10 @@ def _state(status: Status, job: slurm.Job | None, started: bool) -> tuple[str, s
 
 
 def pace(lines: Sequence[dict[str, Any]], since_s: float) -> tuple[float | None, float | None]:
-    """How far a run is in percent, and the seconds it has left at the pace of its latest start.
+    """Progress of a run in percent, and the seconds left at the pace of its latest start; None where unknown.
 
     Args:
-        lines: of `metrics.jsonl`.
+        lines: lines of `metrics.jsonl`.
         since_s: unix time of the latest start.
     """
     steps = [(line[TIME], line[_PROGRESS]) for line in lines if line.get(_PROGRESS) is not None]
@@ -80,7 +81,7 @@ def pace(lines: Sequence[dict[str, Any]], since_s: float) -> tuple[float | None,
 
 
 def _done(folder: RunFolder, status: Status) -> tuple[str, float | None]:
-    """How far a run or a search is, and the seconds it has left, where that is known."""
+    """Progress of a run or a search as text, and the seconds left; None where unknown."""
     if isinstance(folder, SearchFolder):
         begun = folder.begun_trials()
         ended = sum(trial.read_status().state != "running" for trial in begun)
@@ -90,7 +91,7 @@ def _done(folder: RunFolder, status: Status) -> tuple[str, float | None]:
 
 
 def _metrics(folder: RunFolder) -> str:
-    """The newest evaluation, the loss left out; of a search that has ended, the best trial's metric."""
+    """Metrics of the newest evaluation without the loss; for a search that has ended, the best trial's metric."""
     result = files.read_json(folder.result)
     if best := result.get("best_trial"):
         return f"{result['metric']} {result['best']:.4g} (trial {best})"
@@ -104,12 +105,12 @@ def _metrics(folder: RunFolder) -> str:
 
 
 def cancel_jobs(names: Sequence[str]) -> list[str]:
-    """End the jobs with these ids, or of the runs in these folders; returns their ids.
+    """Cancel jobs, given by their ids or by the folders of their runs; return the ids.
 
-    The runs save their state first. Tasks of an array are ended together by the array's id.
+    The runs save their state first. The id of an array cancels all of its tasks.
 
     Raises:
-        UserError: a name is neither, or Slurm refuses.
+        UserError: a name is neither an id nor a folder, a run has no job, or Slurm refuses.
     """
     ids = []
     for name in names:

@@ -1,4 +1,4 @@
-"""What a submission consists of: one run, an array of runs, or a search."""
+"""Members of a submission: one run, an array of runs, or a search."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from gpc_dist.search.spec import SearchSpec
 
 
 def single(recipe: str, overrides: dict[str, str]) -> list[Member]:
-    """A job of one run."""
+    """The member of a job of one run."""
     return [_run(None, config.load(recipe, overrides))]
 
 
 def seeds(recipe: str, overrides: dict[str, str], text: str) -> list[Member]:
-    """An array with one run for each seed of a list such as `0-3` or `1,5,7`.
+    """Members of an array with one run for each seed of a list such as `0-3` or `1,5,7`.
 
     Raises:
-        UserError: it is no such list.
+        UserError: `text` is not such a list, or names a seed twice.
     """
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise UserError(f"--seeds '{text}' is no list of seeds: give 0-3, or 1,5,7")
@@ -42,8 +42,10 @@ def seeds(recipe: str, overrides: dict[str, str], text: str) -> list[Member]:
 
 
 def lines(recipe: str, overrides: dict[str, str], file: Path) -> list[Member]:
-    """An array with one run for each line of a file: its settings, on top of those that all share. Empty lines and
-    those that begin with # are left out.
+    """Members of an array with one run for each line of a file.
+
+    A line has the settings of its run, which are added to the shared ones. Empty lines and lines that begin with #
+    are skipped.
 
     Raises:
         UserError: the file cannot be read, or has no settings.
@@ -60,10 +62,10 @@ def lines(recipe: str, overrides: dict[str, str], file: Path) -> list[Member]:
 
 
 def search(spec: SearchSpec) -> list[Member]:
-    """A job of one search.
+    """The member of a job of one search.
 
     Raises:
-        UserError: it is not valid.
+        UserError: the search is not valid.
     """
     space.validate(spec)
     folder = SearchFolder(spec.folder)
@@ -81,7 +83,7 @@ def _run(task: int | None, built: Config) -> Member:
 
 
 def _of_array(recipe: str, overrides: dict[str, str], task: int, prefix: str = "") -> Member:
-    """The member's folder stands beside, or where `run.dir` is given inside, what the run's alone would be."""
+    """A member of an array. Its folder is inside `run.dir` if an override gives that, else beside the usual one."""
     plain = config.load(recipe, {k: v for k, v in overrides.items() if not k.startswith("run.dir")})
     own = {"run.name": f"{plain.run.name}-{prefix}{task}"}
     if "run.dir" in overrides:

@@ -1,4 +1,4 @@
-"""What one node of a cluster check has to say: run by `srun` as one rank of a small job.
+"""Measures one node for a cluster check; `srun` runs this module as one rank of a small job.
 
 srun --nodes 2 --ntasks-per-node 1 python -m gpc_dist.cluster.node_report FOLDER TOKEN
 """
@@ -34,7 +34,7 @@ class NodeReport:
     versions: dict[str, str]
     gpus: int
     sees_folder: bool
-    """The file that the submitting machine wrote is there, and says what it should."""
+    """The node reads the file that the submitting machine wrote, with the expected content."""
     free_gib: float
     """In the shared folder."""
     free_local_gib: float
@@ -44,7 +44,7 @@ class NodeReport:
 
 
 def main(folder: Path, token: str) -> None:
-    """Meet the other ranks, measure, and let rank 0 write `report.json` into the folder."""
+    """Join the other ranks and measure; rank 0 writes `report.json` into the folder."""
     import torch
     import torch.distributed as dist
 

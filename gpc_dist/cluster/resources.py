@@ -1,4 +1,4 @@
-"""What a job asks of Slurm, and whether the cluster has it."""
+"""The resources that a job requests from Slurm, and a check that the cluster has them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Resources:
     nodes: int = 1
     gpus_per_node: int | None = None
     ranks_per_node: int | None = None
-    """One for each GPU, or one, when not given."""
+    """When not given: one for each GPU, or one without GPUs."""
     cpus_per_rank: int | None = None
     time: str | None = None
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     memory: str | None = None
-    """Of a node, such as `64G`."""
+    """Memory of a node, such as `64G`."""
     constraint: str | None = None
     dependency: str | None = None
     """As sbatch takes it, such as `afterok:123`."""
     others: tuple[str, ...] = ()
-    """Further options of sbatch, as they are."""
+    """Further options of sbatch, passed unchanged."""
 
     @property
     def _ranks(self) -> int:
-        """Of a node."""
+        """Ranks of a node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     def options(self) -> list[str]:
@@ -43,7 +43,7 @@ class Resources:
             "nodes": self.nodes,
             "gpus-per-node": self.gpus_per_node,
             "ntasks-per-node": self.ranks_per_node,
-            # sbatch counts CPUs by GPU (as the script does, and takes no other count by then) or by node
+            # per GPU if there are any: the script sets --cpus-per-gpu, and sbatch then takes no other count
             "cpus-per-gpu": math.ceil(cpus / self.gpus_per_node) if cpus and self.gpus_per_node else None,
             "mincpus": cpus if not self.gpus_per_node else None,
             "time": self.time,
@@ -60,10 +60,10 @@ class Resources:
         return [*given, *self.others]
 
     def check(self, partitions: Sequence[Partition]) -> Partition:
-        """The partition this goes to.
+        """Check that the partition has these resources, and return it.
 
         Raises:
-            UserError: there is no such partition, or it cannot give what is asked for.
+            UserError: the partition does not exist, is down, or has less than is requested.
         """
         partition = self._partition(partitions)
         where = f"partition '{partition.name}'"

@@ -1,7 +1,7 @@
-"""Slurm's commands: every call this program makes of them is here.
+"""Slurm's sinfo, sbatch, squeue and scancel: all calls of these commands are here.
 
-Tables are read as text, the field that may say anything at the end of its line. `--json` has no partitions in Slurm
-22.05's sinfo; its squeue lists the jobs of all users whatever `--me` says, and folds the waiting tasks of an array.
+Tables are read as text, with a free-text field at the end of its line. `--json` is not used: in Slurm 22.05, sinfo
+gives no partitions with it; squeue ignores `--me` and merges the waiting tasks of an array into one entry.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ ENDED = {
     "PREEMPTED",
     "TIMEOUT",
 }
-"""States a job does not leave by itself."""
+"""States of a job that has ended."""
 
 _TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition of the cluster. Its nodes may differ: each figure is the largest of them."""
+    """A partition of the cluster. Its nodes may differ: a figure of a node is the largest among them."""
 
     name: str
     is_default: bool
     is_up: bool
     nodes: int
     max_s: int | None
-    """Longest time limit in seconds; None when there is none."""
+    """Longest time limit in seconds; None if there is none."""
     cpus: int
     """Of a node."""
     memory_mib: int
@@ -47,7 +47,7 @@ class Partition:
     gpus: int
     """Of a node."""
     gpu_type: str
-    """As Slurm names it; empty where it does not."""
+    """Slurm's name of the GPU type; empty if it gives none."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Job:
     nodes: str
     partition: str
     reason: str
-    """Why it waits, or how it ended: any text."""
+    """Why the job waits, or how it ended; free text."""
 
     @property
     def ended(self) -> bool:
@@ -69,11 +69,11 @@ class Job:
 
 
 def call(*words: str) -> str:
-    """What a command of Slurm prints.
+    """Run a command of Slurm and return its output.
 
     Raises:
-        MachineError: the command is not there, or its controller does not answer.
-        UserError: it refuses; the message is Slurm's own.
+        MachineError: the command is not installed, or Slurm's controller does not answer.
+        UserError: the command fails; the message is Slurm's.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S)
@@ -117,7 +117,7 @@ def partitions() -> list[Partition]:
 
 
 def _together(a: Partition, b: Partition) -> Partition:
-    """Two groups of nodes of one partition."""
+    """Merge two groups of nodes of one partition."""
     return replace(
         a,
         nodes=a.nodes + b.nodes,
@@ -129,16 +129,16 @@ def _together(a: Partition, b: Partition) -> Partition:
 
 
 def _gpus(gres: str) -> tuple[int, str]:
-    """GPUs and their type in generic resources such as `gpu:a100:8(S:0-1),lustre:1`."""
+    """Number and type of the GPUs in generic resources such as `gpu:a100:8(S:0-1),lustre:1`."""
     found = re.findall(r"\bgpu(?::([^:,()]+))?:(\d+)\b", gres)
     return sum(int(count) for _, count in found), next((kind for kind, _ in found if kind), "")
 
 
 def seconds(limit: str) -> int | None:
-    """Seconds of a time limit as Slurm writes it (`90`, `1:30:00`, `2-12:00:00`); None for no limit.
+    """Seconds of a time limit in Slurm's notation (`90`, `1:30:00`, `2-12:00:00`); None for no limit.
 
     Raises:
-        UserError: it is not one.
+        UserError: `limit` is not a time limit.
     """
     if limit.lower() in ("infinite", "unlimited"):
         return None
@@ -155,18 +155,18 @@ def seconds(limit: str) -> int | None:
 
 
 def submit(options: Sequence[str], script: Path, arguments: Sequence[str]) -> str:
-    """Submit a batch script; returns the job's id."""
+    """Submit a batch script; return the job's id."""
     words = ["sbatch", "--parsable", *options, str(script), *arguments]
     return call(*words).strip().split(";")[0]
 
 
 def try_out(options: Sequence[str], script: Path, arguments: Sequence[str]) -> None:
-    """Let Slurm say what it would refuse; raises `UserError`."""
+    """Check a submission without submitting it; raises `UserError` if Slurm would refuse it."""
     call("sbatch", "--test-only", *options, str(script), *arguments)
 
 
 def jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """Those of these jobs that Slurm still knows: the waiting, the running and the recently ended."""
+    """The jobs with these ids, by id, as far as Slurm still knows them: waiting, running or recently ended."""
     wanted = set(ids)
     if not wanted:
         return {}
@@ -174,11 +174,11 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     lines = call("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%M|%N|%P|%r")
     for line in lines.splitlines():
         number, *fields = line.split("|", 5)
-        if number in wanted:  # which the later lines of a reason are not
+        if number in wanted:  # false for the further lines of a reason
             found[number] = Job(number, *fields)
     return found
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """End jobs, or tasks of arrays. Those that have ended are left alone."""
+    """Cancel jobs or tasks of arrays; no effect on those that have ended."""
     call("scancel", *ids)

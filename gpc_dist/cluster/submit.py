@@ -1,4 +1,4 @@
-"""`gpc-dist submit`: from a recipe or a search to a job in Slurm's queue."""
+"""`gpc-dist submit`: submit a recipe or a search as a job to Slurm."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from gpc_dist.shipped import shipped_folder
 from gpc_dist.tracking.store import tracking_uri, ui_command
 
 TASK = "{task}"
-"""Stands for an array task's number; `slurm/train.sbatch` replaces it."""
+"""Placeholder for the number of an array task; `slurm/train.sbatch` replaces it."""
 
 SHARED = "job.sh"
-"""What a batch script looks for beside itself."""
+"""File that a batch script sources from its own folder."""
 
 _GIVEN = {"train": RECIPE, "tune": SEARCH}
 
@@ -37,13 +37,13 @@ class Member:
     """One run, or one search, of a submission."""
 
     task: int | None
-    """Its number in the job array; None without one."""
+    """Number in the job array; None without an array."""
     name: str
     folder: RunFolder
     config: Config
-    """Of the run, or of a search's runs as far as they agree: says what the job reads and where it is recorded."""
+    """Configuration of the run, or the part that a search's runs share; for the checks of its input and tracking."""
     kept: Mapping[str, str]
-    """Files of the job's folder, by name, and their texts: all that it needs to know of what was submitted."""
+    """File name -> text, for the folder `job/`: the complete configuration of the job."""
 
 
 def run_submission(
@@ -54,16 +54,16 @@ def run_submission(
     dry_run: bool,
     wait: bool,
 ) -> int:
-    """Submit runs as one job, or as an array of several, or one search; returns the exit code.
+    """Submit one run, an array of runs, or one search; return the exit code.
 
     Args:
-        what: names the batch script, and the kind of file that it is given.
-        command: the user's, for the record.
-        dry_run: print what would be submitted; nothing is written.
-        wait: print the log until the job ends.
+        what: selects the batch script and the file that it gets (`recipe.yaml` or `search.yaml`).
+        command: the user's command line, for the record.
+        dry_run: print what would be submitted, and write nothing.
+        wait: print the log until the job ends; not for an array.
 
     Raises:
-        UserError: a run has a job already, or the cluster refuses; nothing has been submitted.
+        UserError: a run has a job already, its input is missing, or the cluster refuses; nothing was submitted.
     """
     first = members[0]
     if wait and first.task is not None:
@@ -145,7 +145,7 @@ def _check(member: Member) -> None:
 
 
 def _template(members: Sequence[Member]) -> Path:
-    """The members' folder with `{task}` for the number of the task."""
+    """The members' folder with `{task}` in place of the task's number."""
     path = members[0].folder.path
     if members[0].task is None:
         return path
@@ -154,7 +154,7 @@ def _template(members: Sequence[Member]) -> Path:
 
 
 def _snapshot(member: Member, script: Path) -> None:
-    """Keep the configuration and the scripts as they are now: the job may start when they have changed."""
+    """Copy the configuration and the scripts to `job/`: they may change before the job starts."""
     for name, text in member.kept.items():
         files.write_text(member.folder.job / name, text)
     for source in (script, script.with_name(SHARED)):

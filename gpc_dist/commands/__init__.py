@@ -1,1 +1,1 @@
-"""The commands of `gpc-dist`: for each a file with its help, its arguments, and one call."""
+"""The commands of `gpc-dist`: one module for each, with its help, its arguments, and one call."""

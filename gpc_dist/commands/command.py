@@ -1,4 +1,4 @@
-"""What a command is made of, and argument types that several commands use."""
+"""The type of a command, and argument types that several commands use."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Run = Callable[[Any, dict[str, str], list[str]], int]
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what its help says, which arguments it takes, and what it calls."""
+    """A command: its help, its arguments, and the function that it calls."""
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Run
     detail: str = ""
     settings: Literal["none", "recipe", "own"] = "none"
-    """Settings it takes: none, those of a recipe (`--section.key VALUE`), or those of a file of its own."""
+    """Settings that it takes: none, those of a recipe (`--section.key VALUE`), or those of its own kind of file."""
 
     @property
     def usage(self) -> str:
-        """How its settings stand in the usage line."""
+        """The part of the usage line about settings."""
         return {"none": "", "recipe": " [--section.key VALUE ...]", "own": " [--key VALUE ...]"}[
             self.settings
         ]
@@ -40,5 +40,5 @@ def count(text: str) -> int:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The argument of commands that take a recipe as `gpc-dist train` does."""
+    """Add the argument of commands that take a recipe as `gpc-dist train` does."""
     parser.add_argument("recipe", metavar="RECIPE", help="as of `gpc-dist train`")

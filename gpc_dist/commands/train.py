@@ -25,7 +25,7 @@ def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
     from gpc_dist.training.stop import StopRequest
 
     stop = StopRequest()
-    stop.listen(signal.SIGUSR2)  # a batch system may ask before torch is there
+    stop.listen(signal.SIGUSR2)  # a batch system may send it before torch is imported
     from gpc_dist.training.train import run_training
 
     return run_training(chosen, started_s, ["gpc-dist", *words], stop)

@@ -1,1 +1,1 @@
-"""Trained adapters at work: evaluation, prediction, inspection, official scores and serving."""
+"""Use of trained adapters: evaluation, prediction, inspection, official scores and serving."""

@@ -1,4 +1,4 @@
-"""Trained adapters at work: evaluation, prediction files, and single texts."""
+"""Use of trained adapters: evaluation, prediction files, and predictions for single rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gpc_dist.training.session import Session, Split, load_base, open_session
 
 
 def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None) -> Config:
-    """The configuration an adapter runs with: its card's, with overrides on top.
+    """The configuration of an adapter: that of its card, with overrides on top.
 
     Raises:
-        UserError: an unknown key, or one that would change the adapter itself.
+        UserError: a key is unknown, or its value is not valid.
     """
     tree = {
         "encoder": {"path": card.encoder.path, "revision": card.encoder.revision},
@@ -33,10 +33,10 @@ def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None
 
 
 def open_adapter(folder: Path, config: Config, world: World) -> Session:
-    """A session that runs a saved adapter.
+    """Open a session that runs a saved adapter.
 
     Raises:
-        UserError: no adapter there, or one that belongs to another encoder.
+        UserError: the folder has no adapter, or one that belongs to another encoder.
     """
     adapter, card = load_adapter(folder)
     base = load_base(config, world)
@@ -51,7 +51,7 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
     """`gpc-dist evaluate`: print the metrics of an adapter on a part of its data, as JSON.
 
     Raises:
-        UserError: as `open_adapter`; or nothing was held out when it was trained.
+        UserError: see `open_adapter`; or `part` is `holdout` and training held nothing out.
     """
     config = adapter_config(read_card(folder), overrides)
     world = init_world(config.engine)
@@ -88,21 +88,24 @@ def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[s
 
 
 def adapter_outputs(session: Session, split: Split, adapter: Adapter | None = None) -> Any:
-    """Outputs of an adapter (the attached one when not given) for every example of a split, on rank 0; None
-    elsewhere."""
+    """Outputs of an adapter for every example of a split, on rank 0; None on other ranks.
+
+    Args:
+        adapter: the attached one when not given.
+    """
     outputs = all_outputs(session, [adapter or session.model.adapter], split.encoded)
     return None if outputs is None else outputs[0]
 
 
 class Predictor:
-    """An adapter and its encoder in this process, for rows that come one by one.
+    """An adapter and its encoder, loaded in this process to predict rows as they come.
 
     Args:
         folder: the adapter's folder.
         overrides: dotted configuration keys, such as `{"engine.device": "cpu"}`.
 
     Raises:
-        UserError: no adapter there, or its encoder cannot be loaded.
+        UserError: the folder has no adapter, or its encoder cannot be loaded.
     """
 
     def __init__(self, folder: Path | str, overrides: Mapping[str, str] | None = None):
@@ -111,10 +114,13 @@ class Predictor:
         self.session = open_adapter(Path(folder), config, alone(config.engine))
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
-        """A prediction for each example of the rows, which have the columns of the task's data.
+        """A prediction for each example in the rows.
+
+        Args:
+            rows: with the columns of the task's data.
 
         Raises:
-            UserError: a row lacks a column the task reads.
+            UserError: a row lacks a column that the task reads.
         """
         task = self.session.task
         examples = task.parse([dict(row) for row in rows])

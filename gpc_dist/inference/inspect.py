@@ -1,4 +1,4 @@
-"""`gpc-dist inspect`: what becomes of a trained prompt from layer to layer, and how much of the gradient reaches it."""
+"""`gpc-dist inspect`: how a trained prompt changes from layer to layer, and how much gradient reaches it."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from gpc_dist.training.losses import summed_loss
 from gpc_dist.training.session import Session
 
 _TOGETHER = 16
-"""Examples of one pass: all layers' states are kept for the gradient."""
+"""Examples of one pass; few, because the states of all layers are kept for the gradient."""
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """The prompt as it enters a layer, on average over examples and prompt positions."""
+    """Figures of the prompt that enters a layer, averaged over examples and prompt positions."""
 
     layer: int
     """From 0."""
     cosine: float
-    """Of `p_l` with `p_0`, which entered the first layer."""
+    """Cosine of `p_l` and `p_0`, the prompt that entered the first layer."""
     prompt_rms: float
     """Root mean square of the prompt states."""
     text_rms: float
-    """Of the text states that enter the same layer."""
+    """Root mean square of the text states that enter the same layer."""
     gradient_norm: float
-    """Of the gradient of an example's loss by its `p_l [P, H]`."""
+    """Norm of the gradient of an example's loss with respect to its `p_l [P, H]`."""
     written: float | None
-    """What the cell changed before this layer: the norm of `p_l - e`, over that of `e`, the prompt as the layer before
-    encoded it; None where no cell acted."""
+    """Relative change by the cell before this layer: norm of `p_l - e` divided by the norm of `e`, the prompt that the
+    previous layer encoded; None if no cell acted."""
     gate: float | None
-    """How far a gated cell's gate was open before this layer, the mean over features: 0 keeps `e`, 1 the previous
+    """Gate of a gated cell before this layer, averaged over features as well: 0 keeps `e`, 1 keeps the previous
     prompt; None for other cells."""
 
 
 @dataclass
 class _Sums:
-    """Of one layer, over the rows of all batches; each is divided by their number in the end."""
+    """Sums of one layer's figures over the rows of all batches, to be divided by the number of rows."""
 
     cosine: float = 0.0
     prompt_rms: float = 0.0
@@ -58,17 +58,17 @@ class _Sums:
 
 @dataclass
 class _Seen:
-    """What the hooks saw in one pass."""
+    """What the hooks recorded in one pass."""
 
     states: list[Tensor] = field(default_factory=list)
-    """`h_l [R, P+T, H]` that entered each layer."""
+    """`h_l [R, P+T, H]`, the input of each layer."""
     encoded: dict[int, Tensor] = field(default_factory=dict)
-    """`e_l [R, P, H]` of the layers after which a cell acts."""
+    """Layer -> `e_l [R, P, H]`, for layers after which a cell acts."""
     gates: dict[int, float] = field(default_factory=dict)
 
 
 def inspect(session: Session, examples: int) -> list[LayerFigures]:
-    """The figures of each layer, first to last, on the first examples of the validation split."""
+    """The figures of each layer, first to last, on the first `examples` examples of the validation split."""
     model, task = session.model, session.task
     split = session.split(task.read("validation")[:examples])
     layers = len(session.base.parts.layers)
@@ -97,7 +97,7 @@ def _mean(layer: int, sums: _Sums, rows: int) -> LayerFigures:
 
 
 def _pass(model: GraftedEncoder, kind: Any, batch: Batch) -> _Seen:
-    """One forward and backward pass; the states that were seen have their gradients."""
+    """Run one forward and backward pass; return the recorded states, with their gradients."""
     seen = _Seen()
     model.eval()
     with _watched(model, seen), torch.enable_grad():
@@ -108,10 +108,10 @@ def _pass(model: GraftedEncoder, kind: Any, batch: Batch) -> _Seen:
 
 @contextmanager
 def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
-    """Hooks beside the graft's own, for the time of a pass, in which each layer runs once, in order.
+    """Add hooks to the graft's own for one pass, in which each layer runs once, in order.
 
-    Those of a layer's input come before the graft's, which takes `p_l` out of it for the cell: the gradient there is
-    that of both ways.
+    The hook on a layer's input runs before the graft's, which reads `p_l` from that input for the cell: so the
+    gradient there is the sum over both paths, through the layer and through the cell.
     """
 
     def enters(_: nn.Module, args: tuple[Any, ...]) -> None:

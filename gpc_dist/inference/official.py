@@ -1,4 +1,4 @@
-"""Adapters of finished runs measured on the official validation split, with what they said about each example."""
+"""Measures adapters of finished runs on the official validation split, and records their decision for each example."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ _HERE = {
     "engine.offload_param": "none",
     "engine.ds_config": None,
 }
-"""A run's settings as they are for its evaluation: one rank, and the whole split."""
+"""Settings that replace a run's own for its evaluation: one rank, and the whole split."""
 
 
 def evaluate_official(runs: Sequence[Path], name: str) -> None:
-    """Measure the adapter in each run's folder on the official validation split, once, into a file beside it.
+    """Measure the adapter of each run on the official validation split, and write the result to the run's folder.
 
-    The file holds the task's metrics of the split, those of the majority baseline, and for each example its id,
-    its target, the decision, and what else scoring needs.
+    The file holds the task's metrics on the split, those of the majority baseline, and for each example its id, its
+    target, the decision, and what else scoring needs.
 
     Args:
-        runs: folders of finished runs; those of one encoder and task share one that is loaded.
-        name: of the file. A run that has it already is left alone.
+        runs: folders of finished runs; consecutive runs with the same encoder, task, data and engine share one
+            loaded encoder, unless it was fine-tuned.
+        name: name of the file. A run that has the file already is skipped.
 
     Raises:
-        UserError: the data or the encoder cannot be read.
+        UserError: the data, the adapter or its encoder cannot be read.
     """
     session: Session | None = None
     for run in map(RunFolder, runs):
@@ -67,7 +68,7 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
 
 
 def _shares(one: Config, other: Config) -> bool:
-    """Whether a session of the one can run the other's adapter."""
+    """Whether a session of one configuration can run an adapter of the other."""
     sections = ("encoder", "task", "data", "engine")
     frozen = not (one.adapter.trains_encoder or other.adapter.trains_encoder)
     return frozen and all(getattr(one, section) == getattr(other, section) for section in sections)

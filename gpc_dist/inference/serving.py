@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class TextModel:
-    """Predictions for a table of texts; made by `_load_pyfunc`."""
+    """Predicts a table of texts; `_load_pyfunc` makes it."""
 
     def __init__(self, predictor: Predictor):
         self._predictor = predictor

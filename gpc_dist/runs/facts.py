@@ -1,6 +1,6 @@
-"""Where, from what code and by which command a run was made (`facts.json`).
+"""Facts of a run: its machine, code and command (`facts.json`).
 
-No environment variable is recorded: they hold secrets.
+Of the environment only variables of the Slurm job are recorded, because others may hold secrets.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def collect_facts(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The facts of this process: strings, numbers, and `versions` (package -> version).
+    """The facts of this process: strings, numbers, `git_dirty` and `versions` (package -> version).
 
-    What cannot be found out (no git, no GPU) is left out. Callers add what they know, such as
-    `dataset` and `signature`; `tracking.run_exporter` exports them.
+    Unknown facts (no git, no GPU) are left out. Callers add facts of their own, such as `dataset` and
+    `signature`; `tracking.run_exporter` exports them.
 
     Args:
         argv: the command to reproduce the run; `sys.argv` when not given.
@@ -73,7 +73,7 @@ def _user() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Its product name where Linux tells one, else its architecture."""
+    """The CPU's product name if Linux gives one, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -83,7 +83,7 @@ def cpu_name() -> str:
 
 
 def _memory_gib() -> float:
-    """Memory of the machine, whatever a batch system allows of it."""
+    """Memory of the whole machine in GiB, even if a batch system allows only a part of it."""
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
@@ -115,7 +115,7 @@ _SLURM = {
 
 
 def _slurm() -> dict[str, str]:
-    """Of the Slurm job this is a part of."""
+    """Facts of the Slurm job that runs this process; empty outside of one."""
     return {fact: os.environ[name] for fact, name in _SLURM.items() if name in os.environ}
 
 
@@ -139,7 +139,7 @@ def _git_output(folder: Path, *arguments: str) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of this program and of the packages it stands on, where they are installed."""
+    """Versions of this program and of the installed packages that matter for a run."""
     found = {"gpc-dist": gpc_dist.__version__}
     for name in _PACKAGES:
         try:
@@ -150,5 +150,5 @@ def package_versions() -> dict[str, str]:
 
 
 def redact(text: str) -> str:
-    """`text` without the user and password of any URI in it."""
+    """`text` with user and password of every URI replaced by `***`."""
     return _CREDENTIALS.sub("***@", text)

@@ -1,4 +1,4 @@
-"""Folders of runs, searches and trials: where everything they write has its place."""
+"""Folders of runs, searches and trials: the paths of all files that they write."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ State = Literal["running", "finished", "failed", "killed", "stopped"]
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands (`status.json`).
+    """The state of a run (`status.json`).
 
-    `stopped` is an end on request with the training state saved; `killed` is an end without one.
+    `stopped` is an end on request with the training state saved; `killed` is an end without saving it.
     """
 
     state: State
@@ -41,14 +41,14 @@ class Status:
     started_s: float = 0.0
     """Unix time at which the run (or its latest resume) began."""
     updated_s: float = 0.0
-    """Unix time of this state: the end of the run, once it is over."""
+    """Unix time of this state; the end of the run if it has ended."""
 
 
 class RunFolder:
     """Paths of one run, and its small files.
 
     Args:
-        path: the folder; it need not exist yet, and is made by the first write.
+        path: the folder; the first write creates it if it does not exist.
     """
 
     kind: ClassVar[str] = "run"
@@ -77,7 +77,7 @@ class RunFolder:
         return str(self.path)
 
     def host_telemetry(self, host: str | None = None) -> Path:
-        """The telemetry file of one host (this one when not given), written with `MetricLog`."""
+        """The telemetry file of one host (this one when not given), a `MetricLog`."""
         return self.telemetry / f"{host or socket.gethostname()}.jsonl"
 
     def rank_log(self, rank: int) -> Path:
@@ -88,7 +88,7 @@ class RunFolder:
         """The resolved configuration as plain values.
 
         Raises:
-            UserError: there is none, so this is not the folder of a run; or it is not YAML.
+            UserError: the file is missing, so this is not a run folder; or it is not valid YAML.
         """
         try:
             tree = yaml.load(self.config.read_text(encoding="utf-8"), _YAML_LOADER)
@@ -101,43 +101,43 @@ class RunFolder:
         return tree or {}
 
     def write_status(self, state: State, reason: str = "") -> None:
-        """Say where the run stands, as seen by the calling process.
+        """Write the state of the run, with host and id of the calling process.
 
-        `running` is written first of all files. An end state is written last: whoever reads it may
-        rely on everything else being complete.
+        `running` is written before all other files. An end state is written last: a reader of it can
+        rely on all other files being complete.
         """
         started_s = time.time() if state == "running" else self.read_status().started_s
         status = Status(state, reason, socket.gethostname(), os.getpid(), started_s, time.time())
         files.write_json(self.status, asdict(status))
 
     def read_status(self) -> Status:
-        """The last status written; `running` since the epoch when there is none yet."""
+        """The last status written; `running` since the epoch if there is none yet."""
         known = {field.name for field in fields(Status)}
         values = files.read_json(self.status)
         return Status(**{"state": "running"} | {k: v for k, v in values.items() if k in known})
 
     def mark_killed(self, reason: str) -> None:
-        """Record the end of a trainer that could not do so itself, as of its last sign of life."""
+        """Write the state `killed` for a trainer that wrote no end state, with the time of its last heartbeat."""
         ended_s = self.last_sign_of_life_s()
         status = replace(self.read_status(), state="killed", reason=reason, updated_s=ended_s)
         files.write_json(self.status, asdict(status))
 
     def sign_of_life(self) -> None:
-        """Show that the exporter process, and with it the trainer, is alive."""
+        """Write a heartbeat: the exporter process, and so the trainer, is alive."""
         os.utime(self.tracking_log)
 
     def last_sign_of_life_s(self) -> float:
-        """Unix time at which the trainer or its exporter last wrote; 0 for an empty folder."""
+        """Unix time of the last write or heartbeat of the trainer or its exporter; 0 for an empty folder."""
         signs = (self.status, self.metrics, self.tracking_log)
         return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
 
     def start_over(self) -> None:
-        """Forget what an earlier run recorded here, so that a new MLflow run begins.
+        """Remove the records of an earlier run, so that a new MLflow run begins.
 
         For a run that does not resume; checkpoints and adapter are not touched.
 
         Raises:
-            UserError: the earlier run is still being recorded.
+            UserError: a process is still exporting the earlier run.
         """
         with self.hold_tracking():
             for path in (self.metrics, self.facts, self.result, self.status, self.tracking):
@@ -205,7 +205,7 @@ class RunFolder:
 
 
 class TrialFolder(RunFolder):
-    """A run that is part of a search, which says in `trial.json` how the two belong together."""
+    """A run that is part of a search; the search describes it in `trial.json`."""
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
@@ -213,12 +213,12 @@ class TrialFolder(RunFolder):
 
     @property
     def begun(self) -> bool:
-        """Whether all is there that a record begins with."""
+        """Whether the files that the exporter needs first are there."""
         return all(path.exists() for path in (self.config, self.trial, self.status))
 
 
 class SearchFolder(RunFolder):
-    """A search: files of its own under the names a run has for them, and the folders of its trials."""
+    """Paths of a search: its own files, named as a run's except `search.yaml`, and the folders of its trials."""
 
     kind = "search"
     others = ("config.yaml", "study.yaml")
@@ -233,23 +233,23 @@ class SearchFolder(RunFolder):
         return TrialFolder(self.trials / name)
 
     def begun_trials(self) -> list[TrialFolder]:
-        """The trials of which something can be recorded, by name."""
+        """The trials that can be exported (`TrialFolder.begun`), sorted by name."""
         if not self.trials.is_dir():
             return []
         return [trial for path in sorted(self.trials.iterdir()) if (trial := TrialFolder(path)).begun]
 
     def mark_killed(self, reason: str) -> None:
-        """Record the end of a driver, and with it of the trials, that could not do so themselves."""
+        """Write the state `killed` for a driver that wrote no end state, and for its running trials."""
         self.mark_running_trials(reason)
         super().mark_killed(reason)
 
     def mark_running_trials(self, reason: str) -> None:
-        """Record the end of trials that the end of their search cut off."""
+        """Write the state `killed` for trials that were running when their search ended."""
         for trial in self.begun_trials():
             if trial.read_status().state == "running":
                 trial.mark_killed(reason)
 
     def last_sign_of_life_s(self) -> float:
-        """Unix time at which the driver, its exporter or one of the trials last wrote."""
+        """Unix time of the last write or heartbeat of the driver, its exporter or one of the trials."""
         signs = [trial.last_sign_of_life_s() for trial in self.begun_trials()]
         return max([super().last_sign_of_life_s(), *signs])

@@ -17,14 +17,14 @@ TIME = "time_s"
 
 
 class MetricLog:
-    """Appends measurements to a file that is readable at every moment.
+    """Appends measurements to a file that can be read at any time.
 
-    A line is `{"step": 10, "time_s": 1700000000.0, "train/loss": 0.5, ...}` and reaches the file in
-    one write. JSON has no NaN and no infinity, so every non-finite value is written as `null`,
-    which pandas and the tracking read as NaN. There is one writer per file.
+    A line is `{"step": 10, "time_s": 1700000000.0, "train/loss": 0.5, ...}` and is written by one
+    system call. JSON has no NaN and no infinity, so every non-finite value is written as `null`,
+    which pandas and the exporter read as NaN. There is one writer per file.
 
     Args:
-        path: the file; created with its folder when absent. A last line torn by a crash is removed.
+        path: the file; created with its folder if absent. A last line torn by a crash is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class MetricLog:
         """Write one line.
 
         Args:
-            step: optimizer step the values belong to; must not go down from line to line.
+            step: optimizer step of the values, not lower than in the line before; in telemetry the sample's number.
             metrics: name -> number (numpy and torch scalars too), names such as `train/loss`.
             time_s: unix time of the measurement; now when not given.
 
@@ -50,7 +50,7 @@ class MetricLog:
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines with a larger step: a run that resumes at `step` writes them again."""
+        """Remove the lines with a larger step, because a run that resumes at `step` writes them again."""
         kept = [line for line in read_metrics(self._path) if line[STEP] <= step]
         self._file.close()
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -72,12 +72,12 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file in order, without a torn last one; empty when it is absent."""
+    """The lines of a metrics file in order, without a torn last line; empty if the file is absent."""
     return [line for line in files.read_lines(path)[0] if STEP in line]
 
 
 def _json_number(value: SupportsFloat) -> float | None:
-    if isinstance(value, int):  # counters stay readable
+    if isinstance(value, int):  # so that counters have no decimal point
         return int(value)
     number = float(value)
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""Runs as they are read for a comparison, from their folders; `tracking.experiment` reads them from MLflow."""
+"""Reads runs from their folders for a comparison; `tracking.experiment` reads them from MLflow."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ from gpc_dist.tasks.metrics import LOWER_IS_BETTER
 
 TRAIN_LOSS = "train/loss"
 EVALUATION = "val/"
-# what a run is called, where it is written and recorded, and how it starts: nothing of it changes what is learnt
+# a record has the seed in a field of its own; the other keys do not change what is learnt
 _NO_SETTINGS = ("run.", "tracking.", "train.resume")
 
 Curve = list[tuple[int, float]]
-"""Step and value, without the values that are not finite."""
+"""Steps and finite values."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one run, finished or not."""
+    """The data of one run, finished or not."""
 
     name: str
     task: str
     seed: int
     settings: Mapping[str, Any]
-    """Dotted key -> value, of all keys that can change what is learnt or what it costs."""
+    """Dotted key -> value, for all keys but the seed that can change what is learnt or its cost."""
     main_metric: str | None
     """The metric that selected the best checkpoint; None before the first evaluation."""
     best: Mapping[str, float]
     """Metrics of the best evaluation; empty before the first one."""
     baseline: Mapping[str, float]
-    """Metrics of the majority baseline; empty for an unfinished run, whose folder does not hold them yet."""
+    """Metrics of the majority baseline; empty for an unfinished run, which has not written them yet."""
     curves: Mapping[str, Curve]
-    """`train/loss` and the evaluations' `val/...`."""
+    """`train/loss`, and `val/...` of the evaluations."""
     state: str
     reason: str = ""
     started_s: float = 0.0
     wall_s: float | None = None
-    """Seconds of the run's latest start."""
+    """Duration of the run's latest start in seconds."""
     share_s: float | None = None
-    """Of a trial that shared its encoder with others: its part of the seconds that they took together."""
+    """For a trial that shared its encoder with others: its share of their common time, in seconds."""
     ranks: int | None = None
     on_gpu: bool = False
     energy_j: float | None = None
     command: str = ""
-    """The command line that was given."""
+    """The user's command line."""
     again: Sequence[str] = field(default_factory=list)
-    """Command lines that make the run once more, in a new folder."""
+    """Command lines that repeat the run in a new folder."""
 
     @property
     def cost_s(self) -> float | None:
-        """Seconds of all its ranks together: GPU-seconds, or those of CPU processes."""
+        """Seconds summed over all ranks: of GPUs, or of CPU processes."""
         seconds = self.wall_s if self.share_s is None else self.share_s
         return None if seconds is None or self.ranks is None else seconds * self.ranks
 
 
 def read_folder(place: Path) -> list[Record]:
-    """The runs in a folder: a run's own, a search's (`trials/`), or a folder of run folders.
+    """The runs in a run folder (one), in a search's folder (its trials), or in a folder of run folders.
 
     Raises:
-        UserError: there is none in it, or a file in one is broken.
+        UserError: the folder has no run, or a file of a run is broken.
     """
     inside = place / "trials" if (place / "trials").is_dir() else place
     candidates = [place, *sorted(path for path in inside.iterdir() if path.is_dir())]
@@ -106,7 +106,7 @@ def _relative(path: Path) -> Path:
 
 
 def new_folder(name: str) -> str:
-    """Settings that keep a repetition from going on in the folder of the run it repeats."""
+    """Settings that give a repetition a new folder, so that it does not resume the run that it repeats."""
     again = f"{name}-again"
     return shlex.join(["--run.name", again, "--run.dir", f"runs/{again}"])
 
@@ -161,13 +161,13 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _configured_ranks(keys: Mapping[str, Any], facts: Mapping[str, Any]) -> int | None:
-    """Ranks of an unfinished run; None where the machine or the batch system chose them."""
+    """Ranks of an unfinished run; None if the machine or the batch system chose them."""
     ranks = keys.get("engine.ranks")
     return ranks if isinstance(ranks, int) and "slurm_job_id" not in facts else None
 
 
 def _guessed_metric(lines: Iterable[Mapping[str, Any]]) -> str | None:
-    """The main metric of a run that does not say: tasks report it first, or as the average."""
+    """The main metric of a run that does not name it: tasks report it as the average, or else first."""
     for line in lines:
         names = [key.removeprefix(EVALUATION) for key in line if key.startswith(EVALUATION)]
         names = [name for name in names if name != "loss"]
@@ -182,7 +182,7 @@ def _best_evaluation(lines: Iterable[Mapping[str, Any]], main: str | None) -> di
     if not evaluations:
         return {}
     choose = min if main in LOWER_IS_BETTER else max
-    best = choose(evaluations, key=lambda line: line[key])  # of equal ones the first, as in training
+    best = choose(evaluations, key=lambda line: line[key])  # the first of equal ones, as in training
     return _finite(
         {name.removeprefix(EVALUATION): best[name] for name in best if name.startswith(EVALUATION)}
     )

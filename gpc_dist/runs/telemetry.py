@@ -1,4 +1,4 @@
-"""GPU telemetry: one sampling thread on each node, through NVML; nothing where there is no GPU."""
+"""GPU telemetry: one thread on each node samples its GPUs through NVML; none on nodes without GPUs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class GpuTelemetry:
     """Samples every GPU of the node from a thread of its own.
 
     Args:
-        open_log: opens where samples go, in the sampling thread; not called on a node without GPUs. A sample
-            has `gpu<i>/memory_used_mib`, `/utilisation_pct`, `/power_w` and `/energy_j` (since the start); a
-            figure the driver does not give is left out.
-        enabled: whether this rank is the one that samples for its node.
+        open_log: opens the log of the samples, in the sampling thread; not called on a node without GPUs. A
+            sample has `gpu<i>/memory_used_mib`, `/utilisation_pct`, `/power_w` and `/energy_j` (since the start);
+            figures that the driver does not give are left out.
+        enabled: whether this rank samples for its node.
         period_s: seconds between samples.
     """
 
@@ -30,7 +30,7 @@ class GpuTelemetry:
         period_s: float = 10.0,
     ):
         self.energy_j: float | None = None
-        """Energy of the node's GPUs since the start, as of the last sample; None where it is not told."""
+        """Energy (J) of the node's GPUs from the start to the last sample; None if the driver does not give it."""
         self._open_log = open_log
         self._period_s = period_s
         self._stop = threading.Event()
@@ -57,7 +57,7 @@ class GpuTelemetry:
                     return
 
     def _take(self, start: list[float | None]) -> dict[str, float]:
-        """A sample of all GPUs, whose energy counters stood at `start` (J); brings `energy_j` up to date."""
+        """Sample all GPUs and update `energy_j`; `start` has their energy counters (J) at the start."""
         sample: dict[str, float] = {}
         for index, (handle, base) in enumerate(zip(self._handles, start, strict=True)):
             sample |= {f"gpu{index}/{name}": value for name, value in _sample(handle).items()}

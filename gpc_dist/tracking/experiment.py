@@ -1,4 +1,4 @@
-"""Runs of an MLflow experiment, read back for a comparison."""
+"""Reads the runs of an MLflow experiment for a comparison."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def read_experiment(name: str, uri: str | None) -> list[Record]:
     """The runs of an MLflow experiment that this program recorded.
 
     Args:
-        uri: tracking store; the file `mlflow.db` in `runs/` or here when not given.
+        uri: tracking store; the file `mlflow.db` in `runs/` or in the working folder when not given.
 
     Raises:
-        UserError: no such store or experiment, or no run in it.
+        UserError: the store or the experiment does not exist, or has no readable run.
         MachineError: the store cannot be reached or refuses.
     """
     uri = uri or _default_uri(name)
@@ -42,7 +42,7 @@ def read_experiment(name: str, uri: str | None) -> list[Record]:
         records = [_read_mlflow_run(client, run) for run in _all_runs(client, found.experiment_id)]
     except UserError:
         raise
-    except Exception as error:  # database, HTTP and artifact stores all have their own
+    except Exception as error:  # database, HTTP and artifact stores raise errors of their own
         raise MachineError(
             f"MLflow at {redact(uri)} did not give the runs of {name}: {redact(str(error))}"
         ) from error
@@ -76,7 +76,7 @@ def _all_runs(client: MlflowClient, experiment_id: str) -> Iterable[MlflowRun]:
 
 
 def _read_mlflow_run(client: MlflowClient, run: MlflowRun) -> Record | None:
-    """None for a run that has no readable configuration: another program's, or one about to start."""
+    """The record of a run; None if it has no `config.yaml`: it is another program's, or has just started."""
     run_id, tags = run.info.run_id, run.data.tags
     name = tags.get("mlflow.runName", run_id)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,13 +1,13 @@
-"""Exports a folder to an MLflow run: what the exporters of runs, trials and searches have in common.
+"""Exports a folder to an MLflow run: the base class of the exporters of runs, trials and searches.
 
-`Exporter.update` sends what MLflow does not hold yet, and may be called at any time, any number of
-times, by whoever holds the folder's tracking lock. It leaves to its subclasses what the files of
-the folder become; all have a status, and facts that become tags, description and data set.
+`Exporter.update` sends what MLflow does not hold yet. The holder of the folder's tracking lock may
+call it at any time and any number of times. Subclasses define what the files of the folder become
+in MLflow; all folders have a status, and facts that become tags, description and data set.
 
-A metric is sent once per step. MLflow cannot take a value back, so when a resumed run writes steps
-again that MLflow already holds, the first values stand. A crash between sending and noting that
-down repeats a request, which has no effect: each value carries the time of its line, and MLflow's
-stores ignore a metric they already hold with the same step, time and value.
+A metric is sent once per step. MLflow cannot delete a value: if a resumed run writes steps again
+that MLflow already holds, the first values stay. A crash after a request, before `tracking.json` is
+written, repeats the request without effect: each value has the time of its line, and MLflow's
+stores ignore a metric that they already hold with the same step, time and value.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MLFLOW_STATUS = {
     "finished": "FINISHED",
     "failed": "FAILED",
     "killed": "KILLED",
-    "stopped": "KILLED",  # MLflow has no state for "to be continued"; `gpc.state` tells
+    "stopped": "KILLED",  # MLflow has no state for a run that can resume; the tag `gpc.state` has it
 }
 
 
@@ -46,7 +46,7 @@ class Exporter(ABC):
 
     Args:
         folder: a folder with at least its configuration.
-        uri: tracking store; the one of the configuration when not given.
+        uri: tracking store; the configuration's when not given.
 
     Raises:
         UserError: the folder has no configuration.
@@ -60,7 +60,7 @@ class Exporter(ABC):
         where = TrackingConfig(uri=uri or section.get("uri"))
         self.uri = store.tracking_uri(where, folder.path)
         self.state = ExportState.load(folder)
-        if self.state.uri != redact(self.uri):  # none yet, or in another store
+        if self.state.uri != redact(self.uri):  # not exported yet, or to another store
             self.state = ExportState(uri=redact(self.uri))
         self._client: MlflowClient | None = None
 
@@ -70,7 +70,7 @@ class Exporter(ABC):
         Raises:
             mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
         """
-        # First, because an end state promises that everything else is complete.
+        # Read before the other files: an end state means that they are complete.
         version = files.version(self._folder.status)
         status = self._folder.read_status()
         if self._client is None:
@@ -83,17 +83,17 @@ class Exporter(ABC):
 
     @abstractmethod
     def _send_content(self, status: Status) -> None:
-        """Send everything but the status, which follows."""
+        """Send everything but the status, which is sent afterwards."""
 
     def _run_name(self) -> str:
         return self._folder.path.name
 
     def _first_tags(self) -> dict[str, str]:
-        """Tags the run is created with."""
+        """Tags with which the run is created."""
         return {}
 
     def _mlflow_status(self, state: State) -> str:
-        """The word of MLflow that is nearest to a state."""
+        """MLflow's status for a state."""
         return _MLFLOW_STATUS[state]
 
     # -- the run ---------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Exporter(ABC):
         return self.state.experiment_id
 
     def _connect(self) -> tuple[MlflowClient, str]:
-        """A client of the store, and the id of the experiment."""
+        """Return a client of the store, and the id of the experiment."""
         return store.connect(self.uri, self._experiment, self._folder.path.parent)
 
     def _open(self, status: Status) -> MlflowClient:
@@ -127,10 +127,10 @@ class Exporter(ABC):
         if self.state.run_id is not None:  # somebody deleted it in MLflow
             self.state = ExportState(uri=self.state.uri)
         found: Sequence[Run] = ()
-        if self.state.experiment_id is not None:  # an earlier attempt may have been answered too late
+        if self.state.experiment_id is not None:  # a request that timed out may have created it
             found = client.search_runs([experiment_id], f"tags.`gpc.key` = '{self.state.key}'")
         self.state.experiment_id = experiment_id
-        self._save()  # the key first: a run created under it can be found again
+        self._save()  # before the run is created, so that it can be found by its key
         run = (
             found[0]
             if found
@@ -161,7 +161,7 @@ class Exporter(ABC):
     # -- files -----------------------------------------------------------------------------------
 
     def _send_new(self, path: Path, also: Callable[[], None] | None = None) -> None:
-        """Send a file as an artifact, and what else is made of its content, if it is new."""
+        """Send a new or changed file as an artifact, then call `also`, which sends what is made of its content."""
         version = files.version(path)
         if not version or self.state.sent.get(path.name) == version:
             return
@@ -186,14 +186,14 @@ class Exporter(ABC):
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [use])])
 
     def _send_params(self, wanted: Mapping[str, str], tags: Mapping[str, Any]) -> None:
-        """Send params, and the tags that go with them."""
+        """Send params that MLflow does not hold, and tags."""
         from mlflow.entities import Param
 
         held = self.client.get_run(self.run_id).data.params
         new = [Param(name, value) for name, value in wanted.items() if name not in held]
         for start in range(0, len(new), _PER_CALL):
             self.client.log_batch(self.run_id, params=new[start : start + _PER_CALL])
-        # MLflow's params are for ever; what a resume changed (more steps, say) is told by a tag.
+        # MLflow's params cannot be changed; a tag has the value that a resume changed (more steps, for example).
         changed = {name: value for name, value in wanted.items() if held.get(name, value) != value}
         where = {"gpc.run_dir": str(self._folder)}
         self._set_tags({f"gpc.changed.{name}": value for name, value in changed.items()} | {**tags} | where)

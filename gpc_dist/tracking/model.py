@@ -1,7 +1,7 @@
-"""The adapter as an MLflow model, which `mlflow models serve` and `mlflow.pyfunc.load_model` run.
+"""The adapter as an MLflow model, for `mlflow models serve` and `mlflow.pyfunc.load_model`.
 
-The model holds the adapter's own files and the name of the module that loads them; nothing is
-pickled, and nothing of it is imported here. Where gpc-dist is installed already:
+The model holds the adapter's files and the name of the module that loads them; nothing is pickled,
+and that module is not imported here. Where gpc-dist is installed:
 
     mlflow models serve -m models:/<model_id> --env-manager local
 """
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 SERVING_MODULE = "gpc_dist.inference.serving"
-"""Module with `_load_pyfunc(path)`, which MLflow calls with the folder of the adapter's files."""
+"""Module with `_load_pyfunc(path)`; MLflow calls it with the folder of the adapter's files."""
 
-_VERSIONS = "mlflow.modelVersions"  # by which the page of a model links to its versions
+_VERSIONS = "mlflow.modelVersions"  # tag from which a model's page in MLflow links to its versions
 _NEEDED = ("torch", "transformers", "safetensors")
 
 
@@ -34,16 +34,16 @@ def log_adapter(
     facts: Mapping[str, Any],
     loader_module: str = SERVING_MODULE,
 ) -> None:
-    """Give an MLflow model that was created empty its files, and mark it ready.
+    """Upload the adapter's files to an MLflow model that was created empty, and mark it ready.
 
-    Doing it twice has the effect of doing it once.
+    A second call has no further effect.
 
     Args:
         client: client of the store.
         model_id: the model.
         adapter: folder of the adapter.
         facts: the run's facts: package `versions`, and `signature`.
-        loader_module: importable where the model is loaded.
+        loader_module: module that can be imported where the model is loaded.
     """
     import mlflow.pyfunc
     from mlflow.models import Model
@@ -56,7 +56,7 @@ def log_adapter(
         model_id=model_id,
     )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # an example would be a row of somebody's data
+        # no example is given, because it would be a row of the user's data
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         files = Path(folder) / "model"
         mlflow.pyfunc.save_model(
@@ -72,13 +72,13 @@ def log_adapter(
 
 
 def register(client: MlflowClient, name: str, model_id: str, tags: Mapping[str, str]) -> str:
-    """Make a model the newest version of a registered one, unless it is a version of it already.
+    """Make a model the newest version of a registered model, unless it is one of its versions already.
 
     Args:
         client: client of the store.
-        name: of the registered model, which is made on first use.
+        name: name of the registered model, which is created on first use.
         model_id: a model that is ready.
-        tags: of the version; it also gets `model_id`.
+        tags: tags of the version; the tag `model_id` is added.
 
     Returns:
         The version: load it from `models:/<name>/<version>`.
@@ -109,10 +109,10 @@ def register(client: MlflowClient, name: str, model_id: str, tags: Mapping[str, 
 
 
 def signature(described: Mapping[str, Mapping[str, str]]) -> ModelSignature | None:
-    """The columns MLflow holds a request to; None, and no check but the loader's, for none given.
+    """The columns that MLflow checks in a request; None for no columns, so that only the loader checks.
 
-    A signature is never guessed: one that says less than the task reads makes MLflow drop columns
-    from a request without a word.
+    A signature is never guessed: if it lacks a column that the task reads, MLflow drops that column
+    from requests without a message.
 
     Args:
         described: `{"inputs": {"premise": "string", ...}, "outputs": {"prediction": "string"}}`,
@@ -129,8 +129,8 @@ def signature(described: Mapping[str, Mapping[str, str]]) -> ModelSignature | No
 
 
 def pip_requirements(versions: Mapping[str, str]) -> list[str]:
-    """What serving needs, at the versions of the run; local parts such as `+cu128` are dropped,
-    because no package index has them."""
+    """The packages for serving, at the versions of the run; local parts such as `+cu128` are dropped,
+    because package indexes lack them."""
     import mlflow
 
     import gpc_dist

@@ -1,9 +1,9 @@
-"""The exporter process: exports a folder to MLflow at low priority while the run or search goes on.
+"""The exporter process: exports a folder to MLflow at low priority during the run or search.
 
 The trainer calls `start` and, at the end, `ExporterProcess.finish`. The two processes share the run folder
-and a pipe: the trainer holds the writing end and never uses it, so its end, however it came, is the
-end of the file the exporter reads. `spawn` and `follow`, the two sides, serve a search and its
-driver as well (`search`).
+and a pipe: the trainer holds the writing end and never writes, so the exporter reads an end of file when
+the trainer ends for any reason. `spawn` and `follow` are the two sides; a search and its driver use them as
+well (`search_exporter`).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from gpc_dist.tracking.state import ExportState
 
 log = logging.getLogger(__name__)
 
-# Meant for the trainer, which saves and ends; the exporter stays to record that it did.
+# Meant for the trainer, which saves its state and ends; the exporter ignores them, to record that end.
 _TRAINER_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _NICENESS = 10
 _POLL_S = 0.1
 _PERIOD_S = 2.0
 _LONGEST_PAUSE_S = 60.0
-_GRACE_S = 30.0  # for which an unreachable store is tried again after the trainer's end
+_GRACE_S = 30.0  # retries of an unreachable store after the trainer's end
 
 
 class ExporterProcess:
-    """The trainer's side of the process that records its run; made by `spawn`."""
+    """The trainer's handle of its exporter process; `spawn` makes it."""
 
     def __init__(self, folder: RunFolder, process: subprocess.Popen[bytes]) -> None:
         self._folder = folder
@@ -50,7 +50,7 @@ class ExporterProcess:
         return self._process.pid
 
     def wait_for_run_id(self, timeout_s: float) -> str | None:
-        """The run's id in MLflow; None when there is none after `timeout_s` or ever."""
+        """Wait for the run's id in MLflow; None if `timeout_s` passes or the exporter ends without one."""
         deadline = time.monotonic() + timeout_s
         while True:
             ended = self._process.poll() is not None
@@ -60,10 +60,10 @@ class ExporterProcess:
             time.sleep(_POLL_S)
 
     def finish(self, timeout_s: float) -> ExportState:
-        """Let the exporter send what is left, and wait for it; never raises because of MLflow.
+        """Wait until the exporter has sent the rest; never raises because of MLflow.
 
         Call it after `result.json` and the end state are written. After `timeout_s` the exporter
-        goes on by itself, and a warning says how to complete the run should it be ended as well.
+        continues alone, and a warning names the command that sends the rest if it is ended as well.
         """
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -87,14 +87,14 @@ def start(run_dir: Path | str, delay_s: float = 10.0) -> ExporterProcess:
 
     Args:
         run_dir: the run folder.
-        delay_s: seconds for which the exporter stays idle, so that it does not compete with the
-            start-up of the trainer; the first line of metrics ends the wait.
+        delay_s: seconds for which the exporter waits, so that it does not compete with the start-up
+            of the trainer; the first line of metrics ends the wait.
     """
     return spawn(__name__, RunFolder(run_dir), delay_s)
 
 
 def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
-    """Start `python -m module FOLDER DELAY_S PID`, which is to `follow` this process."""
+    """Start `python -m module FOLDER DELAY_S PID`, which calls `follow` with this process as the trainer."""
     command = [sys.executable, "-m", module, str(folder), str(delay_s), str(os.getpid())]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
@@ -103,7 +103,7 @@ def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
         "DO_NOT_TRACK": "true",
     }
     # Blocked, not ignored: the child inherits the mask through exec, so that a signal to the whole
-    # job cannot end it before it has set its own handlers.
+    # job cannot end the child before it has set its own handlers.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
     try:
         with folder.tracking_log.open("ab") as output:
@@ -124,22 +124,22 @@ def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
 
 
 def main(run_dir: str, delay_s: float, trainer_pid: int) -> int:
-    """Record a run until its trainer ends, then what is left. Returns the exit code."""
+    """Export a run until its trainer ends, then the rest; return the exit code."""
     folder = RunFolder(run_dir)
     return follow(folder, partial(RunExporter, folder), delay_s, trainer_pid)
 
 
 def follow(folder: RunFolder, open_exporter: Callable[[], Exporter], delay_s: float, trainer_pid: int) -> int:
-    """Run an exporter until the process that writes its folder ends, and then until all is sent.
+    """Run an exporter until the process that writes its folder ends, then send the rest.
 
     Args:
         folder: the folder; its tracking lock is held meanwhile.
-        open_exporter: makes the exporter; called again after it failed.
+        open_exporter: makes the exporter; called again if it raised an exception.
         delay_s: see `start`.
         trainer_pid: the process that called `spawn`.
 
     Returns:
-        The exit code: 0 when MLflow holds everything.
+        The exit code: 0 if MLflow holds everything, or the exporter of a resumed run takes over; else 1.
     """
     os.nice(_NICENESS)
     logs.configure(0)
@@ -159,20 +159,20 @@ def follow(folder: RunFolder, open_exporter: Callable[[], Exporter], delay_s: fl
 
 
 class _Trainer:
-    """The process at the other end of standard input."""
+    """The process that holds the writing end of standard input."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
 
     def ended_within(self, timeout_s: float) -> bool:
-        # It never writes, so readable means the end of the file. The parent's id is for trainers
-        # that leave forked children behind, which hold the pipe open.
+        # It never writes, so readable means the end of the file. The parent's id is checked for
+        # trainers that leave forked children, which hold the pipe open.
         readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
         return bool(readable) or os.getppid() != self.pid
 
 
 class _Attempts:
-    """Runs the exporter again and again, and notes in `tracking.json` why when that fails."""
+    """Runs the exporter repeatedly, and writes the reason of a failure to `tracking.json`."""
 
     def __init__(self, folder: RunFolder, open_exporter: Callable[[], Exporter]) -> None:
         self._folder = folder
@@ -182,18 +182,18 @@ class _Attempts:
 
     @property
     def pause_s(self) -> float:
-        """Seconds until the next attempt: the usual rhythm, or longer after each failure."""
+        """Seconds until the next attempt: the usual period, doubled after each failure in a row up to a limit."""
         return min(_PERIOD_S * 2.0**self._failures, _LONGEST_PAUSE_S)
 
     def update(self) -> bool:
-        """Whether MLflow now holds all there is."""
+        """Run the exporter once; return whether MLflow now holds everything."""
         error = None
         try:
             if self._exporter is None:
                 self._exporter = self._open_exporter()
             self._exporter.update()
             self._failures = 0
-        except Exception as caught:  # whatever it is, training must not notice
+        except Exception as caught:  # no error here may affect training
             self._failures += 1
             error = redact(f"{type(caught).__name__}: {caught}")
             log.warning("attempt %d failed: %s", self._failures, error)
@@ -215,7 +215,7 @@ def _wait_for_metrics(folder: RunFolder, trainer: _Trainer, delay_s: float) -> N
 def _complete(folder: RunFolder, trainer: _Trainer, attempts: _Attempts) -> int:
     status = folder.read_status()
     if (status.host, status.pid) != (socket.gethostname(), trainer.pid):
-        return 0  # resumed already: the next exporter waits for the lock and goes on from here
+        return 0  # resumed already: the next exporter waits for the lock and continues
     if status.state == "running":
         folder.mark_killed(f"the {folder.kind}'s process ended without a word (SIGKILL, out of memory?)")
     deadline = time.monotonic() + _GRACE_S

@@ -28,11 +28,11 @@ class RunExporter(Exporter):
 
     Args:
         folder: a run folder with at least `config.yaml`.
-        uri: tracking store; the one of the run's configuration when not given.
+        uri: tracking store; that of the run's configuration when not given.
         loader_module: module that loads the adapter as a model.
 
     Raises:
-        UserError: the folder is not that of a run.
+        UserError: the folder is not a run folder.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class RunExporter(Exporter):
             self._send_log(path, host=path.stem)
 
     def _send_log(self, path: Path, host: str | None = None) -> None:
-        """Send the lines of a `MetricLog` that were added since the last call."""
+        """Send the lines that were added to a `MetricLog` since the last call."""
         if not path.exists():
             return
         stat = path.stat()
         inode, offset, count = self._read.get(path, (0, 0, 0))
-        if inode != stat.st_ino or stat.st_size < offset:  # a resume has put a shorter one in its place
+        if inode != stat.st_ino or stat.st_size < offset:  # a resume has replaced it with a shorter file
             offset = count = 0
         lines, end = files.read_lines(path, offset)
         points: list[translate.Point] = []
@@ -121,10 +121,10 @@ class RunExporter(Exporter):
             if host is None and metrics.STEP in line:
                 points += translate.points(line, step=line[metrics.STEP])
             elif host is not None:
-                # Samples have no step of their own and go on in the same file after a resume: the
-                # number of the line is one.
+                # A resume appends to the same file and numbers its samples from 0 again, so the
+                # line number is the step.
                 points += translate.points(line, step=number, prefix=f"system/{host}/")
         self._send_metrics(points)
-        # Not kept in the state: a resume may have cut the file. Reading it again from its start
-        # is cheap, and `state.steps` knows what MLflow holds.
+        # Not saved in the state, because a resume may cut the file. A new exporter reads it from
+        # its start, which is cheap; `state.steps` records what MLflow holds.
         self._read[path] = (stat.st_ino, end, count + len(lines))

@@ -1,20 +1,20 @@
 """Exports a search to MLflow: one run for the search, and a child run for each trial, all by one process.
 
-The driver of a search calls `start_exporter` and, at the end, `ExporterProcess.finish`; no trial starts a
-exporter of its own. So a search has one writer, however many trials write their folders at once,
-and a database in one file is enough.
+The driver of a search calls `start_exporter` and, at the end, `ExporterProcess.finish`; trials do not
+start exporters. So a search has one writer, no matter how many trials write their folders at once, and a
+SQLite file is enough as the store.
 
 | in the search's folder | in MLflow                                                         |
 |------------------------|-------------------------------------------------------------------|
 | `search.yaml`          | params of the parent run; artifact                                |
 | `facts.json`           | tags and description of the parent; artifact                      |
-| `trials/<trial>/`      | one child run each, see `trial`; the ten best in the description   |
+| `trials/<trial>/`      | a child run each (`trial_exporter`); ten best in the description   |
 | `result.json`          | metrics `final/...`, tags `best_trial`, `metric`, `mode`; artifact |
 | `status.json`          | the parent's status                                               |
 
-The best trial of a finished search becomes a version of a registered model, under the name
-`register_as` in `search.yaml` (by default the search's own; null: none). What has ended and been sent
-is not read again, only asked for its age.
+The best trial of a finished search becomes a version of the registered model that `register_as` in
+`search.yaml` names (by default the search's name; null: none). Trials that have ended and are exported are
+not read again; only the times and sizes of their files are checked.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _REGISTERED = "registered"
 def start_exporter(search_dir: Path | str, delay_s: float = 10.0) -> process.ExporterProcess:
     """Start the exporter of a search whose `search.yaml` and `status.json` are written.
 
-    Call it once per search, from the driver, which must be the process `status.json` names.
+    Call it once per search, from the driver, which must be the process in `status.json`.
 
     Args:
         search_dir: the search's folder.
-        delay_s: seconds for which the exporter stays idle, while the driver starts up.
+        delay_s: seconds for which the exporter waits while the driver starts.
     """
     return process.spawn(__name__, SearchFolder(search_dir), delay_s)
 
@@ -55,11 +55,11 @@ class SearchExporter(Exporter):
 
     Args:
         folder: a search's folder with at least `search.yaml`.
-        uri: tracking store; the one of `search.yaml` when not given. The trials use the same.
+        uri: tracking store, also of the trials; that of `search.yaml` when not given.
         loader_module: module that loads an adapter as a model.
 
     Raises:
-        UserError: the folder is not that of a search.
+        UserError: the folder is not a search's folder.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class SearchExporter(Exporter):
         super().__init__(folder, uri)
         self._search_folder = folder
         self._loader_module = loader_module
-        self._trials: dict[str, TrialExporter] = {}  # of those that go on
-        self._whole: dict[str, str] = {}  # trial that has ended -> what of it MLflow holds
+        self._trials: dict[str, TrialExporter] = {}  # of trials that still run
+        self._whole: dict[str, str] = {}  # trial that has ended -> the version that MLflow holds
         self._failures: dict[str, int] = {}
         self._note_is_old = True
         self.objective: Objective | None = None
@@ -79,14 +79,14 @@ class SearchExporter(Exporter):
         return str(self._config.get("name") or self._folder.path.name)
 
     def update(self) -> ExportState:
-        """Send what is new of the search and its trials. After an exception, call it again.
+        """Send what is new in the search and its trials. After an exception, call it again.
 
         Raises:
             UserError: a file of the search or of a trial is broken.
             mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
         """
         state = super().update()
-        # Last of all: a registry that refuses must not keep the search from being recorded.
+        # Last: a model registry that refuses must not prevent the export of the search.
         if state.state == "finished":
             self._register()
         return state
@@ -108,7 +108,7 @@ class SearchExporter(Exporter):
         return self.name
 
     def _find_objective(self) -> Objective | None:
-        """As the result names it; before there is one, as the search does, if it does."""
+        """The objective in `result.json`, or before that exists in `search.yaml`; None if it names no metric."""
         source = files.read_json(self._folder.result) or self._config
         metric = source.get("metric")
         return Objective(metric, source.get("mode") or "max") if metric else None
@@ -120,13 +120,13 @@ class SearchExporter(Exporter):
 
     def _send_facts(self) -> None:
         super()._send_facts()
-        self.state.sent.pop(_NOTE, None)  # facts bring a description without the trials
+        self.state.sent.pop(_NOTE, None)  # the facts' description, without the trials, replaced it
         self._note_is_old = True
 
     def _send_result(self) -> None:
         result = files.read_json(self._folder.result)
         time_ms = translate.ms(self._folder.result.stat().st_mtime)
-        # A resumed search ends again, maybe with as many trials: the step counts its ends.
+        # A resumed search has a new result, maybe with the same number of trials: the step counts results.
         step = 1 + max((self.state.steps.get(f"final/{key}", 0) for key in result), default=0)
         self._send_metrics(
             (f"final/{name}", value, time_ms, step) for name, value in translate.numbers(result)
@@ -142,7 +142,7 @@ class SearchExporter(Exporter):
         self._note_is_old = False
 
     def _best_trials(self) -> str:
-        """The trials that did best, as a table in Markdown; MLflow holds and sorts them."""
+        """A Markdown table of the best trials, which MLflow finds and sorts."""
         if self.objective is None:
             return ""
         order = "ASC" if self.objective.mode == "min" else "DESC"
@@ -154,7 +154,7 @@ class SearchExporter(Exporter):
         )
         rows: list[dict[str, Any]] = []
         for run in runs:
-            if BEST not in run.data.metrics:  # they come last
+            if BEST not in run.data.metrics:  # trials without the metric are last
                 break
             trial = files.read_json(self._search_folder.trial(run.data.tags["trial"]).trial)
             row = {"run": run.info.run_name, self.objective.metric: f"{run.data.metrics[BEST]:.4g}"}
@@ -164,7 +164,7 @@ class SearchExporter(Exporter):
     # -- its trials ------------------------------------------------------------------------------
 
     def _send_trials(self) -> None:
-        # One that failed comes last, so that it holds up none but those that failed more often.
+        # By the number of failed exports: a trial that fails delays only trials that failed more often.
         trials = self._search_folder.begun_trials()
         for folder in sorted(trials, key=lambda trial: self._failures.get(trial.path.name, 0)):
             name = folder.path.name
@@ -172,7 +172,7 @@ class SearchExporter(Exporter):
                 self._send_trial(folder)
             except Exception:
                 self._failures[name] = self._failures.get(name, 0) + 1
-                self._trials.pop(name, None)  # what it has in memory may be what is wrong
+                self._trials.pop(name, None)  # its state in memory may be the cause
                 raise
             self._failures.pop(name, None)
 
@@ -183,7 +183,7 @@ class SearchExporter(Exporter):
         if self._whole.get(name) == seen:
             return
         if name not in self._trials:
-            if ExportState.load(folder).sent.get(_WHOLE) == seen:  # by an earlier process
+            if ExportState.load(folder).sent.get(_WHOLE) == seen:  # exported by an earlier process
                 self._whole[name] = seen
                 return
             self._trials[name] = TrialExporter(folder, self, self._loader_module)
@@ -216,8 +216,8 @@ class SearchExporter(Exporter):
 
 
 def main(search_dir: str, delay_s: float, driver_pid: int) -> int:
-    """Record a search until its driver ends, then what is left. Returns the exit code."""
-    os.nice(19)  # Ray runs what trains at 15, and recording can wait
+    """Export a search until its driver ends, then the rest; return the exit code."""
+    os.nice(19)  # lower priority than Ray's workers, which train at 15
     folder = SearchFolder(search_dir)
     return process.follow(folder, partial(SearchExporter, folder), delay_s, driver_pid)
 

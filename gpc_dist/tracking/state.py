@@ -1,4 +1,4 @@
-"""What of a run MLflow already holds (`tracking.json`)."""
+"""Which part of a run MLflow already holds (`tracking.json`)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from gpc_dist.runs.folder import RunFolder
 
 @dataclass
 class ExportState:
-    """How much of a folder MLflow holds. Written by the holder of the tracking lock only."""
+    """Which part of a folder MLflow holds. Only the holder of the tracking lock writes it."""
 
     uri: str | None = None
-    """Tracking store the rest of this state is about, without credentials."""
+    """Tracking store that this state describes, without credentials."""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Tag `gpc.key` of the run: finds it again when its creation was answered too late."""
+    """Tag `gpc.key` of the run: finds the run if the answer to its creation was lost."""
     experiment_id: str | None = None
     run_id: str | None = None
     state: str | None = None
-    """Last state of the run told to MLflow."""
+    """Last state of the run that was sent to MLflow."""
     steps: dict[str, int] = field(default_factory=dict)
-    """Metric -> last step recorded. MLflow cannot take a value back, so of the lines that a resumed
-    run writes again only the steps beyond are sent."""
+    """Metric -> last step sent. MLflow cannot delete a value, so of the lines that a resumed run writes
+    again only later steps are sent."""
     sent: dict[str, str] = field(default_factory=dict)
-    """File -> the version of it that MLflow holds."""
+    """File -> its version that MLflow holds."""
     model_id: str | None = None
     """The adapter as an MLflow model: load it from `models:/<model_id>`."""
     error: str | None = None
-    """Why the last attempt failed; none after one that went well."""
+    """Why the last attempt failed; None if it succeeded."""
 
     @property
     def complete(self) -> bool:
-        """Whether MLflow holds the whole run: it is over, and nothing is left to send."""
+        """Whether MLflow holds the whole run: it has ended, and everything was sent."""
         return self.error is None and self.state not in (None, "running")
 
     @classmethod

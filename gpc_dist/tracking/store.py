@@ -1,4 +1,4 @@
-"""Where MLflow keeps the runs, and the first contact with it."""
+"""The tracking store of MLflow: its URI, and clients of it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 _SQLITE = "sqlite:///"
 _SERVER = re.compile(r"(https?|databricks|uc)\b")
 
-# MLflow's own patience (7 retries, 120 s each) would hide a server that is down for minutes; the
-# exporter has a slower rhythm of its own, and `gpc-dist sync` should say so at once.
+# MLflow's default (7 retries, 120 s each) would hide a server that is down for minutes; the exporter
+# retries by itself, and `gpc-dist sync` should fail at once.
 _HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 def tracking_uri(config: TrackingConfig, run_dir: Path | str) -> str:
-    """The tracking store of a run, with an absolute path where it is a SQLite file.
+    """The tracking store of a run, with an absolute path if it is a SQLite file.
 
-    It is `tracking.uri`, or else `mlflow.db` in the parent of the run folder, so that the runs
-    beside each other share one store. A relative SQLite path starts at the working folder.
+    It is `tracking.uri`, or else `mlflow.db` in the parent of the run folder, so that all runs in
+    that parent share one store. A relative SQLite path starts at the working folder.
     """
     if config.uri is None:
         return f"{_SQLITE}{Path(run_dir).absolute().parent / 'mlflow.db'}"
@@ -47,17 +47,17 @@ def ui_command(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
 
 
-# The UI then shows runs and metrics first, not the pages for prompts and agents.
+# With this tag the UI shows runs and metrics first, not the pages for prompts and agents.
 _MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def connect(uri: str, experiment: str, runs_dir: Path) -> tuple[MlflowClient, str]:
-    """A client of the store, and the id of the experiment; both are made on first use.
+    """Return a client of the store, and the experiment's id; store and experiment are created on first use.
 
     Args:
-        uri: as `tracking_uri` gives it.
+        uri: a result of `tracking_uri`.
         experiment: name of the experiment.
-        runs_dir: folder of the run folders; a database that is no file keeps its artifacts there.
+        runs_dir: folder of the run folders; a database other than SQLite keeps its artifacts there.
 
     Raises:
         mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
@@ -71,10 +71,10 @@ def connect(uri: str, experiment: str, runs_dir: Path) -> tuple[MlflowClient, st
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client of a store that exists, to read from.
+    """Return a client of an existing store, for reading.
 
     Raises:
-        UserError: it is a SQLite file that is not there; opening it would make an empty one.
+        UserError: the SQLite file does not exist; opening it would create an empty one.
     """
     path = _sqlite_path(uri)
     if path and not path.is_file():
@@ -103,8 +103,8 @@ def _creating(database: Path) -> Iterator[None]:
 
 
 def _make_tables(database: Path) -> None:
-    """Make the store elsewhere and move it to its place: a batch system that ends a job in the middle of it would
-    leave tables that no later run can use or complete."""
+    """Create the store under another name, then rename it: a job that is ended during the creation would leave
+    tables that no later run can use or complete."""
     from mlflow import MlflowClient
 
     new = database.with_name(f".{database.name}.new")

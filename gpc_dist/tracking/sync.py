@@ -17,26 +17,26 @@ from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.search_exporter import SearchExporter
 from gpc_dist.tracking.state import ExportState
 
-# A exporter gives a sign of life every few seconds. Silence for this long means that its machine is
-# gone, whatever clocks that disagree and slow network file systems add.
+# An exporter writes a heartbeat every few seconds. Without one for this long, its machine counts as
+# gone, even if clocks differ and the network file system is slow.
 _SILENCE_S = 600.0
 
 
 def sync(place: Path | str, uri: str | None = None) -> ExportState:
-    """`sync_search` for the folder of a search, `sync_run` for any other."""
+    """Call `sync_search` for the folder of a search, `sync_run` for any other."""
     return (sync_search if SearchFolder(place).config.exists() else sync_run)(place, uri)
 
 
 def sync_run(run_dir: Path | str, uri: str | None = None) -> ExportState:
-    """Send MLflow what it does not hold yet of a run; a run that died is marked as killed first.
+    """Send the part of a run that MLflow does not hold yet; a run whose process is gone is first marked as killed.
 
     Args:
         run_dir: the run folder.
-        uri: tracking store; the one of the run's configuration when not given. A store that has
-            not held the run before gets all of it, under a new run id.
+        uri: tracking store; that of the run's configuration when not given. A store other than that
+            of the last export gets the whole run, under a new run id.
 
     Raises:
-        UserError: this is not the folder of a run of its own, or its exporter is still at work.
+        UserError: the folder is not a run folder, or is a trial's, or its exporter is still running.
         MachineError: the tracking store cannot be reached or refuses.
     """
     folder = RunFolder(run_dir)
@@ -47,10 +47,10 @@ def sync_run(run_dir: Path | str, uri: str | None = None) -> ExportState:
 
 
 def sync_search(search_dir: Path | str, uri: str | None = None) -> ExportState:
-    """`sync_run` for a search and its trials.
+    """Do what `sync_run` does for a search and its trials.
 
     Raises:
-        UserError: this is not the folder of a search, or its exporter is still at work, or a file
+        UserError: the folder is not a search's folder, or its exporter is still running, or a file
             of a trial is broken.
         MachineError: the tracking store cannot be reached or refuses.
     """
@@ -59,7 +59,7 @@ def sync_search(search_dir: Path | str, uri: str | None = None) -> ExportState:
 
 
 def _sync(folder: RunFolder, open_exporter: Callable[[], Exporter]) -> ExportState:
-    folder.read_config()  # fails before anything is written into what is no such folder
+    folder.read_config()  # fails before anything is written into a wrong folder
     with folder.hold_tracking():
         _mark_if_gone(folder)
         exporter = open_exporter()
@@ -67,7 +67,7 @@ def _sync(folder: RunFolder, open_exporter: Callable[[], Exporter]) -> ExportSta
             exporter.update()
         except UserError:
             raise
-        except Exception as error:  # database, HTTP and artifact stores all have their own
+        except Exception as error:  # database, HTTP and artifact stores raise errors of their own
             raise MachineError(
                 f"MLflow at {redact(exporter.uri)} did not take the {folder.kind} {folder}: "
                 f"{redact(str(error))}\n"
@@ -79,23 +79,23 @@ def _sync(folder: RunFolder, open_exporter: Callable[[], Exporter]) -> ExportSta
 
 
 def mark_stale(run_dir: Path | str) -> bool:
-    """Write the state `killed` into a folder whose trainer ended without a word.
+    """Write the state `killed` into a folder whose trainer ended without writing an end state.
 
-    Needed only where the exporter was ended with its trainer (a lost node, the end of a Slurm
-    job); otherwise it has done so. `sync_run` then tells MLflow.
+    Needed only if the exporter was ended with its trainer (a lost node, the end of a Slurm job);
+    otherwise the exporter has written it. `sync_run` then sends it to MLflow.
 
     Returns:
-        Whether the run was such a one.
+        Whether the state was written.
 
     Raises:
-        UserError: this is not the folder of a run.
+        UserError: the folder is not a run folder.
     """
     folder = RunFolder(run_dir)
     folder.read_config()
     try:
         with folder.hold_tracking():
             return _mark_if_gone(folder)
-    except UserError:  # its exporter is at work
+    except UserError:  # its exporter is running
         return False
 
 
@@ -116,7 +116,7 @@ def _trainer_is_gone(folder: RunFolder, status: Status) -> bool:
         process = psutil.Process(status.pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return True
-        # a process that began later than the run has only inherited the number
+        # a process that began after the run has only reused its id
         return bool(process.create_time() > status.started_s)
     except psutil.NoSuchProcess:
         return True

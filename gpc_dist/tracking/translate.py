@@ -1,4 +1,4 @@
-"""From the words of a run's files to those of MLflow, within the limits of its API."""
+"""Translates the content of a run's files to MLflow's terms, within the limits of its API."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Point = tuple[str, float, int, int]
 
 
 def points(line: Mapping[str, Any], step: int, prefix: str = "") -> Iterator[Point]:
-    """The measurements in a line of a `MetricLog`, under their names after `prefix`."""
+    """Yield the measurements in a line of a `MetricLog`, with `prefix` before their names."""
     time_ms = ms(line.get(metrics.TIME, 0.0))
     for key, value in line.items():
         if key in (metrics.STEP, metrics.TIME):
             continue
-        if value is None:  # how the log writes what is not finite
+        if value is None:  # the log writes this for a non-finite value
             yield prefix + key, math.nan, time_ms, step
         elif isinstance(value, int | float):
             yield prefix + key, float(value), time_ms, step
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a JSON value under names such as `best/accuracy`; of a list the largest."""
+    """Yield the numbers in a JSON value under names such as `best/accuracy`; of a list of numbers the largest."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from numbers(item, f"{path}/{key}" if path else key)
@@ -53,10 +53,10 @@ def _is_number(value: Any) -> bool:
 
 
 def params(config: Mapping[str, Any]) -> dict[str, str]:
-    """The configuration under its dotted keys, without what is not set and not about the method.
+    """The configuration under its dotted keys, without keys that are not set and the section `tracking`.
 
-    A run's name and folder are left out too: no two runs share them, so MLflow's comparison would choose them as
-    the first settings to show.
+    A run's name and folder are left out too: they differ in all runs, so MLflow's comparison would show them as
+    the first settings.
     """
     return {
         f"{section}.{key}": redact(text(value))[:_PARAM_LENGTH]
@@ -68,8 +68,8 @@ def params(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def search_params(search: Mapping[str, Any]) -> dict[str, str]:
-    """A search under its dotted keys (`space.train.lr`), without what is not set or only says where
-    it is recorded."""
+    """A search under its dotted keys (`space.train.lr`), without its name, the section `tracking` and keys that
+    are not set."""
     plain = {
         name(key): redact(text(value))[:_PARAM_LENGTH]
         for key, value in search.items()
@@ -79,14 +79,14 @@ def search_params(search: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tags(values: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of these values, without those that are None, and without credentials."""
+    """The values that are not None as the text of tags, without credentials."""
     return {
         name(key): redact(text(value))[:_TAG_LENGTH] for key, value in values.items() if value is not None
     }
 
 
 def config_tags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs are told apart and held together by."""
+    """The settings that tags repeat, to filter and group runs: task, method, encoder and group."""
     return {
         "task": config.get("task", {}).get("name"),
         "method": config.get("adapter", {}).get("method"),
@@ -96,7 +96,7 @@ def config_tags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fact_tags(facts: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """Every plain fact, `version.<package>`, and what MLflow's UI shows beside a run."""
+    """Tags of the facts: every number and text, `version.<package>`, and what MLflow's UI shows beside a run."""
     plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float)}
     versions = {f"version.{key}": value for key, value in facts.get("versions", {}).items()}
     shown = {
@@ -113,7 +113,7 @@ def dataset(described: Mapping[str, Any]) -> dict[str, str]:
     """Arguments of MLflow's `Dataset`.
 
     Args:
-        described: `name`, `source` (folder or Hub id), `digest`, and numbers of examples under
+        described: `name`, `source` (folder or Hub id), `digest`, and numbers of examples as
             `<split>_examples`.
     """
     examples = {key: value for key, value in described.items() if key.endswith("_examples")}
@@ -137,7 +137,7 @@ def note(facts: Mapping[str, Any], folder: RunFolder) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table in Markdown, of the columns that the rows have together."""
+    """A Markdown table of the rows, with a column for each key of any row."""
     from tabulate import tabulate
 
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -146,15 +146,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def text(value: Any) -> str:
-    """How a value stands in a param or a tag: as JSON, a string as it is."""
+    """The text of a value in a param or a tag: a string unchanged, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def name(key: str) -> str:
-    """`key` with what MLflow refuses in names replaced."""
+    """`key` as a name in MLflow: characters that it refuses are replaced by `_`, and the length is limited."""
     return _NOT_IN_NAMES.sub("_", key)[:_NAME_LENGTH]
 
 
 def ms(time_s: float) -> int:
-    """Seconds as the whole milliseconds of MLflow's times."""
+    """Convert seconds to whole milliseconds, the unit of MLflow's times."""
     return int(time_s * 1000)

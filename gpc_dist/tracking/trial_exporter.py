@@ -1,9 +1,9 @@
-"""Exports a trial to MLflow: as any run, but as a child of its search's run.
+"""Exports a trial to MLflow as a run that is a child of its search's run.
 
-What differs from a run of its own: store, experiment and parent are those of the search, whatever
-the trial's configuration says; `trial.json` becomes tags; `final/best` is the best value of what
-the search optimises, for trials that were cut off too; and the adapter becomes a model only if the
-trial is the best one, because hundreds of models would bury it.
+Differences to the export of a single run: store, experiment and parent are given by the search, not
+by the trial's configuration; `trial.json` becomes tags; `final/best` is the best value of the
+search's metric, also for trials that were stopped early; and only the best trial's adapter becomes a
+model, because it would be hard to find among hundreds of models.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 BEST = "final/best"
-"""Metric of a trial and of a search: sorts trials in MLflow, however they ended."""
+"""Metric of a trial and of a search; sorts trials in MLflow, also those that did not finish."""
 
 _PARENT = "parent"
 _MODEL_BEST = f"{BEST} of the model"
 _TAGS = ("search", "trial", "number", "seed_group", "lane", "decision", "host")
 
-# What the driver decided explains an end that the trainer did not come to by itself.
+# MLflow's status by the driver's decision, for trials that did not end by themselves.
 _MLFLOW_STATUS = {
-    "stopped by scheduler": "FINISHED",  # it did what it should
+    "stopped by scheduler": "FINISHED",  # as intended by the search
     "failed": "FAILED",
     "paused": "SCHEDULED",
 }
@@ -38,15 +38,15 @@ _MLFLOW_STATUS = {
 
 @dataclass(frozen=True)
 class Objective:
-    """What a search optimises."""
+    """The metric that a search optimises."""
 
     metric: str
-    """As in `metrics.jsonl`, or without the `val/` there."""
+    """Its name in `metrics.jsonl`, with or without `val/`."""
     mode: str
     """`max` or `min`."""
 
     def best(self, folder: RunFolder) -> tuple[float, int] | None:
-        """The best value a run measured, and its last step; None when it has measured none."""
+        """The best value that a run measured, and the run's last step; None if it measured no value."""
         lines = metrics.read_metrics(folder.metrics)
         measured = [line.get(self.metric, line.get(f"val/{self.metric}")) for line in lines]
         values = [float(value) for value in measured if value is not None and math.isfinite(value)]
@@ -56,7 +56,7 @@ class Objective:
 
 
 class Search(Protocol):
-    """What a trial needs to know of its search."""
+    """What an exporter of a trial needs from its search."""
 
     uri: str
 
@@ -77,16 +77,16 @@ class Search(Protocol):
 
 
 class TrialExporter(RunExporter):
-    """Brings MLflow up to date with a trial's folder; call it under the tracking lock of the search.
+    """Brings MLflow up to date with a trial's folder; `update` needs the tracking lock of the search.
 
     Args:
-        folder: a trial that has begun.
-        search: the search, whose run is open.
+        folder: a trial that has begun (`TrialFolder.begun`).
+        search: the search, whose run in MLflow is open.
         loader_module: module that loads the adapter as a model.
         best: whether this is the best trial of a finished search.
 
     Raises:
-        UserError: the folder is not that of a run, or `trial.json` is broken.
+        UserError: the folder is not a run folder, or `trial.json` is broken.
     """
 
     def __init__(self, folder: TrialFolder, search: Search, loader_module: str, best: bool = False) -> None:
@@ -124,10 +124,10 @@ class TrialExporter(RunExporter):
     def _send_trial(self) -> None:
         self._trial = files.read_json(self._trial_file)
         tags: dict[str, Any] = {name: self._trial.get(name) for name in _TAGS}
-        # the parent once more: its run may have been deleted in MLflow and begun anew
+        # the parent again, because its run may have been deleted in MLflow and created again
         self._set_tags(tags | self._first_tags())
         self.state.sent[_PARENT] = self._search.run_id
-        self.state.sent.pop(self._folder.status.name, None)  # the decision has a say in the status
+        self.state.sent.pop(self._folder.status.name, None)  # the status depends on the decision
 
     def _send_best(self) -> None:
         objective = self._search.objective
@@ -137,6 +137,7 @@ class TrialExporter(RunExporter):
         time_ms = translate.ms(self._folder.metrics.stat().st_mtime)
         model_id = self.state.model_id
         if model_id is not None and self.state.sent.get(_MODEL_BEST) != model_id:
-            self.state.steps.pop(BEST, None)  # the run may hold it, and ignores it then; the model does not
+            # sent again for the model, which lacks it; the run ignores a value that it holds
+            self.state.steps.pop(BEST, None)
             self.state.sent[_MODEL_BEST] = model_id
         self._send_metrics([(BEST, value, time_ms, step)], model_id)
