@@ -83,11 +83,11 @@ def _run(task: int | None, built: Config) -> Member:
 
 
 def _of_array(recipe: str, overrides: dict[str, str], task: int, prefix: str = "") -> Member:
-    """A member of an array. Its folder is inside `run.dir` if an override gives that, else beside the usual one."""
-    plain = config.load(recipe, {k: v for k, v in overrides.items() if not k.startswith("run.dir")})
+    """A member of an array. Its folder is inside `run.dir` if that is given, else beside the usual one."""
+    plain = config.load(recipe, overrides)
     own = {"run.name": f"{plain.run.name}-{prefix}{task}"}
-    if "run.dir" in overrides:
-        own["run.dir"] = str(Path(overrides["run.dir"]) / f"{prefix}{task}")
+    if plain.run.dir is not None:
+        own["run.dir"] = str(plain.run.dir / f"{prefix}{task}")
     if plain.tracking.group is None:
         own["tracking.group"] = plain.run.name
     return _run(task, config.load(recipe, overrides | own))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ray import tune
-from ray.tune import stopper
+from ray.tune import Callback, stopper
 from ray.tune.experiment import Experiment
 from ray.tune.schedulers import (
     ASHAScheduler,
@@ -28,7 +29,7 @@ _LAST_STEP = 10**9
 def param_space(spec: SearchSpec) -> dict[str, Any]:
     """Return the space that Ray Tune draws trials from. A searcher (Optuna) draws its samples itself."""
     if spec.algorithm == "optuna":
-        return {SEED: spec.seeds[0]}
+        return {}
     return {SAMPLE: tune.grid_search(draw(spec)), SEED: tune.grid_search(list(spec.seeds))}
 
 
@@ -103,16 +104,16 @@ def make_scheduler(spec: SearchSpec) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def stop_rule(spec: SearchSpec, metric: str, mode: str) -> stopper.Stopper | None:
-    """Return the rule that ends a whole search early; None if there is none."""
+def stop_rules(spec: SearchSpec, metric: str, mode: str) -> list[stopper.Stopper]:
+    """Return the rules that end a whole search early. Ray Tune needs those that are callbacks too as both."""
     rules: list[stopper.Stopper] = []
     if spec.stop.max_s is not None:
         rules.append(stopper.TimeoutStopper(spec.stop.max_s))
     if spec.stop.threshold is not None:
         rules.append(_Threshold(metric, mode, spec.stop.threshold))
     if spec.stop.patience is not None:
-        rules.append(stopper.ExperimentPlateauStopper(metric, top=1, mode=mode, patience=spec.stop.patience))
-    return stopper.CombinedStopper(*rules) if rules else None
+        rules.append(_Patience(metric, mode, spec.stop.patience))
+    return rules
 
 
 class _Threshold(stopper.Stopper):
@@ -128,3 +129,28 @@ class _Threshold(stopper.Stopper):
 
     def stop_all(self) -> bool:
         return self._reached
+
+
+class _Patience(stopper.Stopper, Callback):
+    """Ends the search after a number of trials in a row that have ended without a new best value.
+
+    Ray Tune's own `ExperimentPlateauStopper` counts evaluations, and looks at the spread of the best ones.
+    """
+
+    def __init__(self, metric: str, mode: str, patience: int):
+        self._metric, self._sign, self._patience = metric, 1 if mode == "max" else -1, patience
+        self._best = -math.inf
+        self._best_trial = ""
+        self._ended = 0
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        value = self._sign * result[self._metric]
+        if value > self._best:
+            self._best, self._best_trial, self._ended = value, trial_id, 0
+        return False
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended += trial.trial_id != self._best_trial
+
+    def stop_all(self) -> bool:
+        return self._ended >= self._patience

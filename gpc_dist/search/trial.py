@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.search.repeater import TRIAL_INDEX
 
 from gpc_dist import config, files
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
@@ -59,7 +60,8 @@ class Trial(tune.Trainable):
         return True
 
     def _take_up(self, config: dict[str, Any]) -> None:
-        self._seed = config.get(SEED, self._spec.seeds[0])
+        # Optuna draws a configuration once, and Ray Tune's repeater numbers its trials
+        self._seed = config[SEED] if SEED in config else self._spec.seeds[config.get(TRIAL_INDEX, 0)]
         sample = config.get(SAMPLE, config)
         self._drawn = {key: sample[key] for key in self._spec.tried_keys if key in sample}
         self._number = trial_number(self.trial_id)

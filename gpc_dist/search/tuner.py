@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import yaml
 from ray import tune
+from ray.tune.stopper import CombinedStopper
 
 from gpc_dist import config, files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
@@ -90,6 +91,7 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     base = space.base_config(spec)
     packs.warm.remote(space.pack_key(base), base.dump())
+    rules = algorithm.stop_rules(spec, metric, mode)
     scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
         tune.with_parameters(Trial, search=str(folder.path), place=str(Path.cwd())),
@@ -101,7 +103,7 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         num_samples=algorithm.samples(spec),
         search_alg=algorithm.searcher(spec, metric, mode, concurrent),
         scheduler=scheduler,
-        stop=algorithm.stop_rule(spec, metric, mode),
+        stop=CombinedStopper(*rules) if rules else None,
         # a trial's process only waits; the ranks that train its run request their own resources
         resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
         # Tune applies this limit to searchers only
@@ -111,7 +113,10 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         resume="AUTO+ERRORED" if resume else None,
         verbose=1,
         progress_reporter=_reporter(spec, metric),
-        callbacks=[TrialCallback(folder, metric, scheduler)],
+        callbacks=[
+            TrialCallback(folder, metric, scheduler),
+            *(r for r in rules if isinstance(r, tune.Callback)),
+        ],
         keep_checkpoints_num=2,
         reuse_actors=True,
         trial_dirname_creator=lambda trial: trial.trial_id,

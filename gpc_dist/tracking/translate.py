@@ -73,7 +73,7 @@ def search_params(search: Mapping[str, Any]) -> dict[str, str]:
     plain = {
         name(key): redact(text(value))[:_PARAM_LENGTH]
         for key, value in search.items()
-        if key not in ("name", "register") and not isinstance(value, dict) and value not in _NOT_SET
+        if key not in ("name", "register_as") and not isinstance(value, dict) and value not in _NOT_SET
     }
     return plain | {name(key): value for key, value in params(search).items()}
 

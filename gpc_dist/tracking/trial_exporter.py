@@ -32,7 +32,6 @@ _TAGS = ("search", "trial", "number", "seed_group", "lane", "decision", "host")
 _MLFLOW_STATUS = {
     "stopped by scheduler": "FINISHED",  # as intended by the search
     "failed": "FAILED",
-    "paused": "SCHEDULED",
 }
 
 

@@ -144,6 +144,33 @@ def most_at_once(trials: dict[int, Path]) -> int:
     return max(running)
 
 
+def test_each_configuration_of_optuna_is_run_with_every_seed(place: Path, shared_ray: dict[str, str]) -> None:
+    search = tune(place, shared_ray, write_search(place, algorithm="optuna", trials=2, seeds=[3, 5]))
+    groups: dict[str, set[int]] = {}
+    for path in trials(search).values():
+        seed = yaml.safe_load((path / "config.yaml").read_text())["run"]["seed"]
+        groups.setdefault(read(path / "trial.json")["seed_group"], set()).add(seed)
+    assert list(groups.values()) == [{3, 5}, {3, 5}]
+
+
+def test_a_search_ends_when_patience_with_it_does(place: Path, shared_ray: dict[str, str]) -> None:
+    """The first trial is the best: two more are tried, and not the other two."""
+    rates = (0.03, 1e-9, 1e-10, 1e-11, 1e-12)
+    path = write_search(
+        place,
+        space={},
+        configurations=[{"train.lr": rate, "train.cell_lr": rate} for rate in rates],
+        trials=None,
+        settings={"adapter.cell": "residual", "train.steps": 60, "train.eval_every": 20},
+        resources=WHOLE | {"concurrent": 1},
+        stop={"patience": 2},
+    )
+    search = tune(place, shared_ray, path)
+    assert [read(each / "status.json")["state"] for each in trials(search).values()][:3] == ["finished"] * 3
+    assert len(trials(search)) <= 4  # a trial may begin before the last one's end is known
+    assert read(search / "result.json")["best_trial"] == "000"
+
+
 def test_trials_of_other_shapes_go_to_another_pack(place: Path, shared_ray: dict[str, str]) -> None:
     space = {"adapter.prompt_tokens": {"grid": [4, 6]}, "train.lr": {"grid": [0.01, 0.02]}}
     path = write_search(
