@@ -265,7 +265,8 @@ class TrackingConfig(Section):
     enabled: bool = True
     """Record the run in MLflow; `metrics.jsonl` is written either way."""
     uri: str | None = None
-    """MLflow tracking URI; the SQLite file `mlflow.db` beside the run's folder when not given."""
+    """MLflow tracking URI; MLFLOW_TRACKING_URI, or else the SQLite file `mlflow.db` beside the run's folder, when not
+    given."""
     experiment: str = "gpc-dist"
     """MLflow experiment."""
     group: str | None = None

@@ -28,7 +28,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(ROOT), str(ROOT / "tests" / "holding"), os.environ.get("PYTHONPATH")])
 )
 
-TOGETHER = {"tests/cluster": "slurm", "tests/search/test_tuner.py": "ray", "tests/study/test_run.py": "ray"}
+TOGETHER = {
+    "tests/cluster": "slurm",
+    "tests/search/test_tuner.py": "ray",
+    "tests/search/test_ray_cluster.py": "ray",
+    "tests/study/test_run.py": "ray",
+    "tests/tracking": "mlflow",
+}
 """Files, or folders of them, that share what runs on this machine once."""
 
 WORDS = (

@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", type=Path, help="write one page with everything in it")
     parser.add_argument("--png", metavar="DIR", type=Path, help="write the plots as PNG files")
     parser.add_argument("--metric", metavar="NAME", help="rank by this metric; the task's own when not given")
-    parser.add_argument("--uri", help="MLflow tracking URI of the experiment [mlflow.db in runs, or here]")
+    parser.add_argument(
+        "--uri",
+        help="MLflow tracking URI [MLFLOW_TRACKING_URI, or mlflow.db in runs, or here]",
+    )
 
 
 def run(options: Any, _: dict[str, str], __: list[str]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from gpc_dist import schema
 from gpc_dist.commands.command import Command
 from gpc_dist.shipped import shipped_folder
+from gpc_dist.training.stop import SIGNALS, StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
     from gpc_dist.search import node, spec
 
+    stop = StopRequest()
+    stop.listen(*SIGNALS)  # before Ray is imported, which takes seconds
     search = spec.load(options.search, settings)
     if node.is_one():
-        return node.run_node(search, words)
+        return node.run_node(search, words, stop)
     from gpc_dist.search.tuner import run_search
 
-    return run_search(search, ["gpc-dist", *words], options.resume)
+    return run_search(search, ["gpc-dist", *words], options.resume, stop)
 
 
 COMMAND = Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ray import tune
@@ -42,7 +43,14 @@ def draw(spec: SearchSpec) -> list[dict[str, Any]]:
     if spec.configurations is not None:
         return [dict.fromkeys(spec.tried_keys, space.NOT_SET) | each for each in spec.configurations]
     generator = BasicVariantGenerator(random_state=spec.seed)
-    drawn = Experiment("draw", run=lambda _: None, config=space.to_ray(spec), num_samples=spec.trials or 1)
+    with TemporaryDirectory() as folder:  # an experiment makes its folder, by default in the user's home
+        drawn = Experiment(
+            "draw",
+            run=lambda _: None,
+            config=space.to_ray(spec),
+            num_samples=spec.trials or 1,
+            storage_path=folder,
+        )
     generator.add_configurations([drawn])
     found = []
     while (trial := generator.next_trial()) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 from ray import tune
@@ -10,8 +12,9 @@ from ray.tune.schedulers import MedianStoppingRule, PopulationBasedTraining, Tri
 from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.runs.metrics import TIME
-from gpc_dist.search.trial import OVER, STEP, trial_number
+from gpc_dist.search.trial import OVER, STEP
 from gpc_dist.search.trial_files import trial_folder
+from gpc_dist.training.stop import StopRequest
 
 
 class TrialCallback(tune.Callback):
@@ -22,13 +25,16 @@ class TrialCallback(tune.Callback):
 
     Args:
         metric: its name in results, `val/<metric>`.
+        stop: passed on to Ray Tune, whose trials then save their state.
     """
 
-    def __init__(self, folder: SearchFolder, metric: str, scheduler: TrialScheduler):
-        self._folder, self._metric, self._scheduler = folder, metric, scheduler
+    def __init__(self, folder: SearchFolder, metric: str, scheduler: TrialScheduler, stop: StopRequest):
+        self._folder, self._metric, self._scheduler, self._stop = folder, metric, scheduler, stop
         self._told = False
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._stop.signal and callable(signal.getsignal(signal.SIGUSR1)):
+            os.kill(os.getpid(), signal.SIGUSR1)  # at which Tune stops; it removes its handler then
         if not self._told:
             replay(self._folder, trials, self._scheduler, self._metric)
         self._told = True
@@ -41,7 +47,7 @@ class TrialCallback(tune.Callback):
         self._decide(trial, "failed")
 
     def _decide(self, trial: Any, decision: str) -> None:
-        file = trial_folder(self._folder, trial_number(trial.trial_id)).trial
+        file = trial_folder(self._folder, int(str(trial))).trial
         files.write_json(file, files.read_json(file) | {"decision": decision})
 
 
@@ -61,7 +67,7 @@ def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, m
             continue
         if isinstance(scheduler, MedianStoppingRule) and not trial.is_finished():
             continue
-        lines, _ = files.read_lines(trial_folder(folder, trial_number(trial.trial_id)).metrics)
+        lines, _ = files.read_lines(trial_folder(folder, int(str(trial))).metrics)
         past += [(line[TIME], trial, line) for line in lines if line.get(metric) is not None]
     for _, trial, line in sorted(past, key=lambda each: each[0]):
         result = {metric: line[metric], STEP: line["step"], "training_iteration": 1}

@@ -17,9 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError
+from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.spec import SearchSpec
+from gpc_dist.training.stop import SIGNALS, StopRequest
 
 NODES = "GPC_DIST_RAY_NODES"
 """Environment variable: number of nodes that the cluster at RAY_ADDRESS will have."""
@@ -38,22 +39,23 @@ def is_one() -> bool:
     } <= os.environ.keys() and "RAY_ADDRESS" not in os.environ
 
 
-def run_node(spec: SearchSpec, arguments: Sequence[str]) -> int:
+def run_node(spec: SearchSpec, arguments: Sequence[str], stop: StopRequest) -> int:
     """Run this node's part; returns the search's exit code on the first node, 0 on the others.
 
     Args:
         spec: of the search; a search that is already in its folder is resumed, as a job resumes a run.
         arguments: the command line, from `tune` on.
+        stop: requests that have come already.
     """
     address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
     if int(os.environ["SLURM_PROCID"]) > 0:
         return _worker(address)
     begun = SearchFolder(spec.folder).config.exists()
     resume = ["--resume"] if begun and "--resume" not in arguments else []
-    return _head(address, [*arguments, *resume])
+    return _head(address, [*arguments, *resume], stop)
 
 
-def _head(address: str, arguments: Sequence[str]) -> int:
+def _head(address: str, arguments: Sequence[str], stop: StopRequest) -> int:
     host, _, port = address.partition(":")
     # the path of a Unix socket is limited to about 100 characters, and Ray's names are long
     with tempfile.TemporaryDirectory(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp") as folder:
@@ -64,11 +66,23 @@ def _head(address: str, arguments: Sequence[str]) -> int:
                 raise MachineError(f"Ray did not start at {address} within {_START_S:.0f} s")
             cluster = {"RAY_ADDRESS": address, NODES: os.environ["SLURM_JOB_NUM_NODES"]}
             words = [sys.executable, "-m", "gpc_dist", *arguments]
+            if stop.signal:
+                return EXIT_STOPPED
             search = subprocess.Popen(words, env=os.environ | cluster)
-            for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: search.send_signal(signal.SIGINT))
+            asked = []
+
+            def forward(number: int, _: object) -> None:
+                asked.append(number)
+                search.send_signal(signal.SIGTERM)
+
+            for number in SIGNALS:
+                signal.signal(number, forward)
+            if stop.signal:
+                forward(signal.SIGTERM, None)
             code = search.wait()
-            return 128 - code if code < 0 else code
+            if code < 0:  # it had not begun to listen, if it was asked
+                return EXIT_STOPPED if asked else 128 - code
+            return code
         finally:
             _stop(ray)
 
@@ -81,7 +95,7 @@ def _worker(address: str) -> int:
     own = socket.gethostbyname(socket.gethostname())
     ray = _start([f"--address={address}", f"--node-ip-address={own}"])
     try:
-        while ray.poll() is None and _answers(address):
+        while ray.poll() is None and answers(address):
             time.sleep(_PERIOD_S)
     finally:
         _stop(ray)
@@ -105,13 +119,14 @@ def _wait_for(address: str, ray: subprocess.Popen[bytes] | None = None) -> bool:
     """Wait until the address answers; returns False after `_START_S`, or when `ray` has ended."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and (ray is None or ray.poll() is None):
-        if _answers(address):
+        if answers(address):
             return True
         time.sleep(_PERIOD_S)
     return False
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT."""
     host, _, port = address.partition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=5):

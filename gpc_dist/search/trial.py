@@ -18,7 +18,8 @@ from gpc_dist import config, files
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
 from gpc_dist.search import space, spec
 from gpc_dist.search.packs import ACTOR
-from gpc_dist.search.trial_files import TrialRecord, recipe_of, trial_folder, write_trial
+from gpc_dist.search.spec import SearchSpec
+from gpc_dist.search.trial_files import TrialRecord, recipe_of, trial_folder, trial_name, write_trial
 
 SAMPLE = "sample"
 """Key of a trial's configuration in Ray Tune that holds the drawn values; those of a searcher are top-level keys."""
@@ -30,9 +31,23 @@ OVER = "over"
 _STATE, _ORIGIN = "state", "origin.json"
 
 
-def trial_number(trial_id: str) -> int:
-    """The number of a trial in its search, from 0: the last part of Ray Tune's id."""
-    return int(trial_id.rpartition("_")[2])
+def name_for_tune(trial: Any) -> str:
+    """The name of a new trial in Ray Tune's output: that of its folder."""
+    # Tune's generator numbers trials in their ids, from 0; with a searcher only their tags have a number, from 1
+    _, numbered, number = trial.trial_id.rpartition("_")
+    return trial_name(int(number) if numbered else int(trial.experiment_tag.partition("_")[0]) - 1)
+
+
+def sample_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The drawn values in a trial's configuration in Ray Tune; conditional ones may be `space.NOT_SET`."""
+    sample: dict[str, Any] = config.get(SAMPLE, config)
+    return sample
+
+
+def seed_of(config: dict[str, Any], search: SearchSpec) -> int:
+    """`run.seed` of a trial."""
+    # Optuna draws a configuration once, and Ray Tune's repeater numbers the trials of it
+    return int(config[SEED]) if SEED in config else search.seeds[config.get(TRIAL_INDEX, 0)]
 
 
 class Trial(tune.Trainable):
@@ -60,11 +75,10 @@ class Trial(tune.Trainable):
         return True
 
     def _take_up(self, config: dict[str, Any]) -> None:
-        # Optuna draws a configuration once, and Ray Tune's repeater numbers its trials
-        self._seed = config[SEED] if SEED in config else self._spec.seeds[config.get(TRIAL_INDEX, 0)]
-        sample = config.get(SAMPLE, config)
+        self._seed = seed_of(config, self._spec)
+        sample = sample_of(config)
         self._drawn = {key: sample[key] for key in self._spec.tried_keys if key in sample}
-        self._number = trial_number(self.trial_id)
+        self._number = int(self.trial_name)
         self._start_from: str | None = None
         self._visit: int | None = None
 

@@ -34,9 +34,13 @@ def recipe_of(search: SearchFolder) -> Path:
     return search.path / "recipe.yaml"
 
 
+def trial_name(number: int) -> str:
+    """Name of a trial, which is also its folder's; numbers start at 0."""
+    return f"{number:03d}"
+
+
 def trial_folder(search: SearchFolder, number: int) -> TrialFolder:
-    """Folder of a trial; numbers start at 0."""
-    return search.trial(f"{number:03d}")
+    return search.trial(trial_name(number))
 
 
 def write_trial(search: SearchFolder, record: TrialRecord) -> None:

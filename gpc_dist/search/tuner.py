@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,30 +19,30 @@ from gpc_dist import config, files
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.runs.facts import collect_facts
 from gpc_dist.runs.folder import SearchFolder, State
-from gpc_dist.search import algorithm, space
+from gpc_dist.search import algorithm, ray_cluster, space
 from gpc_dist.search.callback import TrialCallback, best_trial
-from gpc_dist.search.node import NODES
 from gpc_dist.search.packs import ACTOR, Packs, Shape
+from gpc_dist.search.progress import SearchProgress
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.search.trial import SAMPLE, SEED, STEP, Trial
+from gpc_dist.search.trial import Trial, name_for_tune, sample_of, seed_of
 from gpc_dist.search.trial_files import recipe_of
 from gpc_dist.tracking.search_exporter import start_exporter
 from gpc_dist.tracking.store import tracking_uri, ui_command
+from gpc_dist.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-_NAMESPACE = "gpc-dist"
-_NODES_S = 120.0
 _RAY = "ray"
 """Subfolder of a search's folder for Ray Tune's own files."""
 
 
-def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
+def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: StopRequest) -> int:
     """Run a search; returns the exit code.
 
     Args:
         command: command line of the user, for the search's record.
         resume: continue a search that was interrupted.
+        stop: at a request, trials save their state and the search ends; signals are taken up as requests meanwhile.
 
     Raises:
         UserError: the search is not valid, its folder has another one already, or there is none to resume.
@@ -56,22 +54,21 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool) -> int:
     _check(folder, spec, resume)
     with folder.hold():
         _open(folder, spec, command, resume)
-        return _search(spec, folder, goal, resume)
+        with stop:
+            return _search(spec, folder, goal, resume, stop)
 
 
-def _search(spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], resume: bool) -> int:
+def _search(
+    spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], resume: bool, stop: StopRequest
+) -> int:
     recording = start_exporter(folder.path) if spec.tracking.enabled else None
     start_s = time.time()
     try:
-        _connect()
-        signals = _interrupt_on_signals()  # only now: Ray sets its SIGTERM handler when it connects
-        try:
-            trials = _tune(spec, folder, *goal, resume)
-        finally:
-            ray.shutdown()
-        if signals:
-            folder.write_status("stopped", signals[0])
-            log.info("stopped by %s; go on with: gpc-dist tune %s --resume", signals[0], folder.config)
+        with ray_cluster.connected(stop):
+            trials = 0 if stop.signal else _tune(spec, folder, *goal, resume, stop)
+        if stop.signal:
+            folder.write_status("stopped", stop.signal)
+            log.info("stopped by %s; go on with: gpc-dist tune %s --resume", stop.signal, folder.config)
             return EXIT_STOPPED
         return _close(folder, *goal, trials, start_s)
     except BaseException as error:
@@ -84,7 +81,9 @@ def _search(spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], resum
             print(f"compare runs: {ui_command(tracking_uri(spec.tracking, folder.path))}")
 
 
-def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume: bool) -> int:
+def _tune(
+    spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume: bool, stop: StopRequest
+) -> int:
     """Run Ray Tune; returns the number of trials."""
     metric = f"val/{metric}"
     shape = pack_shape(spec)
@@ -112,35 +111,19 @@ def _tune(spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume
         raise_on_failed_trial=False,
         resume="AUTO+ERRORED" if resume else None,
         verbose=1,
-        progress_reporter=_reporter(spec, metric),
+        progress_reporter=_progress(spec, metric, mode),
         callbacks=[
-            TrialCallback(folder, metric, scheduler),
+            TrialCallback(folder, metric, scheduler, stop),
             *(r for r in rules if isinstance(r, tune.Callback)),
         ],
         keep_checkpoints_num=2,
         reuse_actors=True,
+        trial_name_creator=name_for_tune,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
     ray.get(packs.close.remote())
     ray.kill(packs)
     return len(analysis.trials)
-
-
-def _interrupt_on_signals() -> list[str]:
-    """Let SIGTERM, SIGUSR2 and SIGINT stop Tune, whose trials then save their state.
-
-    Returns:
-        A list to which the name of each signal is added when it arrives.
-    """
-    came: list[str] = []
-
-    def pass_on(number: int, _: object) -> None:
-        came.append(signal.Signals(number).name)
-        os.kill(os.getpid(), signal.SIGUSR1)  # the signal at which Tune stops
-
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, pass_on)
-    return came
 
 
 def _check(folder: SearchFolder, spec: SearchSpec, resume: bool) -> None:
@@ -172,24 +155,6 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
         recipe = yaml.safe_dump(config.recipe_tree(spec.recipe), sort_keys=False, allow_unicode=True)
         files.write_text(recipe_of(folder), recipe)
     files.write_json(folder.facts, collect_facts(command))
-
-
-def _connect() -> None:
-    """Connect to the Ray cluster at RAY_ADDRESS, or start one on this machine."""
-    # Tune's older output, because the newer one cannot sort its tables
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # runs have their own metrics logs
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe's paths start at the user's folder
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # see `_interrupt_on_signals`
-    address = os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **own)
-    deadline, wanted = time.monotonic() + _NODES_S, int(os.environ.get(NODES, "1"))
-    while (count := sum(node["Alive"] for node in ray.nodes())) < wanted:
-        if time.monotonic() > deadline:
-            raise MachineError(f"{count} of {wanted} nodes joined the Ray cluster within {_NODES_S:.0f} s")
-        time.sleep(1.0)
 
 
 def pack_shape(spec: SearchSpec) -> Shape:
@@ -230,15 +195,14 @@ def _concurrent(spec: SearchSpec, shape: Shape) -> int:
     return min(spec.resources.concurrent or shape.most * shape.lanes, shape.most * shape.lanes)
 
 
-def _reporter(spec: SearchSpec, metric: str) -> tune.CLIReporter:
-    inside = "" if spec.algorithm == "optuna" else f"{SAMPLE}/"
-    short = {inside + key: key.rpartition(".")[2] for key in spec.tried_keys}
-    return tune.CLIReporter(
-        parameter_columns={**short, SEED: "seed"},
-        metric_columns={metric: metric.removeprefix("val/"), STEP: STEP},
-        max_report_frequency=10,
-        sort_by_metric=True,
-    )
+def _progress(spec: SearchSpec, metric: str, mode: str) -> SearchProgress:
+    def settings(trial: Any) -> dict[str, Any]:
+        drawn = space.settings_of(sample_of(trial.config))
+        return {"seed": seed_of(trial.config, spec)} | {
+            key: drawn[key] for key in spec.tried_keys if key in drawn
+        }
+
+    return SearchProgress(algorithm.trials(spec), metric, mode, settings)
 
 
 def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: float) -> int:

@@ -6,10 +6,8 @@ again with the final seeds, and the adapters of these runs are measured once on 
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from gpc_dist.study.layout import StudyFolder, TaskFolder, official
 from gpc_dist.study.searches import Configuration, draw, searches
 from gpc_dist.study.spec import StudySpec, load
 from gpc_dist.tasks import make_task, read_part
+from gpc_dist.training.stop import StopRequest
 
 
 def run_study(study: StudySpec, command: Sequence[str]) -> int:
@@ -114,23 +113,11 @@ def _run(wanted: Sequence[SearchSpec], command: Sequence[str]) -> int:
         if folder.result.exists():
             continue
         begun = folder.config.exists()
-        with _kept_handlers():
-            code = tuner.run_search(spec.load(str(folder.config)) if begun else search, command, resume=begun)
+        search = spec.load(str(folder.config)) if begun else search
+        code = tuner.run_search(search, command, resume=begun, stop=StopRequest())
         if code and not folder.result.exists():
             return code
     return EXIT_DONE
-
-
-@contextmanager
-def _kept_handlers() -> Iterator[None]:
-    """Restore the signal handlers at the end, because a search sets its own."""
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def measure_official(trials: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,8 @@ def read_experiment(name: str, uri: str | None) -> list[Record]:
     """The runs of an MLflow experiment that this program recorded.
 
     Args:
-        uri: tracking store; the file `mlflow.db` in `runs/` or in the working folder when not given.
+        uri: tracking store; MLFLOW_TRACKING_URI, or the file `mlflow.db` in `runs/` or in the working folder, when not
+            given.
 
     Raises:
         UserError: the store or the experiment does not exist, or has no readable run.
@@ -56,6 +58,8 @@ def read_experiment(name: str, uri: str | None) -> list[Record]:
 
 
 def _default_uri(name: str) -> str:
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
     for database in (Path("runs/mlflow.db"), Path("mlflow.db")):
         if database.is_file():
             return f"sqlite:///{database.absolute()}"

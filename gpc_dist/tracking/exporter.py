@@ -8,12 +8,17 @@ A metric is sent once per step. MLflow cannot delete a value: if a resumed run w
 that MLflow already holds, the first values stay. A crash after a request, before `tracking.json` is
 written, repeats the request without effect: each value has the time of its line, and MLflow's
 stores ignore a metric that they already hold with the same step, time and value.
+
+Artifacts may be kept elsewhere than the rest (a bucket, a folder of the server). They are sent after it, and a
+store that does not take them holds up nothing else.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +46,22 @@ _MLFLOW_STATUS = {
 }
 
 
+_OUTAGE_S = 20.0
+
+
+class ArtifactError(Exception):
+    """MLflow has everything but artifacts, which its artifact store did not take."""
+
+
+@dataclass
+class Outage:
+    """The last failure of the artifact store, which is not asked again for a while: each attempt may take long."""
+
+    error: Exception | None = None
+    until_s: float = 0.0
+    """By the monotonic clock."""
+
+
 class Exporter(ABC):
     """Brings one MLflow run up to date with a folder.
 
@@ -58,16 +79,19 @@ class Exporter(ABC):
         section = self._config.get("tracking") or {}
         self._experiment = section.get("experiment") or TrackingConfig().experiment
         where = TrackingConfig(uri=uri or section.get("uri"))
-        self.uri = store.tracking_uri(where, folder.path)
         self.state = ExportState.load(folder)
+        self.uri = store.tracking_uri(where, folder.path, self.state.uri)
         if self.state.uri != redact(self.uri):  # not exported yet, or to another store
             self.state = ExportState(uri=redact(self.uri))
+        self.outage = Outage()
         self._client: MlflowClient | None = None
+        self._files: dict[str, Path] = {}  # artifacts by name
 
     def update(self) -> ExportState:
         """Send what is new. After an exception, call it again.
 
         Raises:
+            ArtifactError: artifacts were not taken; everything else was sent.
             mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
         """
         # Read before the other files: an end state means that they are complete.
@@ -76,14 +100,18 @@ class Exporter(ABC):
         if self._client is None:
             self._client = self._open(status)
         self._send_content(status)
+        failure = self._try_artifacts(status)
         self._send_status(status, version)
+        if failure is not None:
+            reason = next(iter(str(failure).splitlines()), type(failure).__name__)
+            raise ArtifactError(f"the artifact store does not take files: {reason}") from failure
         return self.state
 
     # -- for subclasses to fill in ---------------------------------------------------------------
 
     @abstractmethod
     def _send_content(self, status: Status) -> None:
-        """Send everything but the status, which is sent afterwards."""
+        """Send everything but artifacts and the status, which are sent afterwards."""
 
     def _run_name(self) -> str:
         return self._folder.path.name
@@ -149,7 +177,7 @@ class Exporter(ABC):
         if self.state.state is not None and self.state.sent.get(name) == version:
             return
         word = self._mlflow_status(status.state)
-        if word in ("RUNNING", "SCHEDULED"):
+        if word == "RUNNING":
             self.client.update_run(self.run_id, status=word)
         else:
             self.client.set_terminated(self.run_id, word, translate.ms(status.updated_s))
@@ -160,17 +188,34 @@ class Exporter(ABC):
 
     # -- files -----------------------------------------------------------------------------------
 
-    def _send_new(self, path: Path, also: Callable[[], None] | None = None) -> None:
-        """Send a new or changed file as an artifact, then call `also`, which sends what is made of its content."""
+    def _send_new(self, path: Path, send: Callable[[], None] | None = None) -> None:
+        """Make a file an artifact. If it is new or changed, call `send`, which sends what is made of its content."""
+        self._files[path.name] = path
         version = files.version(path)
-        if not version or self.state.sent.get(path.name) == version:
+        if send is None or not version or self.state.sent.get(path.name) == version:
             return
-        text = redact(path.read_text(encoding="utf-8"))
-        self.client.log_text(self.run_id, text, path.name)
-        if also is not None:
-            also()
+        send()
         self.state.sent[path.name] = version
         self._save()
+
+    def _try_artifacts(self, status: Status) -> Exception | None:
+        """Send new artifacts; return why the store did not take them, or does not since a moment ago."""
+        if time.monotonic() < self.outage.until_s:
+            return self.outage.error
+        try:
+            self._send_artifacts(status)
+        except Exception as error:  # each kind of store raises its own
+            self.outage.error, self.outage.until_s = error, time.monotonic() + _OUTAGE_S
+            return error
+        return None
+
+    def _send_artifacts(self, status: Status) -> None:
+        for name, path in self._files.items():
+            version, key = files.version(path), f"artifact {name}"
+            if version and self.state.sent.get(key) != version:
+                self.client.log_text(self.run_id, redact(path.read_text(encoding="utf-8")), name)
+                self.state.sent[key] = version
+                self._save()
 
     def _send_facts(self) -> None:
         facts = files.read_json(self._folder.facts)

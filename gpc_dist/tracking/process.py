@@ -23,7 +23,7 @@ from pathlib import Path
 from gpc_dist import logs
 from gpc_dist.runs.facts import redact
 from gpc_dist.runs.folder import RunFolder
-from gpc_dist.tracking.exporter import Exporter
+from gpc_dist.tracking.exporter import ArtifactError, Exporter
 from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.state import ExportState
 
@@ -193,12 +193,16 @@ class _Attempts:
                 self._exporter = self._open_exporter()
             self._exporter.update()
             self._failures = 0
+        except ArtifactError as caught:
+            self._failures = 0
+            error = redact(str(caught))
         except Exception as caught:  # no error here may affect training
             self._failures += 1
             error = redact(f"{type(caught).__name__}: {caught}")
-            log.warning("attempt %d failed: %s", self._failures, error)
         state = self._exporter.state if self._exporter else ExportState.load(self._folder)
         if state.error != error:
+            if error is not None:
+                log.warning("an attempt failed: %s", error)
             state.error = error
             state.save(self._folder)
         return error is None

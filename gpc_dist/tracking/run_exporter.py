@@ -8,7 +8,7 @@
 | `metrics.jsonl`   | metrics                                                                |
 | `telemetry/`      | metrics `system/<host>/...`, shown as system metrics                   |
 | `result.json`     | metrics `final/...`; artifact                                          |
-| `adapter/`        | an MLflow model, once the run is finished                              |
+| `adapter/`        | an MLflow model, once the run is finished; artifacts of a server without models |
 | `status.json`     | the run's status; tags `gpc.state`, `gpc.reason`                       |
 """
 
@@ -21,6 +21,10 @@ from gpc_dist.runs import metrics
 from gpc_dist.runs.folder import RunFolder, Status
 from gpc_dist.tracking import model, translate
 from gpc_dist.tracking.exporter import Exporter
+
+_ADAPTER, _CREATED = "adapter", "adapter created"
+_NO_MODELS = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED")
+"""Errors of servers without logged models (MLflow 2, some clouds), where the adapter is an artifact of its run."""
 
 
 class RunExporter(Exporter):
@@ -48,8 +52,13 @@ class RunExporter(Exporter):
         self._send_new(self._folder.facts, self._send_facts)
         self._send_new_metrics()
         if self._wants_model(status):
-            self._send_adapter()
+            self._create_model()
         self._send_new(self._folder.result, self._send_result)
+
+    def _send_artifacts(self, status: Status) -> None:
+        super()._send_artifacts(status)
+        if self._wants_model(status):
+            self._send_adapter()
 
     def _wants_model(self, status: Status) -> bool:
         return status.state == "finished"
@@ -72,33 +81,49 @@ class RunExporter(Exporter):
             model_id=self.state.model_id,
         )
 
-    def _send_adapter(self) -> None:
-        from mlflow.entities import LoggedModelOutput
+    def _create_model(self) -> None:
+        """Create the model of the adapter, still without files, so that metrics can be the model's too."""
+        from mlflow.exceptions import MlflowException
 
-        adapter = self._folder.adapter
-        if not adapter.is_dir():
+        version = self._adapter_version()
+        if version is None or self.state.sent.get(_CREATED) == version:
             return
-        version = model.digest(adapter)
-        if self.state.sent.get("adapter") == version:
-            return
-        if self.state.sent.get("adapter created") != version:
+        try:
             created = self.client.create_logged_model(
                 self.experiment_id,
-                name="adapter",
+                name=_ADAPTER,
                 source_run_id=self.run_id,
                 params=translate.params(self._config),
                 model_type="gpc-dist adapter",
             )
             self.state.model_id = created.model_id
-            self.state.sent["adapter created"] = version
-            self._save()
-        facts = files.read_json(self._folder.facts)
-        model_id = str(self.state.model_id)
-        model.log_adapter(self.client, model_id, adapter, facts, self._loader_module)
-        step = int(files.read_json(self._folder.result).get("steps", 0))
-        self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
-        self.state.sent["adapter"] = version
+        except MlflowException as error:
+            if error.error_code not in _NO_MODELS:
+                raise
+            self.state.model_id = None
+        self.state.sent[_CREATED] = version
         self._save()
+
+    def _send_adapter(self) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        version, model_id = self._adapter_version(), self.state.model_id
+        if version is None or self.state.sent.get(_ADAPTER) == version:
+            return
+        adapter = self._folder.adapter
+        if model_id is None:
+            self.client.log_artifacts(self.run_id, str(adapter), _ADAPTER)
+        else:
+            facts = files.read_json(self._folder.facts)
+            model.log_adapter(self.client, model_id, adapter, facts, self._loader_module)
+            step = int(files.read_json(self._folder.result).get("steps", 0))
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+        self.state.sent[_ADAPTER] = version
+        self._save()
+
+    def _adapter_version(self) -> str | None:
+        """The digest of the adapter's files; None without an adapter."""
+        return model.digest(self._folder.adapter) if self._folder.adapter.is_dir() else None
 
     # -- metrics ---------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from typing import Any
 from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder, Status, TrialFolder
 from gpc_dist.tracking import model, process, translate
-from gpc_dist.tracking.exporter import Exporter
+from gpc_dist.tracking.exporter import ArtifactError, Exporter
 from gpc_dist.tracking.state import ExportState
 from gpc_dist.tracking.trial_exporter import BEST, Objective, TrialExporter
 
@@ -71,6 +71,7 @@ class SearchExporter(Exporter):
         self._trials: dict[str, TrialExporter] = {}  # of trials that still run
         self._whole: dict[str, str] = {}  # trial that has ended -> the version that MLflow holds
         self._failures: dict[str, int] = {}
+        self._trial_failure: ArtifactError | None = None
         self._note_is_old = True
         self.objective: Objective | None = None
 
@@ -166,15 +167,21 @@ class SearchExporter(Exporter):
     def _send_trials(self) -> None:
         # By the number of failed exports: a trial that fails delays only trials that failed more often.
         trials = self._search_folder.begun_trials()
+        self._trial_failure = None
         for folder in sorted(trials, key=lambda trial: self._failures.get(trial.path.name, 0)):
             name = folder.path.name
             try:
                 self._send_trial(folder)
+            except ArtifactError as error:
+                self._trial_failure = error
             except Exception:
                 self._failures[name] = self._failures.get(name, 0) + 1
                 self._trials.pop(name, None)  # its state in memory may be the cause
                 raise
             self._failures.pop(name, None)
+
+    def _try_artifacts(self, status: Status) -> Exception | None:
+        return super()._try_artifacts(status) or self._trial_failure
 
     def _send_trial(self, folder: TrialFolder) -> None:
         name = folder.path.name

@@ -27,17 +27,24 @@ _SERVER = re.compile(r"(https?|databricks|uc)\b")
 _HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
-def tracking_uri(config: TrackingConfig, run_dir: Path | str) -> str:
+def tracking_uri(config: TrackingConfig, run_dir: Path | str, last: str | None = None) -> str:
     """The tracking store of a run, with an absolute path if it is a SQLite file.
 
-    It is `tracking.uri`, or else `mlflow.db` in the parent of the run folder, so that all runs in
-    that parent share one store. A relative SQLite path starts at the working folder.
+    It is `tracking.uri`, or else MLFLOW_TRACKING_URI, or else the server that holds the run already, or else
+    `mlflow.db` in the parent of the run folder, so that all runs in that parent share one store. A relative
+    SQLite path starts at the working folder.
+
+    Args:
+        last: the store to which the run was exported last.
     """
-    if config.uri is None:
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and last and _SERVER.match(last):
+        uri = last
+    if not uri:
         return f"{_SQLITE}{Path(run_dir).absolute().parent / 'mlflow.db'}"
-    if path := _sqlite_path(config.uri):
+    if path := _sqlite_path(uri):
         return f"{_SQLITE}{path.absolute()}"
-    return config.uri
+    return uri
 
 
 def ui_command(uri: str) -> str:
@@ -60,6 +67,7 @@ def connect(uri: str, experiment: str, runs_dir: Path) -> tuple[MlflowClient, st
         runs_dir: folder of the run folders; a database other than SQLite keeps its artifacts there.
 
     Raises:
+        UserError: the experiment is deleted.
         mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
     """
     path = _sqlite_path(uri)
@@ -126,6 +134,11 @@ def _experiment_id(client: MlflowClient, name: str, artifact_location: str | Non
                 raise
             found = client.get_experiment_by_name(name)  # another run was faster
     assert found is not None
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"experiment '{name}' is deleted in MLflow: restore it with mlflow experiments restore --experiment-id "
+            f"{found.experiment_id}, or give another --tracking.experiment"
+        )
     return str(found.experiment_id)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -17,9 +19,14 @@ from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.search_exporter import SearchExporter
 from gpc_dist.tracking.state import ExportState
 
+log = logging.getLogger(__name__)
+
 # An exporter writes a heartbeat every few seconds. Without one for this long, its machine counts as
 # gone, even if clocks differ and the network file system is slow.
 _SILENCE_S = 600.0
+
+_EXPORTER_S = 120.0
+"""How long to wait for the exporter of a run that has ended."""
 
 
 def sync(place: Path | str, uri: str | None = None) -> ExportState:
@@ -60,7 +67,8 @@ def sync_search(search_dir: Path | str, uri: str | None = None) -> ExportState:
 
 def _sync(folder: RunFolder, open_exporter: Callable[[], Exporter]) -> ExportState:
     folder.read_config()  # fails before anything is written into a wrong folder
-    with folder.hold_tracking():
+    with ExitStack() as held:
+        _hold_tracking(folder, held)
         _mark_if_gone(folder)
         exporter = open_exporter()
         try:
@@ -76,6 +84,17 @@ def _sync(folder: RunFolder, open_exporter: Callable[[], Exporter]) -> ExportSta
         exporter.state.error = None
         exporter.state.save(folder)
         return exporter.state
+
+
+def _hold_tracking(folder: RunFolder, held: ExitStack) -> None:
+    try:
+        held.enter_context(folder.hold_tracking())
+    except UserError:
+        if folder.read_status().state == "running":
+            raise
+        # the exporter of a run that has ended sends what is left
+        log.info("%s is still being recorded by its exporter: waiting for it", folder)
+        held.enter_context(folder.hold_tracking(_EXPORTER_S))
 
 
 def mark_stale(run_dir: Path | str) -> bool:

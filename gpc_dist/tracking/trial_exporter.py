@@ -16,6 +16,7 @@ from gpc_dist import files
 from gpc_dist.runs import metrics
 from gpc_dist.runs.folder import RunFolder, State, Status, TrialFolder
 from gpc_dist.tracking import translate
+from gpc_dist.tracking.exporter import Outage
 from gpc_dist.tracking.run_exporter import RunExporter
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Search(Protocol):
     """What an exporter of a trial needs from its search."""
 
     uri: str
+    outage: Outage
 
     @property
     def name(self) -> str: ...
@@ -93,6 +95,7 @@ class TrialExporter(RunExporter):
         self._trial_file = folder.trial
         self._trial = files.read_json(folder.trial)
         self._search = search
+        self.outage = search.outage
         self._best = best
 
     def _send_content(self, status: Status) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from gpc_dist.runs import facts
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tasks import Example, Task, selection_part
 from gpc_dist.training.run import Run
+
+log = logging.getLogger(__name__)
 
 
 def open_folder(
@@ -35,6 +38,8 @@ def open_folder(
     files.recover_folder(folder.adapter, store.NAMES)
     files.check_replaceable(folder.adapter, store.NAMES)
     if not config.train.resume:
+        if folder.checkpoints.exists() or folder.adapter.exists():
+            log.info("train.resume is false: the checkpoints and the adapter in %s are removed", folder)
         folder.start_over()
         checkpoint.remove_all(folder.checkpoints)
         files.remove_folder(folder.adapter, store.NAMES)

@@ -72,7 +72,15 @@ def log_of(folder: Path) -> str:
 
 
 def test_a_failure_that_stays_is_given_up(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken").write_text("#!/bin/bash\nexit 7\n")
+    # both fail together: Slurm would end one that is still starting, and its signal be the job's exit code
+    (tmp_path / "broken").write_text(
+        "#!/bin/bash\n"
+        "trap '' TERM\n"
+        'start="$0.${SLURM_RESTART_COUNT:-0}"\n'
+        'touch "$start.$SLURM_PROCID"\n'
+        "until [[ -e $start.0 && -e $start.1 ]]; do sleep 0.1; done\n"
+        "exit 7\n"
+    )
     (tmp_path / "broken").chmod(0o755)
     environment = f"--export=ALL,GPC_DIST_MAX_FAILURES=1,GPC_DIST_LAUNCHER={tmp_path / 'broken'}"
     found = slurm.wait(start(slurm, long_recipe, tmp_path, environment))

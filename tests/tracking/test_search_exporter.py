@@ -71,7 +71,7 @@ def test_whole_search(
     add_trial(search, 2, {2: 0.4}, "stopped", "stopped by scheduler")
     add_trial(search, 3, {}, "failed", "failed")
     add_trial(search, 4, {2: 0.3}, "stopped", "running")
-    add_trial(search, 5, {2: 0.2}, "stopped", "paused")
+    add_trial(search, 5, {2: 0.2}, "killed", "running")
     add_trial(search, 6, {2: 0.1}, "running", "running")
     finish(search, best, 0.9)
 
@@ -102,7 +102,7 @@ def test_whole_search(
     assert rows[2] == ["test_whole_search-001", "0.9", "0.002", "gated", "completed"]
     assert [row[1] for row in rows[2:]] == ["0.9", "0.6", "0.4", "0.3", "0.2", "0.1"]
 
-    ends = ["FINISHED", "FINISHED", "FINISHED", "FAILED", "KILLED", "SCHEDULED", "KILLED"]
+    ends = ["FINISHED", "FINISHED", "FINISHED", "FAILED", "KILLED", "KILLED", "KILLED"]
     assert [children[f"t{number}"].info.status for number in range(7)] == ends
     assert search.trial("t6").read_status().reason == "ended with its search"
     child = children["t1"]
@@ -166,12 +166,11 @@ def test_trials_that_ended_are_left_alone(
     SearchExporter(search).update()
     assert updated == ["t0", "t1", "t1", "t1"]
 
-    # A paused trial goes on under the same exporter: its log is replaced by a shorter one.
+    # A stopped trial goes on under the same exporter: its log is replaced by a shorter one.
     updated.clear()
-    decide(going_on, search, 1, "paused")
     going_on.write_status("stopped")
     exporter.update()
-    assert children_of(search)["t1"].info.status == "SCHEDULED"
+    assert children_of(search)["t1"].info.status == "KILLED"
     decide(going_on, search, 1, "running")
     going_on.write_status("running")
     exporter.update()

@@ -1,0 +1,109 @@
+"""The Ray cluster of a search: the one that RAY_ADDRESS names, or one on this machine that ends with the search."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import ray
+
+from gpc_dist.errors import MachineError
+from gpc_dist.search.node import NODES, answers
+from gpc_dist.training.stop import SIGNALS, StopRequest
+
+_OPTIONS: dict[str, Any] = {
+    "namespace": "gpc-dist",
+    "log_to_driver": False,
+    "logging_level": logging.ERROR,
+}
+_NODES_S = 120.0
+_POLL_S = 0.02
+_LONGEST_PATH = 24
+"""Characters of a folder in which Ray's folder may be: the path of a Unix socket has at most 107, and Ray's own
+`/gpc-ray-XXXXXXXX/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` takes the others."""
+_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer output cannot be replaced by a reporter of one's own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe start at the user's working folder
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `training.stop.StopRequest`
+}
+
+
+@contextmanager
+def connected(stop: StopRequest) -> Iterator[None]:
+    """Connect to the search's Ray cluster while the block runs.
+
+    Args:
+        stop: listens on, although Ray sets signal handlers of its own.
+
+    Raises:
+        MachineError: nothing answers at RAY_ADDRESS, nodes are missing, or Ray does not start here.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS") or None
+    with ExitStack() as end:
+        if address is None:
+            options = end.enter_context(_own())
+        else:
+            _check(address)
+            options = {"address": address}
+        # This thread sets signal handlers anew meanwhile: at those of Ray, SIGTERM would end the program at once. The
+        # other one stays to the end, because Ray's processes end with the thread that started them.
+        starting = end.enter_context(ThreadPoolExecutor(1)).submit(ray.init, **options, **_OPTIONS)
+        try:
+            while not starting.done():
+                stop.listen(*SIGNALS)
+                wait([starting], timeout=_POLL_S)
+            stop.listen(*SIGNALS)
+            starting.result()
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise MachineError(f"Ray did not start, or cannot be entered: {reason}") from None
+        end.callback(ray.shutdown)
+        _wait_for_nodes()
+        yield
+
+
+def _check(address: str) -> None:
+    """Raise `MachineError` if nothing answers at RAY_ADDRESS; Ray itself would wait for minutes, or for ever."""
+    if re.fullmatch(r"[^:/]+:\d+", address) and not answers(address):
+        raise MachineError(
+            f"nothing answers at RAY_ADDRESS {address}: start Ray there, or unset RAY_ADDRESS for a cluster of this "
+            "machine's own"
+        )
+
+
+@contextmanager
+def _own() -> Iterator[dict[str, Any]]:
+    """Options of `ray.init` for a cluster of this machine, which no other search joins and nobody else enters."""
+    # Ray wants a token, and would write one into the home folder, for all later clusters of this user. One for all
+    # searches of a process, because Ray reads it once.
+    if not os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    given = tempfile.gettempdir()
+    place = given if len(given) <= _LONGEST_PATH else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="gpc-ray-", dir=place, ignore_cleanup_errors=True) as folder:
+        yield {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "_temp_dir": folder,
+        }
+
+
+def _wait_for_nodes() -> None:
+    deadline, wanted = time.monotonic() + _NODES_S, int(os.environ.get(NODES, "1"))
+    while (count := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise MachineError(f"{count} of {wanted} nodes joined the Ray cluster within {_NODES_S:.0f} s")
+        time.sleep(1.0)
