@@ -64,8 +64,8 @@ class TaskConfig(Section):
 
 class DataConfig(Section):
     path: str | None = None
-    """Folder of JSONL/CSV/TSV/Parquet files named after their split, one such file (the training
-    split), a Hub id, or `demo` (the packaged data set)."""
+    """Folder of JSONL/CSV/TSV/Parquet files named after their split (also as the Hub lays them out: numbered parts,
+    a folder `data` or `train`, gzip), one such file (the training split), a Hub id, or `demo` (the packaged data)."""
     config: str | None = None
     """Configuration name of a Hub data set (`rte` of `super_glue`)."""
     train: str | None = None
@@ -77,6 +77,10 @@ class DataConfig(Section):
     test: str | None = None
     """Test file (in `data.path` or anywhere) or Hub split; found by its usual names when not
     given."""
+    quoting: Literal["auto", "quoted", "none"] = "auto"
+    """CSV and TSV only: `quoted`: double quotes stand around fields, which may then hold delimiters, line breaks and
+    doubled quotes; `none`: a quote is an ordinary character, as in GLUE's files. `auto`: `quoted` for CSV; for TSV
+    as the rows tell, and if they do not, training asks for this key."""
     max_length: int = Field(256, ge=8)
     """Most text tokens of a row (T), special tokens included; the longest segment is shortened."""
     holdout: float | None = Field(None, gt=0, lt=1)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.example import Example, Kind
+from gpc_dist.tasks.formats import Row
 from gpc_dist.tasks.metrics import Metric
-from gpc_dist.tasks.read import Row
+from gpc_dist.tasks.values import in_column, label_of
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,13 @@ def class_index(row: Row, labels: tuple[str, ...]) -> int | None:
     """The class of a row whose label is a name, a boolean or the Hub's index; None if the label is withheld.
 
     Raises:
-        UserError: the label is none of `labels`.
+        UserError: the label is none of `labels`, or no label at all.
     """
-    label = row.get("label")
-    if isinstance(label, str) and label.isdecimal():
-        label = int(label)  # from a TSV file
-    if label is None or label == -1:
+    label = in_column("label", label_of, row.get("label")).lower()
+    if label in ("", "-1"):
         return None
-    if isinstance(label, str) and label.lower() in labels:
-        return labels.index(label.lower())
-    if isinstance(label, int) and 0 <= label < len(labels):
+    if label in labels:
+        return labels.index(label)
+    if label.isdecimal() and int(label) < len(labels):
         return int(label)
-    raise UserError(f"label {label!r} is none of {', '.join(labels)}")
+    raise UserError(f"label '{label}' is none of {', '.join(labels)}")

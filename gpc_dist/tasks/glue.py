@@ -11,7 +11,7 @@ from functools import partial
 from gpc_dist.tasks import metrics
 from gpc_dist.tasks.benchmark import Spec, class_index
 from gpc_dist.tasks.example import Example
-from gpc_dist.tasks.read import Row
+from gpc_dist.tasks.formats import Row
 
 _COLA = ("unacceptable", "acceptable")
 _SST2 = ("negative", "positive")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from gpc_dist.config import DataConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import glue, superglue
 from gpc_dist.tasks.example import Example, Split
-from gpc_dist.tasks.read import Row, read_rows
+from gpc_dist.tasks.formats import Row
+from gpc_dist.tasks.read import Source, read_rows, the_input
 from gpc_dist.tasks.task import Task
 
 _SPECS = superglue.SPECS | glue.SPECS
@@ -36,15 +38,23 @@ def make_packaged_task(name: str, data: DataConfig, metric: str | None = None) -
 
 def _read(name: str, data: DataConfig, split: Split) -> list[Example]:
     source, rows = read_rows(data, split, hub_config=name)
-    return adapt_rows(name, rows, source)
+    return adapt_rows(name, _without_labels(rows) if split == "test" else rows, source)
 
 
 def _parse(name: str, rows: list[Row]) -> list[Example]:
-    hidden = [{**row, "label": None} for row in rows]
-    return adapt_rows(name, hidden, "the input")
+    return adapt_rows(name, _without_labels(rows), the_input(rows))
 
 
-def adapt_rows(name: str, rows: list[Row], source: str) -> list[Example]:
+def _without_labels(value: Any) -> Any:
+    """Rows without their labels, also those of nested answers."""
+    if isinstance(value, list):
+        return [_without_labels(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_labels(item) for key, item in value.items() if key != "label"}
+    return value
+
+
+def adapt_rows(name: str, rows: list[Row], source: Source) -> list[Example]:
     """The examples of a packaged task's source rows.
 
     Raises:
@@ -53,13 +63,11 @@ def adapt_rows(name: str, rows: list[Row], source: str) -> list[Example]:
     adapt = _SPECS[name].adapt
     examples: list[Example] = []
     for number, row in enumerate(rows):
-        try:
-            examples += adapt({"idx": number} | row)
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"row {number + 1} of {source} is not a row of task {name} ({error!r}); "
-                f"it has: {', '.join(row)}"
-            ) from None
-        except UserError as error:
-            raise UserError(f"row {number + 1} of {source}: {error}") from None
+        with source.at(number):
+            try:
+                examples += adapt({"idx": number} | row)
+            except (KeyError, TypeError) as error:
+                raise UserError(
+                    f"this is not a row of task {name} ({error!r}); it has: {', '.join(row)}"
+                ) from None
     return examples

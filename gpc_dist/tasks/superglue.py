@@ -16,8 +16,8 @@ from gpc_dist.errors import UserError
 from gpc_dist.tasks import metrics
 from gpc_dist.tasks.benchmark import Spec, class_index
 from gpc_dist.tasks.example import Example
+from gpc_dist.tasks.formats import Row
 from gpc_dist.tasks.metrics import Metric
-from gpc_dist.tasks.read import Row
 
 _BOOLEAN = ("false", "true")
 _CB = ("entailment", "contradiction", "neutral")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from gpc_dist.config import DataConfig, TaskConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.example import Example, Split, Target
+from gpc_dist.tasks.formats import Row
 from gpc_dist.tasks.metrics import TABLE_METRICS
-from gpc_dist.tasks.read import Row, read_rows
+from gpc_dist.tasks.read import Source, read_rows, the_input
 from gpc_dist.tasks.task import Task
+from gpc_dist.tasks.values import in_column, is_null, label_of, likeliest, near_equal, text_of
 
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 
@@ -50,16 +53,25 @@ def _check_description(config: TaskConfig) -> None:
             )
     elif not 1 <= len(config.text) <= 2:
         raise UserError(f"task {config.name} needs one or two columns in task.text (given: {config.text})")
-    if config.labels is not None and len(set(config.labels)) < max(2, len(config.labels)):
+    if config.labels is not None and len(set(map(label_of, config.labels))) < max(2, len(config.labels)):
         raise UserError(f"task.labels needs two or more different labels (given: {config.labels})")
 
 
 def _labels_in_train(config: TaskConfig, data: DataConfig) -> tuple[str, ...]:
     source, rows = read_rows(data, "train")
-    with_label = [row[config.label] for row in rows if not _is_missing(row.get(config.label))]
-    if not with_label:
+    counts: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        with source.at(number):
+            counts[in_column(config.label, label_of, row.get(config.label))] += 1
+    del counts[""]  # missing ones
+    if not counts:
         raise UserError(f"{source}: {_no_column(config.label, 'task.label', rows[0])}")
-    labels = sorted({_label_text(value) for value in with_label})
+    if groups := near_equal(counts):
+        raise UserError(
+            f"column '{config.label}' of {source} has labels that are nearly equal: {'; '.join(groups)}: "
+            "correct them, or list all labels that are meant in task.labels"
+        )
+    labels = sorted(counts)
     if len(labels) < 2:
         raise UserError(
             f"column '{config.label}' of {source} holds the one label '{labels[0]}': "
@@ -70,12 +82,11 @@ def _labels_in_train(config: TaskConfig, data: DataConfig) -> tuple[str, ...]:
 
 def _read(config: TaskConfig, data: DataConfig, labels: tuple[str, ...], split: Split) -> list[Example]:
     source, rows = read_rows(data, split)
-    labelled = split != "test" or any(config.label in row for row in rows)
-    return _examples(config, labels, labelled, rows, source)
+    return _examples(config, labels, rows, source, labelled=split != "test")
 
 
 def _parse(config: TaskConfig, labels: tuple[str, ...], rows: list[Row]) -> list[Example]:
-    return _examples(config, labels, False, rows, "the input")
+    return _examples(config, labels, rows, the_input(rows), labelled=False)
 
 
 def _columns(config: TaskConfig) -> tuple[str, ...]:
@@ -85,18 +96,18 @@ def _columns(config: TaskConfig) -> tuple[str, ...]:
 
 
 def _examples(
-    config: TaskConfig, labels: tuple[str, ...], labelled: bool, rows: list[Row], source: str
+    config: TaskConfig, labels: tuple[str, ...], rows: list[Row], source: Source, labelled: bool
 ) -> list[Example]:
+    classes = {label_of(label): index for index, label in enumerate(labels)}
     examples = []
     for number, row in enumerate(rows):
-        try:
-            examples.append(_example(config, labels, labelled, number, row))
-        except UserError as error:
-            raise UserError(f"row {number + 1} of {source}: {error}") from None
+        with source.at(number):
+            target = _target(config, classes, row) if labelled else None
+            examples.append(_example(config, number, row, target))
     return examples
 
 
-def _example(config: TaskConfig, labels: tuple[str, ...], labelled: bool, number: int, row: Row) -> Example:
+def _example(config: TaskConfig, number: int, row: Row, target: Target) -> Example:
     texts = [_text(row, template, "task.text") for template in config.text]
     candidates = tuple(_text(row, template, "task.choices") for template in config.choices)
     rows: tuple[tuple[str, str | None], ...]
@@ -107,7 +118,7 @@ def _example(config: TaskConfig, labels: tuple[str, ...], labelled: bool, number
     return Example(
         id=row.get("id", row.get("idx", number)),
         rows=rows,
-        target=_target(config, labels, row) if labelled else None,
+        target=target,
         meta={"candidates": candidates} if candidates else {},
     )
 
@@ -122,61 +133,43 @@ def _text(row: Row, template: str, key: str) -> str:
 def _cell(row: Row, column: str, key: str) -> str:
     if column not in row:
         raise UserError(_no_column(column, key, row))
-    if _is_null(row[column]):
+    if is_null(row[column]):
         raise UserError(f"column '{column}' is empty: drop the row or fill it in")
-    return str(row[column])
+    return in_column(column, text_of, row[column])
 
 
 def _no_column(column: str, key: str, row: Row) -> str:
     return f"there is no column '{column}' ({key}); there are: {', '.join(row)}"
 
 
-def _target(config: TaskConfig, labels: tuple[str, ...], row: Row) -> Target:
+def _target(config: TaskConfig, classes: Mapping[str, int], row: Row) -> Target:
     if config.label not in row:
         raise UserError(_no_column(config.label, "task.label", row))
-    value = row[config.label]
-    if _is_missing(value):
+    label = in_column(config.label, label_of, row[config.label])
+    if not label:
         return None
     if config.kind == "regression":
-        return _number(value)
-    label = _label_text(value)
-    if label == "-1" and label not in labels:
+        return _number(label)
+    if label == "-1" and label not in classes:
         return None  # how files exported from the Hub write a withheld label
     if config.kind == "choice":
         return (_choice(label, len(config.choices)),)
-    if label not in labels:
+    if label not in classes:
+        meant = likeliest(label, classes)
         raise UserError(
-            f"label '{label}' is none of the labels learnt from the training split "
-            f"({', '.join(labels)}): correct it, or list all labels in task.labels"
+            f"label '{label}' is none of the labels learnt from the training split ({', '.join(classes)}): "
+            f"correct it{f' (is it {meant}?)' if meant else ''}, or list all labels in task.labels"
         )
-    return labels.index(label)
+    return classes[label]
 
 
-def _is_missing(value: Any) -> bool:
-    return _is_null(value) or value == ""
-
-
-def _is_null(value: Any) -> bool:
-    """Whether a value is None, or the NaN that stands for None in data frames."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _label_text(value: Any) -> str:
-    """One spelling of a label for all types that files give it: `3` for 3, 3.0 and `3`; `true` for True."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def _number(value: Any) -> float:
+def _number(label: str) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(label)
+    except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"label {value!r} is not a finite number, as task.kind regression needs")
+        raise UserError(f"label '{label}' is not a finite number, as task.kind regression needs")
     return number
 
 

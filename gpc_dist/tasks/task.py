@@ -11,8 +11,8 @@ import numpy as np
 
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.example import Example, Kind, Split
+from gpc_dist.tasks.formats import Row
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER, Metric
-from gpc_dist.tasks.read import Row
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Task:
         return self.main_metric not in LOWER_IS_BETTER
 
     def read(self, split: Split) -> list[Example]:
-        """The examples of a split; those of `test` may lack a target.
+        """The examples of a split; those of `test` have no targets, whatever stands in its label column.
 
         Raises:
             UserError: the split cannot be found or read, is empty, or lacks labels it must have.

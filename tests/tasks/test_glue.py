@@ -14,6 +14,7 @@ from gpc_dist.errors import UserError
 from gpc_dist.tasks import Example, Task, make_task, write_predictions
 from gpc_dist.tasks.glue import SPECS
 from gpc_dist.tasks.packaged import adapt_rows
+from gpc_dist.tasks.read import the_input
 
 COUNTS = {"cola": (8551, 1043), "sst2": (67349, 872)}
 BASELINES = {"cola": {"matthews": 0.0}, "sst2": {"accuracy": pytest.approx(444 / 872)}}
@@ -29,7 +30,7 @@ def glue_task(name: str, folder: Path | None = None) -> Task:
 )
 def test_rows(name: str, label: int | str) -> None:
     rows = [{"sentence": "It fell.", "label": label, "idx": 4}, {"sentence": "It felled.", "label": -1}]
-    assert adapt_rows(name, rows, "file") == [
+    assert adapt_rows(name, rows, the_input(rows)) == [
         Example(4, (("It fell.", None),), 1),
         Example(1, (("It felled.", None),), None),
     ]
@@ -37,8 +38,9 @@ def test_rows(name: str, label: int | str) -> None:
 
 @pytest.mark.parametrize("label", [2, "2", "fine"])
 def test_a_wrong_label_is_named(label: int | str) -> None:
-    with pytest.raises(UserError, match=r"row 1 of f: label .* is none of negative, positive"):
-        adapt_rows("sst2", [{"sentence": "s", "label": label}], "f")
+    rows = [{"sentence": "s", "label": label}]
+    with pytest.raises(UserError, match=r"row 1 of the input: label .* is none of negative, positive"):
+        adapt_rows("sst2", rows, the_input(rows))
 
 
 def test_the_official_tsv_files_are_read(tmp_path: Path) -> None:

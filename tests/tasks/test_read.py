@@ -12,7 +12,8 @@ import pytest
 from gpc_dist.config import DataConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.example import Example, limit
-from gpc_dist.tasks.read import name_classes, read_file, read_rows
+from gpc_dist.tasks.formats import read_file
+from gpc_dist.tasks.read import read_rows
 
 ROWS = [{"text": "sun, and rain", "label": "b"}, {"text": '"Fog" and an open " quote', "label": "a"}]
 
@@ -52,7 +53,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
 def test_splits_are_found_by_their_usual_names(tmp_path: Path, split: Any, name: str) -> None:
     write(tmp_path / name)
     source, rows = read_rows(DataConfig(path=str(tmp_path)), split)
-    assert (source, rows) == (str(tmp_path / name), ROWS)
+    assert (str(source), rows) == (str(tmp_path / name), ROWS)
 
 
 def test_named_files_are_found_in_the_folder_and_anywhere(tmp_path: Path) -> None:
@@ -90,7 +91,14 @@ def test_a_single_file_is_the_training_split(tmp_path: Path) -> None:
             "line 2 of .* has 3 fields, its header has 2: text, l",
         ),
         ("train.parquet", "nothing of the kind", "is not a Parquet file"),
-        ("train.csv", b"text\n\xff\xfe\n", "is not UTF-8 text"),
+        ("train.csv", b"text\na\n\xff\xfe\n", "line 3 of .*train.csv is not UTF-8 text"),
+        (
+            "train.jsonl",
+            '{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n',
+            "line 2 of .* more than one column 'c'",
+        ),
+        ("train.json", '[{"a": 1},\n{"a": }]', "line 2 of .*train.json is not valid JSON"),
+        ("train.json", '[{"a": 1}, 2]', "element 2 of .*train.json is not a JSON object"),
     ],
 )
 def test_bad_content_is_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -104,13 +112,41 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
     assert read_file(tmp_path / "t.csv") == [{"text": "a", "label": "b"}]
 
 
+def test_a_json_file_may_be_one_array(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(ROWS, indent=2))
+    assert read_file(tmp_path / "t.json") == ROWS
+
+
+def test_a_repeated_column_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t.parquet has more than one column 'text': rename"):
+        read_file(tmp_path / "t.parquet")
+
+
+def test_a_parquet_column_that_cannot_be_read_is_no_matter_until_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    days = pa.array([10_000_000], pa.int32()).cast(pa.date32())  # a year after 9999
+    folder = tmp_path / "day=1"  # no column
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a"], "when": days}), folder / "t.parquet")
+    assert read_file(folder / "t.parquet") == [{"text": "a"}]
+    assert "column 'when' of" in caplog.text
+
+
 def test_what_cannot_be_found_is_named_with_what_there_is(tmp_path: Path) -> None:
     write(tmp_path / "notes.csv")
     with pytest.raises(UserError, match=r"no train file in .* it holds notes.csv\): set data.train"):
         read_rows(DataConfig(path=str(tmp_path)), "train")
     write(tmp_path / "train.csv")
     write(tmp_path / "train.jsonl")
-    with pytest.raises(UserError, match=r"several train files \(train.jsonl, train.csv\)"):
+    with pytest.raises(UserError, match=r"several train files \(train.csv, train.jsonl\)"):
         read_rows(DataConfig(path=str(tmp_path)), "train")
     with pytest.raises(UserError, match="does not exist: give a folder, a file or a Hub id"):
         read_rows(DataConfig(path=str(tmp_path / "nowhere")), "train")
@@ -149,7 +185,7 @@ def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source, rows = read_rows(DataConfig(path="super_glue"), "validation", hub_config="rte")
-    assert source == "super_glue (validation)"
+    assert str(source) == "super_glue (validation)"
     assert rows == [{"text": "x", "label": "yes"}, {"text": "y", "label": None}]
     read_rows(DataConfig(path="a/b", config="c", train="train[:5]"), "train", hub_config="rte")
     assert asked == [("super_glue", "rte", "validation"), ("a/b", "c", "train[:5]")]
@@ -170,14 +206,20 @@ def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_class_names_of_real_features() -> None:
+def test_a_downloaded_file_has_the_class_names_that_the_hub_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     features = datasets.Features(
         {"label": datasets.ClassLabel(names=["a", "b"]), "n": datasets.Value("int32")}
     )
-    rows = name_classes([{"label": 1, "n": 1}, {"label": None, "n": 0}], features)
-    assert rows == [{"label": "b", "n": 1}, {"label": None, "n": 0}]
+    table = datasets.Dataset.from_dict({"label": [1, None, -1], "n": [1, 0, 2]}, features)
+    table.to_parquet(tmp_path / "train.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    rows = [{"label": "b", "n": 1}, {"label": None, "n": 0}, {"label": None, "n": 2}]
+    assert read_rows(DataConfig(path="some/table"), "train")[1] == rows
+    assert read_rows(DataConfig(path=str(tmp_path)), "train")[1] == rows
 
 
 def test_limit_draws_training_examples_and_takes_the_first_others() -> None:

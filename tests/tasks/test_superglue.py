@@ -14,6 +14,7 @@ from gpc_dist.config import DataConfig, TaskConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import Example, make_task
 from gpc_dist.tasks.packaged import adapt_rows
+from gpc_dist.tasks.read import the_input
 from gpc_dist.tasks.superglue import SPECS, locate_span, mark
 
 PROJECT = Path(__file__).parents[2]
@@ -218,12 +219,12 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_the_official_files(name: str) -> None:
-    assert adapt_rows(name, FILE_ROWS[name], "file") == EXPECTED[name]
+    assert adapt_rows(name, FILE_ROWS[name], the_input(FILE_ROWS[name])) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_the_hub(name: str) -> None:
-    assert adapt_rows(name, HUB_ROWS[name], "hub") == EXPECTED[name]
+    assert adapt_rows(name, HUB_ROWS[name], the_input(HUB_ROWS[name])) == EXPECTED[name]
 
 
 def without_labels(name: str) -> list[dict[str, Any]]:
@@ -243,6 +244,20 @@ def test_rows_without_labels_are_read_as_test_rows_only(name: str, write_rows: A
     assert all(example.target is None for example in test)
     with pytest.raises(UserError, match="has no label"):
         task.read("validation")
+
+
+def test_labels_of_a_test_split_are_not_read(write_rows: Any) -> None:
+    (passage,) = json.loads(json.dumps(FILE_ROWS["multirc"]))
+    for answer in (a for q in passage["passage"]["questions"] for a in q["answers"]):
+        answer["label"] = "?"
+    for name, row in (("multirc", passage), ("cb", {**FILE_ROWS["cb"][0], "label": "?"})):
+        task = make_task(TaskConfig(name=name), DataConfig(path=str(write_rows(test=[row], val=[row]))))
+        for read in (lambda task=task: task.read("test"), lambda task=task, row=row: task.parse([row])):
+            examples = read()
+            assert [e.rows for e in examples] == [e.rows for e in EXPECTED[name]]
+            assert {e.target for e in examples} == {None}
+        with pytest.raises(UserError, match=r"row 1 of .*: label '\?' is none of"):
+            task.read("validation")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -341,20 +356,21 @@ def test_labels_words_and_metrics() -> None:
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("rte", {"premise": "p", "label": 0}, r"row 2 of f .*'hypothesis'.*has: premise, label"),
-        ("copa", {"premise": "p", "choice1": "a"}, "row 2 of f is not a row of task copa"),
-        ("cb", {"premise": "p", "hypothesis": "h", "label": "yes"}, "row 2 of f: label 'yes'"),
-        ("boolq", {"question": "q", "passage": "p", "label": 2}, "row 2 of f: label 2 is none of"),
+        ("rte", {"premise": "p", "label": 0}, r"row 2 of .*'hypothesis'.*has: premise, label"),
+        ("copa", {"premise": "p", "choice1": "a"}, "row 2 of the input: this is not a row of task copa"),
+        ("cb", {"premise": "p", "hypothesis": "h", "label": "yes"}, "row 2 of the input: label 'yes'"),
+        ("boolq", {"question": "q", "passage": "p", "label": 2}, "row 2 of the input: label '2' is none of"),
         (
             "record",
             {**HUB_ROWS["record"][0], "answers": ["Rome"]},
-            "row 2 of f: no entity of the passage is an answer to query 'Fans of @",
+            "row 2 of the input: no entity of the passage is an answer to query 'Fans of @",
         ),
     ],
 )
 def test_a_wrong_row_is_named(name: str, row: dict[str, Any], message: str) -> None:
+    rows = [FILE_ROWS[name][0], row]
     with pytest.raises(UserError, match=message):
-        adapt_rows(name, [FILE_ROWS[name][0], row], "f")
+        adapt_rows(name, rows, the_input(rows))
 
 
 def test_a_local_run_imports_nothing_heavy(write_rows: Any) -> None:

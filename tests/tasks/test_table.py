@@ -74,12 +74,89 @@ def test_parquet(tmp_path: Path) -> None:
     assert [(e.id, e.target) for e in task.read("train")] == [(0, 1), (1, 0)]
 
 
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["pos", "pos ", " neg", "\tneg\u00a0"], ["pos", "pos", "neg", "neg"]),
+        (["caf\u00e9", "cafe\u0301", "bar"], ["caf\u00e9", "caf\u00e9", "bar"]),
+        ([True, "True", "TRUE ", "false"], ["true", "true", "true", "false"]),
+        ([1, 1.0, "1.0", "1.00", " 1", "0.5", 0.5], ["1", "1", "1", "1", "1", "0.5", "0.5"]),
+        (["1.10", "1.25", "v1.0"], ["1.10", "1.25", "v1.0"]),
+        (["a-1", "a+1", "C", "C++"], ["a-1", "a+1", "C", "C++"]),
+        (["-1", "1", "+", "-"], [None, "1", "+", "-"]),
+    ],
+)
+def test_a_label_has_one_spelling(write_rows: Any, values: list[Any], labels: list[str]) -> None:
+    rows = [{"text": "a", "label": value} for value in values]
+    found = table(
+        write_rows(train=rows), text=["text"], labels=sorted({one for one in labels if one} | {"z"})
+    )
+    assert [e.target if e.target is None else found.labels[e.target] for e in found.reader("train")] == labels  # type: ignore[index]
+    if None not in labels:
+        assert table(write_rows(train=rows), text=["text"]).labels == tuple(sorted(set(labels)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["pos", "neg", "Pos", "pos "], r"column 'label' of .*train.jsonl has labels that are nearly equal: "
+                                        r"'pos' \(2 rows\) and 'Pos' \(1 row\): correct them, or list all"),
+        (["not_entailed", "not entailed", "Not-Entailed", "x"], r"'not_entailed' .* and 'not entailed' .* and 'Not-E"),
+        (["01", "1", "1.50", "1.5"], r"'01' \(1 row\) and '1' \(1 row\); '1.50' .* and '1.5'"),
+        (["a\u200bb", "ab"], r"and 'ab' \(1 row\)"),
+        (["Stra\u00dfe", "STRASSE"], "'Stra\u00dfe' .* and 'STRASSE'"),
+        (["\uff41", "a"], "and 'a'"),
+    ],
+)  # fmt: skip
+def test_labels_that_are_nearly_equal_are_named_with_their_counts(
+    write_rows: Any, values: list[str], message: str
+) -> None:
+    folder = write_rows(train=[{"text": "a", "label": value} for value in values])
+    with pytest.raises(UserError, match=message):
+        table(folder, text=["text"])
+    meant = table(folder, text=["text"], labels=sorted({value.strip() for value in values}))
+    assert len(meant.read("train")) == len(values)
+
+
+def test_a_label_that_is_only_nearly_known_is_answered_with_the_known_one(write_rows: Any) -> None:
+    folder = write_rows(val=[{"text": "a", "label": "POS"}])
+    with pytest.raises(UserError, match=r"row 1 of .*label 'POS' is none of .* \(is it pos\?\)"):
+        table(folder, text=["text"], labels=["neg", "pos"]).read("validation")
+
+
+def test_bytes_are_decoded_and_what_is_no_text_is_named_by_row_and_column(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(**columns: Any) -> None:
+        columns = {"text": ["a", "b"], "label": ["x", "y"], **columns}
+        pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+
+    write(text=["Öl".encode(), b"b"], label=[b"x ", "ÿ".encode()])
+    train = table(tmp_path, text=["text"]).read("train")
+    assert [(e.rows[0][0], e.target) for e in train] == [("Öl", 0), ("b", 1)]
+    write(text=[1, 2], when=pa.array([1, 2], pa.date32()), sure=[True, False], share=[1.5, 2.0])
+    (row, _) = table(tmp_path, text=["{text} {when} {sure} {share}"]).read("train")
+    assert row.rows == (("1 1970-01-02 true 1.5", None),)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"text": [["a"], ["b"]]}, r"row 1 of .*train.parquet: column 'text' holds a list"),
+        ({"text": [{"de": "b"}, None]}, r"row 1 of .*: column 'text' holds an object"),
+        ({"text": [b"b", b"\xff"]}, r"row 2 of .*: column 'text' holds bytes that are not UTF-8"),
+        ({"label": [["x"], ["y"]]}, r"row 1 of .*: column 'label' holds a list: write one text or number"),
+        ({"label": [{"is": "x"}, {"is": "y"}]}, r"row 1 of .*: column 'label' holds an object"),
+    ]
+    for columns, message in wrong:
+        write(**columns)
+        with pytest.raises(UserError, match=message):
+            table(tmp_path, text=["text"]).read("train")
+
+
 def test_given_labels_fix_the_order_and_spare_the_training_split(write_rows: Any) -> None:
-    folder = write_rows(test=[{"text": "a", "label": 2}])
+    folder = write_rows(val=[{"text": "a", "label": 2}])
     config = build({"task": {"name": "mine", "text": ["text"], "labels": [3, 2]}}).task
     task = make_task(config, DataConfig(path=str(folder)))
     assert task.labels == ("3", "2")
-    assert task.read("test")[0].target == 1
+    assert task.read("validation")[0].target == 1
 
 
 def test_choice(tmp_path: Path) -> None:
@@ -109,9 +186,13 @@ def test_a_test_split_needs_no_labels(write_rows: Any) -> None:
     folder = write_rows(train=MOODS, val=unlabelled, test=unlabelled)
     task = table(folder, text=["body"], label="mood")
     assert [e.target for e in task.read("test")] == [None, None]
-    withheld = [{**row, "mood": -1} for row in MOODS]
-    folder = write_rows(test=withheld)
-    assert [e.target for e in task.read("test")] == [None, None]
+    for label in (-1, "?", "", "good", [1]):
+        folder = write_rows(test=[{**row, "mood": label} for row in MOODS])
+        assert [(e.id, e.target) for e in task.read("test")] == [("r-1", None), ("r-2", None)]
+    write_rows(val=[{**MOODS[0], "mood": -1}])
+    with pytest.raises(UserError, match="has no label at example r-1"):
+        task.read("validation")
+    write_rows(val=unlabelled)
     with pytest.raises(UserError, match=r"row 1 of .*val.jsonl: there is no column 'mood' \(task"):
         task.read("validation")
 
@@ -134,7 +215,7 @@ def test_rows_of_no_data_set_are_parsed_without_labels(write_rows: Any) -> None:
         ({"name": "rte", "text": ["body"]}, "'rte' is a packaged task, but"),
         ({"text": ["a", "b", "c"]}, "needs one or two columns in task.text"),
         ({"kind": "choice", "text": ["a"], "choices": ["b"]}, "at least two in task.choices"),
-        ({"text": ["body"], "labels": ["x", "x"]}, "two or more different labels"),
+        ({"text": ["body"], "labels": ["x", "x "]}, "two or more different labels"),
         ({"text": ["body"], "label": "mod"}, "no column 'mod' .* there are: title, body, mood, id"),
         ({"text": ["body"], "label": "mood", "metric": "bleu"}, "task.metric to one of accuracy"),
     ],
