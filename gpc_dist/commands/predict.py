@@ -32,8 +32,9 @@ COMMAND = Command(
     "Write a trained adapter's predictions for a file.",
     add_arguments,
     run,
-    "A packaged task is written in its benchmark's submission format, any other as JSON lines with\n"
-    "probabilities. The input has the columns of the training data; labels are not needed.\n\n"
+    "A packaged task is written in its benchmark's submission format, any other as JSON lines with the\n"
+    "probability of each label, or as CSV if the output's name ends in .csv. The input has the text columns of\n"
+    "the training data; its `id` is kept, and a label column is not read.\n\n"
     "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
     settings="recipe",
 )

@@ -43,10 +43,10 @@ class TextModel:
         predictions = self._predictor.predict(table.to_dict("records"))
         result = pd.DataFrame({"prediction": [p.value for p in predictions]})
         if task.kind == "classification":
-            for index, label in enumerate(task.labels):
-                result[f"probability_{label}"] = [p.probabilities[index] for p in predictions]  # type: ignore[index]
+            for label in task.labels:
+                result[f"probability_{label}"] = [p.probabilities[label] for p in predictions]  # type: ignore[index]
         elif task.kind == "choice":
-            result["probabilities"] = [list(p.probabilities or ()) for p in predictions]
+            result["probabilities"] = [list((p.probabilities or {}).values()) for p in predictions]
         return result
 
 

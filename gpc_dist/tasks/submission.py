@@ -1,7 +1,9 @@
-"""Prediction files: the benchmarks' own submission formats, and JSON Lines for everything else."""
+"""Prediction files: the benchmarks' own submission formats, and JSON Lines or CSV for everything else."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -12,6 +14,7 @@ import numpy as np
 
 from gpc_dist.files import write_text
 from gpc_dist.tasks import glue
+from gpc_dist.tasks.delimited import DELIMITERS
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.task import Prediction, Task
 
@@ -25,7 +28,9 @@ def write_predictions(
 
     Packaged tasks have the submission format of super.gluebenchmark.com (SST-2 and CoLA: of
     gluebenchmark.com, a TSV file). Other tasks have one JSON object per example: `id`, `prediction`
-    (label, number of the choice, or number) and, unless it is a regression, `probabilities`.
+    (label, number of the choice, or number) and, unless it is a regression, `probabilities` by label or number.
+    Any task has a line with the columns `id`, `prediction` and `probability_<label>` in a `.csv` file, and all but
+    the packaged ones in a `.tsv` file.
 
     Args:
         outputs: an array per example, as in `Task`.
@@ -35,15 +40,46 @@ def write_predictions(
     name, form = _FORMATS.get(task.name, ("predictions.jsonl", _table))
     file = path if path.suffix and not path.is_dir() else path / name
     predicted = list(zip(examples, task.predictions(examples, outputs), strict=True))
-    write_text(file, "".join(f"{line}\n" for line in form(predicted)))
+    if file.suffix == ".csv" or (file.suffix in DELIMITERS and form is _table):
+        write_text(file, _delimited(predicted, DELIMITERS[file.suffix]))
+    else:
+        write_text(file, "".join(f"{line}\n" for line in form(predicted)))
     return file
+
+
+def _delimited(predicted: Predicted, delimiter: str) -> str:
+    rows = [
+        {"id": _cell(prediction.id), "prediction": prediction.value}
+        | {f"probability_{name}": share for name, share in (prediction.probabilities or {}).items()}
+        for _, prediction in predicted
+    ]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value for CSV: an object or a list as JSON."""
+    return json.dumps(value) if isinstance(value, dict | list) else _as_text(value)
+
+
+def _as_text(value: Any) -> Any:
+    """A value that JSON does not have, such as the date of a Parquet file, as text; others as they are."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _json_lines(
     rows: Callable[[Predicted], Iterable[dict[str, Any]]],
 ) -> Callable[[Predicted], Iterable[str]]:
     """Let a format that yields objects yield lines of JSON."""
-    return lambda predicted: (json.dumps(row, ensure_ascii=False) for row in rows(predicted))
+    return lambda predicted: (
+        json.dumps(row, ensure_ascii=False, default=_as_text) for row in rows(predicted)
+    )
 
 
 @_json_lines

@@ -22,8 +22,8 @@ class Prediction:
     id: Any
     value: str | int | float
     """The label (classification), the number of the chosen candidate, or the number itself."""
-    probabilities: tuple[float, ...] | None
-    """Of every label or candidate, in order; None for regression."""
+    probabilities: Mapping[str, float] | None
+    """Of every label, or of every candidate by its number, in order; None for regression."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Task:
             Prediction(
                 example.id,
                 self.labels[index] if self.kind == "classification" else int(index),
-                _softmax(output),
+                dict(zip(self.labels or map(str, range(len(output))), _softmax(output), strict=True)),
             )
             for example, index, output in zip(examples, decisions, outputs, strict=True)
         ]
@@ -166,6 +166,6 @@ def _right_indices(example: Example) -> tuple[int, ...]:
     return target if isinstance(target, tuple) else (target,)
 
 
-def _softmax(logits: np.ndarray) -> tuple[float, ...]:
+def _softmax(logits: np.ndarray) -> list[float]:
     shifted = np.exp(logits.astype(np.float64) - logits.max())
-    return tuple((shifted / shifted.sum()).tolist())
+    return (shifted / shifted.sum()).tolist()  # type: ignore[no-any-return]

@@ -192,7 +192,9 @@ def test_score_reports_every_metric_and_the_average_where_wanted() -> None:
 def test_predictions_carry_labels_and_probabilities() -> None:
     first = make_task().predictions(examples(0, 1, 1), LOGITS)[0]
     assert (first.id, first.value) == (0, "bad")
-    assert first.probabilities == pytest.approx((np.e**2 / (1 + np.e**2), 1 / (1 + np.e**2)))
+    assert first.probabilities == pytest.approx({"bad": np.e**2 / (1 + np.e**2), "good": 1 / (1 + np.e**2)})
+    choice = make_task(kind="choice", labels=()).predictions([Example(0, (("a", "b"),) * 3)], [np.zeros(3)])
+    assert (choice[0].value, list(choice[0].probabilities or ())) == (0, ["0", "1", "2"])
     number = make_task(kind="regression", labels=()).predictions(examples(0.5), [np.array([2.5])])
     assert (number[0].value, number[0].probabilities) == (2.5, None)
 

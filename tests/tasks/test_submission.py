@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,9 @@ def read_back(file: Path) -> list[Any]:
 def test_one_label_per_example(tmp_path: Path, name: str, file: str, labels: list[Any]) -> None:
     rows = (("a", "b"),) * (2 if name == "copa" else 1)
     examples = [Example(4, rows), Example(9, rows)]
-    written = write_predictions(packaged(name), examples, [SECOND, FIRST], tmp_path)
+    last = np.full(max(0, len(packaged(name).labels) - 2), -9.0)  # of a third label
+    outputs = [np.append(output, last) for output in (SECOND, FIRST)]
+    written = write_predictions(packaged(name), examples, outputs, tmp_path)
     assert written == tmp_path / file
     assert read_back(written) == [
         {"idx": idx, "label": label} for idx, label in zip((4, 9), labels, strict=True)
@@ -84,7 +88,7 @@ def test_tables(tmp_path: Path) -> None:
     assert write_predictions(task, [example], [np.array([0.0, np.log(3)])], file) == file
     (row,) = read_back(file)
     assert (row["id"], row["prediction"]) == ("x-1", "good")
-    assert row["probabilities"] == pytest.approx([0.25, 0.75])
+    assert row["probabilities"] == pytest.approx({"bad": 0.25, "good": 0.75})
 
     number = make_task(TaskConfig(name="mine", kind="regression", text=["text"]), DataConfig())
     written = write_predictions(number, [example], [np.array([1.5])], tmp_path)
@@ -92,12 +96,44 @@ def test_tables(tmp_path: Path) -> None:
     assert written.name == "predictions.jsonl"
 
 
+def cells(file: Path, delimiter: str = ",") -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines, delimiter=delimiter))
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("out.csv", ","), ("out.tsv", "\t")])
+def test_tables_are_csv_where_the_output_is_called_so(tmp_path: Path, name: str, delimiter: str) -> None:
+    config = TaskConfig(name="mine", text=["text"], labels=["bad, very", 'go"od'])
+    examples = [Example(id, (("text", None),)) for id in ("x-1", 7, date(2024, 5, 1), b"\xff", {"a": 1})]
+    outputs = [np.array([0.0, np.log(3)])] * len(examples)
+    task = make_task(config, DataConfig())
+    rows = cells(write_predictions(task, examples, outputs, tmp_path / name), delimiter)
+    assert [row["id"] for row in rows] == ["x-1", "7", "2024-05-01", "\\xff", '{"a": 1}']
+    assert {row["prediction"] for row in rows} == {'go"od'}
+    assert list(rows[0])[2:] == ["probability_bad, very", 'probability_go"od']
+    assert float(rows[0]["probability_bad, very"]) == pytest.approx(0.25)
+    lines = read_back(write_predictions(task, examples, outputs, tmp_path / "out.jsonl"))
+    assert [row["id"] for row in lines] == ["x-1", 7, "2024-05-01", "\\xff", {"a": 1}]
+
+
+def test_other_kinds_as_csv(tmp_path: Path) -> None:
+    example = Example(4, (("a", "b"),) * 2)
+    (row,) = cells(write_predictions(packaged("copa"), [example], [FIRST], tmp_path / "copa.csv"))
+    assert list(row) == ["id", "prediction", "probability_0", "probability_1"]
+    assert (row["id"], row["prediction"]) == ("4", "0")
+    number = make_task(TaskConfig(name="mine", kind="regression", text=["text"]), DataConfig())
+    written = write_predictions(number, [example], [np.array([1.5])], tmp_path / "n.csv")
+    assert cells(written) == [{"id": "4", "prediction": "1.5"}]
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     file.write_text("old\n")
     task = make_task(TaskConfig(name="mine", kind="regression", text=["text"]), DataConfig())
-    unwritable = Example(object(), (("text", None),))
-    with pytest.raises(TypeError):
+    endless: list[Any] = []
+    endless.append(endless)
+    unwritable = Example(endless, (("text", None),))
+    with pytest.raises(ValueError, match="Circular"):
         write_predictions(task, [unwritable], [np.array([1.5])], file)
     assert file.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [file]

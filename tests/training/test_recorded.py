@@ -69,7 +69,7 @@ def test_the_model_answers_plain_text_as_the_program_does(
     assert cli.main(["predict", str(run / "adapter"), "--input", str(source), "--output", str(output)]) == 0
     expected = [json.loads(line) for line in output.open()]
     assert list(answers["prediction"]) == [row["prediction"] for row in expected]
-    assert list(answers["probability_with"]) == pytest.approx([row["probabilities"][0] for row in expected])
+    assert list(answers["probability_with"]) == pytest.approx([row["probabilities"]["with"] for row in expected])
 
 
 def test_a_missing_column_is_named(run: Path) -> None:

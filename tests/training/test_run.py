@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -123,13 +124,28 @@ def test_predict_writes_a_line_for_every_row(run: Path, tiny_data: Path, tmp_pat
     )
     predictions = [json.loads(line) for line in target.open()]
     assert [p["id"] for p in predictions] == list(range(23))
-    assert all(sum(p["probabilities"]) == pytest.approx(1) for p in predictions)
-    likelier = [("with", "without")[p["probabilities"][1] > p["probabilities"][0]] for p in predictions]
+    assert all(sum(p["probabilities"].values()) == pytest.approx(1) for p in predictions)
+    likelier = [max(p["probabilities"], key=p["probabilities"].__getitem__) for p in predictions]
     assert [p["prediction"] for p in predictions] == likelier
     right = ["with" if "cat" in row["text"].split() else "without" for row in rows]
     hits = sum(mine == other for mine, other in zip(likelier, right, strict=True))
     best = json.loads((run / "result.json").read_text())["metrics"]["best"]
     assert hits / 23 == pytest.approx(best["accuracy"])
+
+
+def test_predict_keeps_ids_reads_no_labels_and_writes_csv(run: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("id,text,label\nA-7,the cat,?\nB-8,a dog,\n")
+    words = ("--input", source, "--output", target, "--engine.device", "cpu")
+    assert gpc("predict", run / "adapter", *words) == 0
+    with target.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert list(rows[0]) == ["id", "prediction", "probability_with", "probability_without"]
+    assert [row["id"] for row in rows] == ["A-7", "B-8"]
+    for row in rows:
+        shares = {label: float(row[f"probability_{label}"]) for label in ("with", "without")}
+        assert row["prediction"] == max(shares, key=shares.__getitem__)
+        assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_early_stopping_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
