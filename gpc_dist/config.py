@@ -160,6 +160,9 @@ class TrainConfig(Section):
     """Examples per step over all ranks."""
     batch_tokens: int | None = Field(None, ge=1)
     """Token budget per step over all ranks (padded text tokens) instead of `batch_size`."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Classification only. `balanced`: the loss of an example is multiplied by N / (C n), with N training examples of C
+    classes and n of its own class, so that rare classes count as much as frequent ones. Evaluation is not weighted."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """`adamw`, or `adafactor` as Lester et al. (2021) use it (set lr 0.3 and a constant schedule)."""
     lr: float = Field(1e-2, gt=0)

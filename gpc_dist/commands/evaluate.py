@@ -33,6 +33,8 @@ COMMAND = Command(
     "Measure a trained adapter on its task's validation split.",
     add_arguments,
     run,
+    "Prints JSON: the metrics and, for a classification, precision, recall and F1 of each label and the confusion\n"
+    "matrix.\n\n"
     "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
     settings="recipe",
 )

@@ -48,7 +48,7 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
 
 
 def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrides: Mapping[str, str]) -> int:
-    """`gpc-dist evaluate`: print the metrics of an adapter on a part of its data, as JSON.
+    """`gpc-dist evaluate`: print the metrics of an adapter on a part of its data, and those of each class, as JSON.
 
     Raises:
         UserError: see `open_adapter`; or `part` is `holdout` and training held nothing out.
@@ -61,8 +61,14 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
         split = session.split(examples)
         outputs = adapter_outputs(session, split)
         if outputs is not None:
-            metrics = session.task.measure(examples, outputs)
-            found = {"task": session.task.name, "split": part, "examples": len(examples), "metrics": metrics}
+            task = session.task
+            found = {
+                "task": task.name,
+                "split": part,
+                "examples": len(examples),
+                "metrics": task.measure(examples, outputs),
+                **task.by_class(task.confusion(examples, outputs)),
+            }
             print(json.dumps(found))
     finally:
         world.leave()

@@ -126,6 +126,29 @@ def _token_f1(prediction: str, answer: str) -> float:
     return 2 * common / (len(predicted) + len(wanted)) if common else 0.0
 
 
+def confusion_matrix(examples: Sequence[Example], decisions: np.ndarray, classes: int) -> np.ndarray:
+    """Numbers of examples by their class (row) and the decision (column), int64 `[C, C]`."""
+    from sklearn.metrics import confusion_matrix as count
+
+    found: np.ndarray = count(_targets(examples), decisions, labels=range(classes))
+    return found
+
+
+def class_scores(confusion: np.ndarray) -> list[dict[str, float]]:
+    """Precision, recall, F1 and the number of examples of each class of a confusion matrix `[C, C]`. A score without
+    examples or decisions is 0."""
+    right, decided, there = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
+    return [
+        {
+            "precision": float(r / max(d, 1)),
+            "recall": float(r / max(t, 1)),
+            "f1": float(2 * r / max(d + t, 1)),
+            "examples": int(t),
+        }
+        for r, d, t in zip(right, decided, there, strict=True)
+    ]
+
+
 TABLE_METRICS: dict[Kind, dict[str, Metric]] = {
     "classification": {"accuracy": accuracy, "f1_macro": f1_macro, "matthews": matthews},
     "choice": {"accuracy": accuracy},

@@ -12,7 +12,7 @@ import numpy as np
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.example import Example, Kind, Split
 from gpc_dist.tasks.formats import Row
-from gpc_dist.tasks.metrics import LOWER_IS_BETTER, Metric
+from gpc_dist.tasks.metrics import LOWER_IS_BETTER, Metric, class_scores, confusion_matrix
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,26 @@ class Task:
     def measure(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> dict[str, float]:
         """The results of an evaluation: every metric, and the `loss`."""
         return self.score(examples, outputs) | {"loss": self.loss(examples, outputs)}
+
+    def confusion(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> list[list[int]] | None:
+        """Numbers of examples by their label (row) and the predicted label (column), both in the order of `labels`;
+        None unless the task is a classification. Raises `UserError` as `score`."""
+        if self.kind != "classification":
+            return None
+        _require_targets(examples, f"task {self.name}: what is to be scored")
+        found: list[list[int]] = confusion_matrix(examples, self.decide(outputs), len(self.labels)).tolist()
+        return found
+
+    def by_class(self, confusion: list[list[int]] | None) -> dict[str, Any]:
+        """What a result says about the classes: `per_class` (precision, recall, F1 and number of examples by label) and
+        `confusion_matrix` (`labels`, and the `counts` that `confusion` gave); nothing for None."""
+        if confusion is None:
+            return {}
+        scores = class_scores(np.array(confusion))
+        return {
+            "per_class": dict(zip(self.labels, scores, strict=True)),
+            "confusion_matrix": {"labels": list(self.labels), "counts": confusion},
+        }
 
     def loss(self, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> float:
         """The training loss, averaged over the examples: the negative log-likelihood of the right class or candidates

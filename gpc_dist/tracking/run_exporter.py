@@ -7,7 +7,7 @@
 | `facts.json`      | tags (`version.torch`, ...), description, data set input; artifact     |
 | `metrics.jsonl`   | metrics                                                                |
 | `telemetry/`      | metrics `system/<host>/...`, shown as system metrics                   |
-| `result.json`     | metrics `final/...`; artifact                                          |
+| `result.json`     | metrics `final/...`; artifact; `confusion_matrix.png`, finished        |
 | `adapter/`        | an MLflow model, once the run is finished; artifacts of a server without models |
 | `status.json`     | the run's status; tags `gpc.state`, `gpc.reason`                       |
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from gpc_dist import files
 from gpc_dist.runs import metrics
 from gpc_dist.runs.folder import RunFolder, Status
-from gpc_dist.tracking import model, translate
+from gpc_dist.tracking import model, pictures, translate
 from gpc_dist.tracking.exporter import Exporter
 
 _ADAPTER, _CREATED = "adapter", "adapter created"
@@ -58,6 +58,7 @@ class RunExporter(Exporter):
     def _send_artifacts(self, status: Status) -> None:
         super()._send_artifacts(status)
         if self._wants_model(status):
+            self._send_picture()
             self._send_adapter()
 
     def _wants_model(self, status: Status) -> bool:
@@ -74,12 +75,25 @@ class RunExporter(Exporter):
 
     def _send_result(self) -> None:
         result = files.read_json(self._folder.result)
+        if "per_class" in result:
+            result["per_class"] = translate.in_names(result["per_class"])
         step = int(result.get("steps", 0))
         time_ms = translate.ms(self._folder.result.stat().st_mtime)
         self._send_metrics(
             ((f"final/{name}", value, time_ms, step) for name, value in translate.numbers(result)),
             model_id=self.state.model_id,
         )
+
+    def _send_picture(self) -> None:
+        version = files.version(self._folder.result)
+        matrix = files.read_json(self._folder.result).get("confusion_matrix")
+        if matrix is None or self.state.sent.get(pictures.CONFUSION) == version:
+            return
+        with pictures.style():
+            figure = pictures.confusion(matrix["labels"], matrix["counts"])
+            self.client.log_figure(self.run_id, figure, pictures.CONFUSION)
+        self.state.sent[pictures.CONFUSION] = version
+        self._save()
 
     def _create_model(self) -> None:
         """Create the model of the adapter, still without files, so that metrics can be the model's too."""

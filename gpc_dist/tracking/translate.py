@@ -15,11 +15,13 @@ from gpc_dist.runs.folder import RunFolder
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _NAME_LENGTH = 250
+_WORD_LENGTH = 100
 _DIGEST_LENGTH = 36
 
 _NOT_SET: tuple[Any, ...] = (None, [], "")
 _OWN = (("run", "name"), ("run", "dir"))
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
+_NOT_IN_WORDS = re.compile(r"[^\w\- ]", re.ASCII)
 
 Point = tuple[str, float, int, int]
 """Metric, value, unix time in ms, step."""
@@ -46,6 +48,15 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, float(max(value))
     elif _is_number(value):
         yield path, float(value)
+
+
+def in_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by a word of the user's, a label for example, under words that can be parts of names and stay distinct."""
+    words = [_NOT_IN_WORDS.sub("_", word)[:_WORD_LENGTH] for word in values]
+    return {
+        word if words.count(word) == 1 else f"{word}-{number}": value
+        for number, (word, value) in enumerate(zip(words, values.values(), strict=True))
+    }
 
 
 def _is_number(value: Any) -> bool:

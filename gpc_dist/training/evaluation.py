@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,10 +15,20 @@ from gpc_dist.training.losses import split_outputs
 from gpc_dist.training.session import Session, Split
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How well an adapter does on a split."""
+
+    metrics: dict[str, float]
+    """The task's metrics and the mean `loss`."""
+    confusion: list[list[int]] | None
+    """See `Task.confusion`."""
+
+
 def evaluate(
     session: Session, lanes: Sequence[Adapter], split: Split, stop: Callable[[], bool]
-) -> list[dict[str, float]] | None:
-    """Evaluate the lanes on a split. Returns for each lane the task's metrics and the mean `loss`, on every rank.
+) -> list[Evaluation] | None:
+    """Evaluate the lanes on a split. Returns an evaluation for each lane, on every rank.
 
     Args:
         stop: asked after each batch whether this rank wants to stop; if any rank does, all return None.
@@ -32,8 +43,11 @@ def evaluate(
         outputs = all_outputs(session, lanes, split.encoded, check_stop)
     except _StopError:
         return None
-    metrics = None if outputs is None else [task.measure(split.examples, lane) for lane in outputs]
-    return world.from_main(metrics)
+    examples = split.examples
+    found = None
+    if outputs is not None:
+        found = [Evaluation(task.measure(examples, lane), task.confusion(examples, lane)) for lane in outputs]
+    return world.from_main(found)
 
 
 class _StopError(Exception):

@@ -7,11 +7,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpc_dist.tasks import Batch
+from gpc_dist.config import TrainConfig
+from gpc_dist.errors import UserError
+from gpc_dist.tasks import Batch, Task
 from gpc_dist.tasks.example import Kind
 
 
-def summed_loss(kind: Kind, outputs: Tensor, batch: Batch) -> Tensor:
+def check_class_weights(config: TrainConfig, task: Task) -> None:
+    """Raise `UserError` if the loss of a task without classes is to be weighted by class."""
+    if config.class_weights != "none" and task.kind != "classification":
+        raise UserError(
+            f"train.class_weights '{config.class_weights}' needs a classification, and task {task.name} is of kind "
+            f"{task.kind}: leave it out"
+        )
+
+
+def class_weights(config: TrainConfig, targets: np.ndarray, classes: int) -> Tensor | None:
+    """Weight of each class in the loss, float32 `[C]`, 0 for a class without examples; None for equal weights.
+
+    Args:
+        targets: classes of all training examples, int64 `[N]`.
+    """
+    if config.class_weights == "none":
+        return None
+    counts = np.bincount(targets, minlength=classes)
+    weights = np.where(counts > 0, len(targets) / (np.count_nonzero(counts) * counts.clip(1)), 0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def summed_loss(kind: Kind, outputs: Tensor, batch: Batch, weights: Tensor | None = None) -> Tensor:
     """Loss summed over the examples of a batch, a float32 scalar.
 
     Cross-entropy for a classification, squared error for a regression. For a choice, the negative log of the
@@ -19,10 +43,12 @@ def summed_loss(kind: Kind, outputs: Tensor, batch: Batch) -> Tensor:
 
     Args:
         outputs: `[R, outputs]` of the batch's rows.
+        weights: of each class, `[C]`, by which the losses of its examples are multiplied.
     """
     assert batch.targets is not None
     if kind == "classification":
-        return F.cross_entropy(outputs, batch.targets, reduction="sum")
+        weights = None if weights is None else weights.to(outputs.dtype)
+        return F.cross_entropy(outputs, batch.targets, weight=weights, reduction="sum")
     if kind == "regression":
         return F.mse_loss(outputs.squeeze(1), batch.targets, reduction="sum")
     # padding the candidates with -inf keeps the softmax one call for the whole batch

@@ -14,6 +14,7 @@ from gpc_dist.distributed.world import World
 from gpc_dist.runs.folder import RunFolder, State
 from gpc_dist.tasks import make_task, read_part, selection_part
 from gpc_dist.tasks.holdout import Part
+from gpc_dist.training.losses import check_class_weights
 from gpc_dist.training.progress import Event
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.run import Run
@@ -60,6 +61,7 @@ class Pack:
             UserError: for the same reasons as in `gpc-dist train`; the pack stays usable without this run.
         """
         session, folder = self._session, RunFolder(config.run.folder)
+        check_class_weights(config.train, session.task)
         training = self._split("train", config)
         validation = self._split(selection_part(config.data), config)
         with ExitStack() as held:

@@ -69,6 +69,7 @@ def run_result(run: Run) -> dict[str, Any]:
         "main_metric": session.task.main_metric,
         "selected_on": selection_part(config.data),
         "metrics": {"best": position.best, "last": position.last, "best_step": position.best_step},
+        **session.task.by_class(position.best_confusion),
         "majority_baseline": session.task.majority_baseline(run.training.examples, run.validation.examples),
         "steps": position.step,
         "seed": config.run.seed,

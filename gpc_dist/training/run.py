@@ -19,6 +19,8 @@ from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import MetricLog
 from gpc_dist.tasks import EpochPlan, Task
+from gpc_dist.training.evaluation import Evaluation
+from gpc_dist.training.losses import class_weights
 from gpc_dist.training.session import Session, Split
 from gpc_dist.training.state import Position, restore_state, save_state
 from gpc_dist.training.step import Done, LaneExamples
@@ -101,6 +103,10 @@ class Run:
         self.optimizer = LaneOptimizer(self.adapter, settings, session.world, config.engine.zero_stage)
         encoder = session.base.identity
         self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()
+        targets = training.encoded.targets
+        assert targets is not None
+        weights = class_weights(settings, targets, session.task.outputs)
+        self._class_weights = None if weights is None else weights.to(session.world.device)
         self.speed = Speed()
         self.started_s = time.time()
         self.failure = ""
@@ -136,7 +142,7 @@ class Run:
         """The examples of the next step; they stay the same until `begin_step`."""
         if self._next is None:
             _, indices = next(self._batches)
-            self._next = LaneExamples(self.adapter, self.training.encoded, indices)
+            self._next = LaneExamples(self.adapter, self.training.encoded, indices, self._class_weights)
         return self._next
 
     def begin_step(self) -> None:
@@ -178,13 +184,15 @@ class Run:
         self._write(figures)
         return figures
 
-    def finish_evaluation(self, metrics: dict[str, float]) -> None:
+    def finish_evaluation(self, evaluation: Evaluation) -> None:
         """Save the adapter if it is the best so far; otherwise end the run if `train.patience` is used up."""
         task, position, patience = self.session.task, self.position, self.config.train.patience
+        metrics = evaluation.metrics
         position.last, position.evaluated_step = metrics, position.step
         value, best = metrics[task.main_metric], position.best.get(task.main_metric)
         if best is None or (value > best if task.greater_is_better else value < best):
-            position.best, position.best_step, position.stale = metrics, position.step, 0
+            position.best, position.best_confusion = metrics, evaluation.confusion
+            position.best_step, position.stale = position.step, 0
             if self.session.world.is_main:
                 card = _task_card(self.config, task)
                 save_adapter(self.folder.adapter, self.adapter, self.session.base.identity, card)

@@ -25,6 +25,8 @@ class Position:
     best: dict[str, float] = field(default_factory=dict)
     """Metrics of the best evaluation so far."""
     best_step: int | None = None
+    best_confusion: list[list[int]] | None = None
+    """Of the best evaluation, see `Task.confusion`."""
     last: dict[str, float] = field(default_factory=dict)
     """Metrics of the newest evaluation."""
     evaluated_step: int = 0

@@ -37,6 +37,8 @@ class LaneExamples:
     encoded: Encoded
     indices: np.ndarray
     """int64 `[B]`: the lane's examples, over all ranks."""
+    class_weights: Tensor | None = None
+    """float32 `[C]`, on the rank's device, see `summed_loss`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Done:
     """Result of a step for one lane, the same on all ranks."""
 
     loss: float
-    """Mean over the lane's examples."""
+    """Mean over the lane's examples, with their class weights."""
     norm: float
     """Gradient norm before clipping."""
 
@@ -117,7 +119,9 @@ def backward(session: Session, step: Step) -> Tensor:
         outputs = session.run(micro.batch, [lane.adapter for lane in step.lanes])
         losses = torch.stack(
             [
-                summed_loss(session.task.kind, out, batch) / len(lane.indices) if len(out) else out.sum()
+                summed_loss(session.task.kind, out, batch, lane.class_weights) / len(lane.indices)
+                if len(out)
+                else out.sum()
                 for out, batch, lane in zip(outputs, micro.batch.lanes, step.lanes, strict=True)
             ]
         )

@@ -25,6 +25,7 @@ from gpc_dist.tasks import Example, Task, make_task, read_part, selection_part
 from gpc_dist.tracking import process as exporter_process
 from gpc_dist.tracking.process import ExporterProcess
 from gpc_dist.tracking.store import tracking_uri, ui_command
+from gpc_dist.training.losses import check_class_weights
 from gpc_dist.training.progress import Progress
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.run import Run
@@ -103,6 +104,7 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
 def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
     """Read what a run begins with, and hold its folder until `held` is closed."""
     task = make_task(config.task, config.data)
+    check_class_weights(config.train, task)
     training = read_part(task, config.data, "train", config.run.seed)
     validation = read_part(task, config.data, selection_part(config.data))
     config = planned(config, world, task.outputs)

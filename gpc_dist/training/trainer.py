@@ -104,13 +104,13 @@ class Trainer:
         for split in {id(run.validation): run.validation for run in runs}.values():
             together = [run for run in runs if run.validation is split]
             started_s = time.monotonic()
-            metrics = evaluate(self._session, [run.adapter for run in together], split, self._stop)
-            if metrics is None:
+            found = evaluate(self._session, [run.adapter for run in together], split, self._stop)
+            if found is None:
                 self.stopped = True
                 break
             share_s = (time.monotonic() - started_s) / len(together)
-            for run, of_run in zip(together, metrics, strict=True):
-                run.finish_evaluation(of_run)
+            for run, evaluation in zip(together, found, strict=True):
+                run.finish_evaluation(evaluation)
                 run.position.share_s += share_s
             evaluated += together
         return evaluated

@@ -199,6 +199,34 @@ def test_predictions_carry_labels_and_probabilities() -> None:
     assert (number[0].value, number[0].probabilities) == (2.5, None)
 
 
+def test_what_a_result_says_about_the_classes() -> None:
+    from sklearn.metrics import classification_report
+
+    random = np.random.default_rng(0)
+    right, decided = (
+        random.integers(0, 3, 60),
+        random.choice([0, 1], 60),
+    )  # 2 is never predicted, 3 never occurs
+    labels = ("a", "b", "c", "d")
+    task = make_task(labels=labels)
+    matrix = task.confusion(examples(*right.tolist()), list(np.eye(4)[decided]))
+    assert matrix is not None
+    assert [sum(row) for row in matrix] == np.bincount(right, minlength=4).tolist()
+    assert [sum(row[k] for row in matrix) for k in range(4)] == np.bincount(decided, minlength=4).tolist()
+    found = task.by_class(matrix)
+    assert found["confusion_matrix"] == {"labels": list(labels), "counts": matrix}
+    report = classification_report(
+        right, decided, labels=range(4), target_names=labels, zero_division=0, output_dict=True
+    )
+    for label, scores in found["per_class"].items():
+        reference = {"f1": report[label]["f1-score"], "examples": report[label]["support"]}
+        reference |= {name: report[label][name] for name in ("precision", "recall")}
+        assert scores == pytest.approx(reference)
+    assert list(found["per_class"]) == list(labels)
+    number = make_task(kind="regression", labels=())
+    assert number.by_class(number.confusion(examples(0.5), [np.array([2.5])])) == {}
+
+
 def test_majority_baseline() -> None:
     baseline = make_task().majority_baseline(examples(1, 1, 0), examples(1, 0, 0, 0))
     assert baseline["accuracy"] == 0.25

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from mlflow.entities import Run
 from gpc_dist import files
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import MetricLog
+from gpc_dist.tracking import pictures
 from gpc_dist.tracking.run_exporter import RunExporter
 
 from .conftest import MakeRun
@@ -106,6 +108,48 @@ def test_whole_run(make_run: MakeRun) -> None:
     assert history(run, "final/peak_memory_mib") == [(20, 7.0)]
     listed = {item.path for item in client_of(run).list_artifacts(found.info.run_id)}
     assert listed == {"config.yaml", "ds_config.json", "facts.json", "result.json"}
+
+
+def test_classes_are_metrics_and_a_picture(make_run: MakeRun) -> None:
+    run = make_run()
+    labels = ["$5 & more", "n/a", "..", "\u826f\u3044", "\u60aa\u3044", "l" * 300]
+    scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "examples": 4}
+    result = {
+        "steps": 7,
+        "per_class": dict.fromkeys(labels, scores),
+        "confusion_matrix": {"labels": labels, "counts": np.eye(6, dtype=int).tolist()},
+    }
+    files.write_json(run.result, result)
+    run.write_status("running")
+    exporter = RunExporter(run)
+    exporter.update()
+
+    def shown() -> list[str]:
+        listed = client_of(run).list_artifacts(run_id_of(run))
+        return [item.path for item in listed if item.path.endswith(".png")]
+
+    assert shown() == []
+    run.write_status("finished")
+    exporter.update()
+    assert shown() == ["confusion_matrix.png"]
+    picture = Path(client_of(run).download_artifacts(run_id_of(run), "confusion_matrix.png"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    names = recorded(run).data.metrics
+    assert history(run, "final/per_class/n_a/f1") == [(7, pytest.approx(1 / 3))]
+    assert len([name for name in names if name.startswith("final/per_class/")]) == 4 * len(labels)
+    assert not [name for name in names if "confusion" in name]
+
+
+@pytest.mark.parametrize(("classes", "texts"), [(2, 4), (40, 0), (150, 0)])
+def test_a_confusion_matrix_is_drawn_for_any_number_of_classes(classes: int, texts: int) -> None:
+    figure = pictures.confusion(
+        [f"label number {k} of many" for k in range(classes)], np.eye(classes, dtype=int)
+    )  # type: ignore[arg-type]
+    (axes,) = figure.axes
+    assert len(axes.texts) == texts
+    assert [label.get_text() for label in axes.get_yticklabels()][1:2] == (
+        ["label number 1 of many"] if classes <= 100 else []
+    )
 
 
 def test_only_what_is_new_is_sent(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

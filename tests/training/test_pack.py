@@ -42,6 +42,7 @@ RUNS: dict[str, dict[str, str]] = {
         "data.limit_train": "30",
         "train.warmup": "0.5",
         "train.optimizer": "adafactor",
+        "train.class_weights": "balanced",
     },
 }
 """Runs that differ in all that the lanes of a pack may."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from gpc_dist.adapter.lane import Adapter, EncoderShape
@@ -27,7 +28,7 @@ from gpc_dist.distributed.optimizer import (
 )
 from gpc_dist.distributed.world import World
 from gpc_dist.tasks import Batch, Example, make_task
-from gpc_dist.training.losses import split_outputs, summed_loss
+from gpc_dist.training.losses import class_weights, split_outputs, summed_loss
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -60,6 +61,22 @@ def test_classification_loss_is_summed_cross_entropy() -> None:
         for row, t in zip(logits.double().tolist(), targets, strict=True)
     )
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_balanced_weights_are_those_of_scikit_learn_and_weigh_each_example() -> None:
+    targets = np.array([0, 0, 0, 0, 0, 3, 3, 1])  # no 2 and no 4
+    weights = class_weights(TrainConfig(class_weights="balanced"), targets, 5)
+    assert weights is not None
+    reference = compute_class_weight("balanced", classes=np.unique(targets), y=targets)
+    assert weights.tolist() == pytest.approx([reference[0], reference[1], 0, reference[2], 0])
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    one_by_one = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none")
+    loss = summed_loss("classification", logits, batch([1] * 8, torch.tensor(targets)), weights)
+    assert loss.item() == pytest.approx((weights[targets] * one_by_one).sum().item(), rel=1e-6)
+    assert weights[targets].mean().item() == pytest.approx(1)
+    half = summed_loss("classification", logits.bfloat16(), batch([1] * 8, torch.tensor(targets)), weights)
+    assert half.item() == pytest.approx(loss.item(), rel=0.02)
+    assert class_weights(TrainConfig(), targets, 5) is None
 
 
 def test_choice_loss_is_the_likelihood_of_all_right_candidates() -> None:

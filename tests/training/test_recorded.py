@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -33,11 +34,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(run: Path) -> dict[str, object]:
+def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text())
 
 
-def test_the_run_is_finished_with_its_figures(run: Path, result: dict[str, object]) -> None:
+def test_the_run_is_finished_with_its_figures(run: Path, result: dict[str, Any]) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
@@ -48,12 +49,14 @@ def test_the_run_is_finished_with_its_figures(run: Path, result: dict[str, objec
     assert recorded.data.tags["version.torch"] == metadata.version("torch")
     history = client.get_metric_history(recorded.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 13))
+    assert recorded.data.metrics["final/per_class/with/f1"] == result["per_class"]["with"]["f1"]
+    assert "confusion_matrix.png" in {file.path for file in client.list_artifacts(recorded.info.run_id)}
     (dataset,) = recorded.inputs.dataset_inputs
     assert dataset.dataset.name == "cats"
 
 
 def test_the_model_answers_plain_text_as_the_program_does(
-    run: Path, result: dict[str, object], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, result: dict[str, Any], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
@@ -69,7 +72,9 @@ def test_the_model_answers_plain_text_as_the_program_does(
     assert cli.main(["predict", str(run / "adapter"), "--input", str(source), "--output", str(output)]) == 0
     expected = [json.loads(line) for line in output.open()]
     assert list(answers["prediction"]) == [row["prediction"] for row in expected]
-    assert list(answers["probability_with"]) == pytest.approx([row["probabilities"]["with"] for row in expected])
+    assert list(answers["probability_with"]) == pytest.approx(
+        [row["probabilities"]["with"] for row in expected]
+    )
 
 
 def test_a_missing_column_is_named(run: Path) -> None:

@@ -148,6 +148,59 @@ def test_predict_keeps_ids_reads_no_labels_and_writes_csv(run: Path, tmp_path: P
         assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_result_and_evaluation_tell_the_classes_of_the_best_adapter(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads((run / "result.json").read_text())
+    counts = result["confusion_matrix"]["counts"]
+    assert result["confusion_matrix"]["labels"] == list(result["per_class"]) == ["with", "without"]
+    assert [sum(row) for row in counts] == [11, 12]
+    best = result["metrics"]["best"]
+    assert (counts[0][0] + counts[1][1]) / 23 == pytest.approx(best["accuracy"])
+    f1 = [scores["f1"] for scores in result["per_class"].values()]
+    assert sum(f1) / 2 == pytest.approx(best["f1_macro"])
+    assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["per_class"] == result["per_class"]
+    assert printed["confusion_matrix"] == result["confusion_matrix"]
+
+
+def test_the_matrix_of_the_best_adapter_survives_a_resume(
+    run: Path, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    words = ("--run.dir", tmp_path / "run", "--train.steps", 13, "--train.lr", 1e-9)
+    assert gpc("train", tiny_recipe, *words) == 0
+    before, after = (json.loads((f / "result.json").read_text()) for f in (run, tmp_path / "run"))
+    assert after["metrics"]["best_step"] == before["metrics"]["best_step"]
+    assert after["confusion_matrix"] == before["confusion_matrix"]
+
+
+def test_with_balanced_weights_all_classes_count_alike_in_the_loss(
+    tiny_recipe: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (tiny_data / "train.jsonl").read_text().splitlines(keepends=True)
+    parts = {"rare": [line for line in lines if '"with"' in line][:9]}
+    parts |= {"frequent": [line for line in lines if '"without"' in line]}
+    parts |= {"train": [line for part in parts.values() for line in part]}
+    for name, part in parts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    recipe = ("train", tiny_recipe, "--data.path", tmp_path, "--data.validation", "train.jsonl")
+    still = ("--train.steps", 1, "--train.batch_size", 64, "--train.lr", 1e-12, "--train.cell_lr", 1e-12)
+    for weights in ("none", "balanced"):
+        words = ("--run.dir", tmp_path / weights, "--train.class_weights", weights)
+        assert gpc(*recipe, *still, *words) == 0
+    loss = {}
+    for name in parts:
+        capsys.readouterr()
+        words = ("--data.validation", f"{name}.jsonl", "--engine.device", "cpu")
+        assert gpc("evaluate", tmp_path / "balanced" / "adapter", *words) == 0
+        loss[name] = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["loss"]
+    assert losses(tmp_path / "none")[1] == pytest.approx(loss["train"], rel=1e-4)
+    assert losses(tmp_path / "balanced")[1] == pytest.approx((loss["rare"] + loss["frequent"]) / 2, rel=1e-4)
+    assert abs(loss["rare"] - loss["frequent"]) > 0.1
+
+
 def test_early_stopping_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
     more = ("--train.steps", 400, "--train.eval_every", 1, "--train.patience", 3, "--train.lr", 1e-9)
     assert gpc("train", tiny_recipe, "--run.dir", tmp_path, *more, "--train.cell_lr", 1e-9) == 0
@@ -296,6 +349,10 @@ BAD = {
     "wrong regime": (["{recipe}", "--engine.ds_config", "zero3"], "has ZeRO stage 3"),
     "no regime": (["{recipe}", "--engine.ds_config", "zero9"], "zero0"),
     "offload without sharding": (["{recipe}", "--engine.offload_param", "cpu"], "needs engine.zero_stage 3"),
+    "weights without classes": (
+        ["{recipe}", "--task.kind", "regression", "--train.class_weights", "balanced"],
+        "task cats is of kind regression",
+    ),
     "steps and epochs": (["{recipe}", "--train.steps", "1", "--train.epochs", "1"], "exclude each other"),
 }
 
