@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +32,9 @@ from gpc_dist.commands import (
     tune,
 )
 from gpc_dist.commands.command import Command
-from gpc_dist.errors import EXIT_USAGE, UserError
+from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+
+log = logging.getLogger(__name__)
 
 COMMANDS: dict[str, Command] = {
     "train": train.COMMAND,
@@ -56,21 +61,50 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `gpc_dist.errors`)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    options, rest = build_parser().parse_known_args(words)
+    others, dotted = _without_settings(words)
+    options, rest = build_parser().parse_known_args(others)
     command = COMMANDS[options.command]
     logs.configure(options.verbose - options.quiet)
     try:
-        if rest and command.settings == "none":
-            raise UserError(f"unexpected argument '{rest[0]}'")
-        return command.run(options, schema.read_overrides(rest), words)
+        _check_words(words)
+        given = [*rest, *dotted]
+        if given and command.settings == "none":
+            raise UserError(f"unexpected argument '{given[0]}'")
+        return command.run(options, schema.read_overrides(given), words)
     except UserError as error:
         print(f"gpc-dist: error: {error}", file=sys.stderr)
         if error.exit_code == EXIT_USAGE:
             _note_refusal(str(error))
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be read or written
+        log.debug("where it happened", exc_info=True)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"gpc-dist: error: {where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
         print("gpc-dist: interrupted", file=sys.stderr)
         return 128 + 2
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse words that the files of a run could not hold."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!r} is not UTF-8 text: give files and names in UTF-8") from None
+
+
+def _without_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without those of settings with a section (`--section.key VALUE`), and these: argparse does not know
+    them, and would take a value for an argument, or for an option where it begins with a dash."""
+    others, settings, pending = [], [], iter(words)
+    for word in pending:
+        if not (found := re.fullmatch(r"--\w[\w-]*\.[^=\s]*(=.*)?", word, re.DOTALL)):
+            others.append(word)
+        else:
+            settings += [word, *itertools.islice(pending, 0 if found[1] else 1)]
+    return others, settings
 
 
 def entry() -> None:
@@ -108,7 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _settings_help() -> str:
     """Every configuration key with its default and its documentation."""
-    lines = ["settings (--section.key VALUE):"]
+    lines = [
+        "settings (--section.key VALUE; text and paths as they are, anything else as YAML; null for none):"
+    ]
     for key, field in schema.all_keys(config.Config).items():
         default = "none" if field.default is None else field.default
         lines.append(f"  --{key}  [{default}]")

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gpc_dist.errors import UserError
-from gpc_dist.schema import Section, all_keys, explain, parse_overrides, read_yaml, yaml_names
+from gpc_dist.schema import Section, all_keys, explain, mapping, parse_overrides, read_yaml, yaml_names
 from gpc_dist.shipped import shipped_folder
 
 
@@ -330,7 +330,7 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
 
     Args:
         recipe: packaged name (`rte`) or path of a YAML file.
-        overrides: dotted key -> YAML scalar text, as given on the command line.
+        overrides: dotted key -> value, as given on the command line (see `schema.parse_value`).
 
     Raises:
         UserError: unknown recipe, invalid YAML, unknown or duplicate key, value out of range.
@@ -345,7 +345,7 @@ def recipe_tree(recipe: str) -> Any:
 
 def build(tree: dict[str, Any], overrides: dict[str, str] | None = None) -> Config:
     """The configuration of a nested mapping with dotted overrides on top; raises `UserError`."""
-    return apply(tree, parse_overrides(overrides or {}, list(all_keys(Config))))
+    return apply(tree, parse_overrides(overrides or {}, all_keys(Config)))
 
 
 RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
@@ -356,9 +356,10 @@ def apply(tree: dict[str, Any], values: Mapping[str, Any]) -> Config:
     """The configuration of a nested mapping with the values of dotted keys on top; raises `UserError`."""
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections: " + ", ".join(Config.model_fields))
+    tree = {section: {} if held is None else held for section, held in tree.items()}
     for key, value in values.items():
         section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = value
+        tree[section] = mapping(section, tree.get(section)) | {name: value}
         if key in RIVALS and RIVALS[key] not in values:
             tree[section].pop(RIVALS[key].partition(".")[2], None)
     if values.get("engine.plan") == "auto":
@@ -369,7 +370,7 @@ def apply(tree: dict[str, Any], values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, list(all_keys(Config)))) from None
+        raise UserError(explain(error, all_keys(Config))) from None
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:

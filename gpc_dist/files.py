@@ -27,6 +27,22 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that a user wrote, without a byte order mark.
+
+    Raises:
+        UserError: it is not UTF-8, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it, for example with iconv"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one step; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): restore or remove it") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: restore or remove it")
@@ -204,6 +220,6 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return None
     return value if isinstance(value, dict) else None

@@ -6,14 +6,16 @@ Unknown and duplicate keys are errors that list the valid ones. Nothing here imp
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from gpc_dist import files
 from gpc_dist.errors import UserError
 
 
@@ -46,17 +48,28 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         scalars = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key in scalars:
             if key.value in seen:
-                raise UserError(f"duplicate key '{key.value}'{key.start_mark}: keep one of them")
+                line = key.start_mark.line + 1
+                raise UserError(f"duplicate key '{key.value}' in line {line}: keep one of them")
             seen.add(key.value)
         return node
+
+
+_QUOTE = "put quotes around text that YAML reads otherwise"
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """What a YAML text says; raises `UserError` for duplicate keys and anything that is no YAML."""
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from None
+    except UserError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{source} is not valid YAML: {place}{error.problem}; {_QUOTE}") from None
+    except Exception as error:  # such as ValueError, for a date with a month 13
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source} is not valid YAML: {reason}; {_QUOTE}") from None
 
 
 def yaml_names(folder: Path) -> list[str]:
@@ -82,7 +95,22 @@ def read_yaml(kind: str, given: str, folder: Path) -> tuple[Path, Any]:
         path = folder / f"{given}.yaml"
     else:
         raise UserError(f"no {kind} '{given}': give a YAML file or one of {', '.join(yaml_names(folder))}")
-    return path, parse_yaml(path.read_text(encoding="utf-8"), f"{kind} {given}") or {}
+    tree = parse_yaml(files.read_text(path), f"{kind} {given}")
+    return path, {} if tree is None else tree
+
+
+def mapping(name: str, given: Any, of: str = "keys to values") -> dict[Any, Any]:
+    """A section of a file as a user left it: empty where nothing stands under its name.
+
+    Args:
+        of: what it holds, for the message.
+
+    Raises:
+        UserError: it is something else than a mapping.
+    """
+    if not isinstance(given, dict | None):
+        raise UserError(f"{name} is a mapping of {of} (given: {given!r})")
+    return given or {}
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -108,20 +136,52 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def parse_overrides(overrides: dict[str, str], valid: Sequence[str]) -> dict[str, Any]:
-    """The values of dotted overrides given as YAML scalar text; raises `UserError` for a key that is not valid."""
+def parse_overrides(overrides: Mapping[str, str], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """The values of dotted overrides, see `parse_value`.
+
+    Args:
+        fields: every valid key with its field.
+
+    Raises:
+        UserError: a key that is not valid, or a value that is no YAML.
+    """
     for key in overrides:
-        if key not in valid:
-            raise UserError(unknown_key(key, valid))
-    return {key: parse_value(key, text) for key, text in overrides.items()}
+        if key not in fields:
+            raise UserError(unknown_key(key, fields))
+    return {key: parse_value(key, text, fields[key]) for key, text in overrides.items()}
 
 
-def parse_value(key: str, text: str) -> Any:
-    """The value of an override given as YAML scalar text; raises `UserError` for anything that is no YAML."""
+def parse_value(key: str, text: str, field: FieldInfo | None) -> Any:
+    """The value of an override as the command line has it.
+
+    A text or a path is taken as it is written, whatever YAML would make of it; `null` is None where the key may be
+    left out. Any other value is YAML.
+
+    Args:
+        field: the key's; None for one that the caller does not know, whose value is YAML.
+
+    Raises:
+        UserError: no YAML.
+    """
+    kinds = _kinds(field.annotation) if field else [Any]
+    if text == "null" and _NONE in kinds:
+        return None
+    if all(kind in (str, Path, _NONE) for kind in kinds):
+        return text
     return parse_yaml(text, f"--{key}") if text else text
 
 
-def unknown_key(key: str, valid: Sequence[str]) -> str:
+_NONE = type(None)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that an annotation admits."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for one in get_args(annotation) for kind in _kinds(one)]
+    return [type(one) for one in get_args(annotation)] if get_origin(annotation) is Literal else [annotation]
+
+
+def unknown_key(key: str, valid: Collection[str]) -> str:
     """What to say about a key that is none of the valid ones: the nearest, and those of its section."""
     close = difflib.get_close_matches(key, valid, n=1)
     siblings = list(dict.fromkeys(k.split(".")[0] for k in valid))
@@ -131,7 +191,7 @@ def unknown_key(key: str, valid: Sequence[str]) -> str:
     return f"unknown key '{key}'{hint} Valid keys: {', '.join(siblings)}"
 
 
-def explain(error: ValidationError, valid: Sequence[str]) -> str:
+def explain(error: ValidationError, valid: Collection[str]) -> str:
     """What is wrong with a tree whose valid keys these are, one line for each problem."""
     lines = []
     for problem in error.errors():
@@ -139,8 +199,16 @@ def explain(error: ValidationError, valid: Sequence[str]) -> str:
         if problem["type"] == "extra_forbidden":
             lines.append(unknown_key(key, valid))
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            message = problem["msg"].removeprefix("Value error, ") + _HINTS.get(problem["type"], "")
             given = problem.get("input")
             shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
             lines.append(f"{key}: {message}{shown}" if key else message)
     return "\n".join(lines)
+
+
+_HINTS = {
+    "string_type": f": {_QUOTE}",
+    "path_type": f": {_QUOTE}",
+    "list_type": """, such as '["first", "second"]'""",
+}
+"""What to add to a message of pydantic."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpc_dist import cli, config, schema
-from gpc_dist.errors import EXIT_USAGE
+from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_USAGE
 from tests.processes import cold_command
 
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "mlflow", "ray"}
@@ -59,6 +61,47 @@ def test_doctor_reports_and_succeeds_here(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert "deepspeed" in said
     assert "ready to train" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--adapter.prompt_text", "-v", "--train.steps=3", "rte"],
+        ["rte", "--adapter.prompt_text", "-v", "--train.steps", "3"],
+        ["--adapter.prompt_text=-v", "rte", "--train.steps=3"],
+    ],
+)
+def test_a_setting_may_stand_anywhere_and_say_anything(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(options: Any, settings: dict[str, str], given: list[str]) -> int:
+        seen.append((options.recipe, options.verbose, settings, given))
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "train", replace(cli.COMMANDS["train"], run=run))
+    assert cli.main(["train", *words]) == 0
+    assert seen == [("rte", 0, {"adapter.prompt_text": "-v", "train.steps": "3"}, ["train", *words])]
+
+
+def test_settings_are_refused_where_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", "here", "--train.lr", "1"]) == EXIT_USAGE
+    assert "unexpected argument '--train.lr'" in capsys.readouterr().err
+    assert cli.main(["train", "rte", "--train.lr"]) == EXIT_USAGE
+    assert "--train.lr needs a value" in capsys.readouterr().err
+
+
+def test_words_that_are_not_utf_8_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "rte", "--run.name", "caf\udce9"]) == EXIT_USAGE
+    assert "'caf\\udce9' is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["init", str(tmp_path / "file")]) == EXIT_ENVIRONMENT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpc-dist: error: {tmp_path}/file/ds_configs: ")
 
 
 def test_results_of_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

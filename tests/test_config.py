@@ -37,6 +37,71 @@ def test_overrides_come_after_the_recipe() -> None:
     assert loaded.task.text == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("adapter.prompt_text", "Is ticket #12 urgent?"),
+        ("adapter.prompt_text", '"Urgent": yes, or [no]? * & ! % @ ` { \'  '),
+        ("adapter.prompt_text", "- first\n- second"),
+        ("data.path", "tickets #2"),
+        ("data.path", "2024"),
+        ("data.config", "1e3"),
+        ("run.name", "001"),
+        ("run.name", "null"),
+        ("task.label", "yes"),
+        ("task.name", "2024-13-45"),
+        ("encoder.revision", "0x10"),
+        ("tracking.group", "~"),
+        ("engine.ds_config", "1_000.json"),
+    ],
+)
+def test_text_is_taken_as_it_is_written(key: str, text: str) -> None:
+    section, _, name = key.partition(".")
+    loaded = config.build({}, {key: text})
+    assert getattr(getattr(loaded, section), name) == text
+    assert config.build(schema.parse_yaml(loaded.to_yaml(), "what was written")) == loaded
+
+
+def test_a_path_is_taken_as_it_is_written() -> None:
+    assert config.build({}, {"run.dir": "001 #2"}).run.folder == Path("001 #2")
+
+
+def test_a_text_that_may_be_left_out_is_left_out_by_null() -> None:
+    loaded = config.build({"tracking": {"group": "a"}, "run": {"dir": "b"}}, {"tracking.group": "null"})
+    assert loaded.tracking.group is None
+    assert config.build({"run": {"dir": "b"}}, {"run.dir": "null"}).run.folder == Path("runs/run")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("task.labels", "[yes, no]", "task.labels.0: Input should be a valid string: put quotes around text"),
+        ("task.text", "[2024, text]", "task.text.0: Input should be a valid string: put quotes around text"),
+        (
+            "task.text",
+            "[ticket #12]",
+            "--task.text is not valid YAML: line 1, column 13: expected ',' or ']'",
+        ),
+        (
+            "task.labels",
+            "[2024-13-45, x]",
+            "--task.labels is not valid YAML: month must be in 1..12; put quotes",
+        ),
+        (
+            "task.text",
+            "title: {title}",
+            """task.text: Input should be a valid list, such as '["first", "second"]'""",
+        ),
+    ],
+)
+def test_text_that_yaml_reads_otherwise_is_answered_with_the_remedy(
+    key: str, text: str, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        config.build({}, {key: text})
+    assert str(error.value).startswith(message)
+
+
 def test_the_dumped_tree_is_the_same_configuration() -> None:
     loaded = config.load("t5-xl")
     assert config.build(loaded.dump()) == loaded
@@ -51,12 +116,23 @@ def recipe(tmp_path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: {lr: 1}\ntrain: {lr: 2}", "duplicate key 'train'"),
+        ("train: {lr: 1}\ntrain: {lr: 2}", "duplicate key 'train' in line 2"),
         ("train:\n  lr: 1\n  lr: 2", "duplicate key 'lr'"),
         ("train: {learning_rate: 1}", "unknown key 'train.learning_rate'"),
         ("trian: {lr: 1}", "Valid keys: run, encoder, task"),
         ("train: [1, 2]", "train: Input should be a valid dictionary"),
         ("- 1", "mapping of sections"),
+        ("false", "mapping of sections"),
+        (
+            "run: {name: 001}",
+            "run.name: Input should be a valid string: put quotes around text that YAML reads",
+        ),
+        ("task: {labels: [yes, no]}", "put quotes around text that YAML reads otherwise (given: True)"),
+        ("run: {name: 2024-13-45}", "not valid YAML: month must be in 1..12; put quotes around text"),
+        ("run: {name: !!bool maybe}", "not valid YAML: 'maybe'"),
+        ("run: {name: !!timestamp soon}", "not valid YAML"),
+        ("run: {name: \0}", "not valid YAML: unacceptable character"),
+        ("run: " + 3000 * "[", "not valid YAML"),
         ("train: {lr: [}", "not valid YAML"),
         ("? [train, lr]\n: 1", "not valid YAML"),
         ("train: {steps: 10, lr: -1}", "greater than 0 (given: -1)"),
@@ -71,6 +147,28 @@ def test_a_bad_recipe_is_refused(tmp_path: Path, text: str, message: str) -> Non
     with pytest.raises(UserError) as error:
         config.load(recipe(tmp_path, text))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["café".encode("latin-1"), "café".encode("utf-16")])
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"run: {name: '" + content + b"'}")
+    with pytest.raises(UserError, match=r"r\.yaml is not UTF-8 text \(.* at byte \d+\): convert it"):
+        config.load(str(file))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("run: {name: café}", encoding="utf-8-sig")
+    assert config.load(str(file)).run.name == "café"
+
+
+def test_an_empty_section_is_one_without_settings(tmp_path: Path) -> None:
+    written = recipe(tmp_path, "run: {name: a}\ntrain:\n  # lr: 1\n")
+    assert config.load(written).train == config.TrainConfig()
+    assert config.load(written, {"train.lr": "0.5"}).train.lr == 0.5
+    with pytest.raises(UserError, match=r"train is a mapping of keys to values \(given: 3\)"):
+        config.load(recipe(tmp_path, "train: 3"), {"train.lr": "0.5"})
 
 
 def test_a_mapping_may_be_merged_into_another_which_has_the_last_word() -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from gpc_dist import schema
 from gpc_dist.config import RIVALS, Config, TrackingConfig
@@ -215,7 +216,7 @@ def check_seeds(given: Sequence[int]) -> None:
 
 
 def _check_key(key: str, where: str = "") -> None:
-    valid = list(schema.all_keys(Config))
+    valid = schema.all_keys(Config)
     if key not in valid:
         raise ValueError(where + schema.unknown_key(key, valid))
 
@@ -224,14 +225,17 @@ def _reserved(key: str) -> str:
     return f"'{key}' is set by the search itself: {RESERVED[key]}"
 
 
-def all_keys() -> list[str]:
-    """Return every dotted key that can be overridden; keys of the recipe begin with `settings.` or `space.`."""
-    found: list[str] = []
-    for key in schema.all_keys(SearchSpec):
-        if key in ("settings", "space"):
-            found += [f"{key}.{inner}" for inner in schema.all_keys(Config)]
+def all_keys() -> dict[str, FieldInfo]:
+    """Return every dotted key that can be overridden, with the field that says what its value is; keys of the recipe
+    begin with `settings.` or `space.`."""
+    found: dict[str, FieldInfo] = {}
+    for key, field in schema.all_keys(SearchSpec).items():
+        if key == "settings":
+            found |= {f"{key}.{inner}": value for inner, value in schema.all_keys(Config).items()}
+        elif key == "space":
+            found |= {f"{key}.{inner}": field for inner in schema.all_keys(Config)}
         else:
-            found.append(key)
+            found[key] = field
     return found
 
 
@@ -243,7 +247,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
 
     Args:
         search: packaged name (`demo`) or path of a YAML file.
-        overrides: dotted key -> YAML scalar text, as given on the command line.
+        overrides: dotted key -> value, as given on the command line (see `schema.parse_value`).
 
     Raises:
         UserError: unknown search, invalid YAML, unknown or duplicate key, value out of range.
@@ -253,8 +257,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
         raise UserError("a search is a mapping of: " + ", ".join(SearchSpec.model_fields))
     valid = all_keys()
     for section in {key.partition(".")[0] for key in valid if "." in key} & tree.keys():
-        if not isinstance(tree[section] or {}, dict):
-            raise UserError(f"{section} is a mapping of keys to values (given: {tree[section]!r})")
+        tree[section] = schema.mapping(section, tree[section])
     recipe = tree.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         tree["recipe"] = str(path.parent / recipe)
@@ -269,7 +272,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
         raise UserError(schema.explain(error, valid)) from None
 
 
-def _parse(overrides: dict[str, str], valid: list[str]) -> dict[str, Any]:
+def _parse(overrides: dict[str, str], valid: dict[str, FieldInfo]) -> dict[str, Any]:
     for key in overrides:
         if key in RESERVED and key not in valid:
             raise UserError(_reserved(key))
@@ -285,9 +288,9 @@ def _override(tree: dict[str, Any], key: str, value: Any, values: dict[str, Any]
     if not name:
         tree[key] = value
     elif section == "space" and value is None:
-        tree["space"] = {other: held for other, held in (tree.get("space") or {}).items() if other != name}
+        tree["space"] = {other: held for other, held in tree.get("space", {}).items() if other != name}
     else:
-        tree[section] = (tree.get(section) or {}) | {name: value}
+        tree[section] = tree.get(section, {}) | {name: value}
         if section in ("settings", "space"):
             _give_way(tree, name, values)
 
@@ -297,4 +300,4 @@ def _give_way(tree: dict[str, Any], name: str, values: dict[str, Any]) -> None:
     for section in ("settings", "space"):
         for other in (name, RIVALS.get(name)):
             if f"{section}.{other}" not in values:
-                (tree.get(section) or {}).pop(other, None)
+                tree.get(section, {}).pop(other, None)

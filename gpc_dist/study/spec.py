@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from gpc_dist import schema
-from gpc_dist.config import RIVALS, AdapterConfig, EncoderConfig, TrackingConfig
+from gpc_dist.config import RIVALS, AdapterConfig, Config, EncoderConfig, TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
@@ -174,9 +175,9 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
 
     Args:
         study: packaged name (`minilm`) or path of a YAML file.
-        overrides: dotted key -> YAML scalar text: `trials`, `settings.train.steps`, `tasks.cb.data`,
-            `tasks.cb.settings.train.steps`, `methods.gpc.settings.adapter.cell`. `tasks.cb null` removes a task, and
-            `methods.gpc null` a method.
+        overrides: dotted key -> value, as given on the command line (see `schema.parse_value`): `trials`,
+            `settings.train.steps`, `tasks.cb.data`, `tasks.cb.settings.train.steps`,
+            `methods.gpc.settings.adapter.cell`. `tasks.cb null` removes a task, and `methods.gpc null` a method.
 
     Raises:
         UserError: unknown study, invalid YAML, unknown or duplicate key, value out of range.
@@ -184,16 +185,15 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     path, tree = schema.read_yaml("study", study, shipped_folder("tune") / "studies")
     if not isinstance(tree, dict):
         raise UserError("a study is a mapping of: " + ", ".join(StudySpec.model_fields))
-    tree.setdefault("name", path.stem)
-    tracking = tree.setdefault("tracking", {})
-    if isinstance(tracking, dict):
-        tracking.setdefault("experiment", tree["name"])
+    tree = {"name": path.stem} | {key: held for key, held in tree.items() if held is not None}
+    tree["tracking"] = {"experiment": tree["name"]} | schema.mapping("tracking", tree.get("tracking"))
     for key, text in (overrides or {}).items():
-        _override(tree, key, schema.parse_value(key, text))
-    tree["tasks"] = {name: task or {} for name, task in _mapping(tree, "tasks").items()}
-    tree["methods"] = {name: method or {} for name, method in _mapping(tree, "methods").items()}
+        _override(tree, key, schema.parse_value(key, text, _field(key)))
+    for section in _NAMED:
+        entries = schema.mapping(section, tree.get(section), _OF_NAMED)
+        tree[section] = {name: schema.mapping(f"{section}.{name}", held) for name, held in entries.items()}
     for task in tree["tasks"].values():
-        recipe = task.get("recipe") if isinstance(task, dict) else None
+        recipe = task.get("recipe")
         if isinstance(recipe, str) and (path.parent / recipe).is_file():
             task["recipe"] = str((path.parent / recipe).absolute())
     try:
@@ -202,19 +202,25 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
         raise UserError(schema.explain(error, _plain_keys())) from None
 
 
-def _mapping(tree: dict[str, Any], section: str) -> dict[str, Any]:
-    found = tree.get(section) or {}
-    if not isinstance(found, dict):
-        raise UserError(f"{section} is a mapping of names to what is said of each (given: {found!r})")
-    return found
-
-
 def _plain_keys() -> list[str]:
     return list(schema.all_keys(StudySpec))
 
 
 _NAMED: dict[str, type[Section]] = {"tasks": TaskSpec, "methods": MethodSpec}
 """Sections with an entry for each task or method."""
+_OF_NAMED = "names to what is said of each"
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The field that says what the value of a dotted key is; None for a mapping, and for a key that there is not."""
+    section, *rest = key.split(".")
+    tree: type[Section] = StudySpec
+    if section in _NAMED:
+        tree, rest = _NAMED[section], rest[1:]
+        section = rest.pop(0) if rest else ""
+    if section == "settings":
+        return schema.all_keys(Config).get(".".join(rest))
+    return schema.all_keys(tree).get(".".join([section, *rest]))
 
 
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -222,14 +228,14 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     first, *rest = key.split(".")
     if first in _NAMED and rest:
         name, *rest = rest
-        entries = tree[first] = dict(_mapping(tree, first))
+        entries = tree[first] = dict(schema.mapping(first, tree.get(first), _OF_NAMED))
         if not rest and value is None:
             entries.pop(name, None)
             return
         if not rest or rest[0] not in _NAMED[first].model_fields:
             keys = ", ".join(f"{first}.{name}.{field}" for field in _NAMED[first].model_fields)
             raise UserError(f"unknown key '{key}': give {keys}, or {first}.{name} null to leave it out")
-        entry = entries[name] = dict(entries.get(name) or {})
+        entry = entries[name] = dict(schema.mapping(f"{first}.{name}", entries.get(name)))
         _set(entry, rest[0], ".".join(rest[1:]), value)
     elif (first == "settings" and rest) or key in _plain_keys():
         _set(tree, first, ".".join(rest), value)
@@ -241,6 +247,6 @@ def _set(tree: dict[str, Any], field: str, inner: str, value: Any) -> None:
     if not inner:
         tree[field] = value
         return
-    held = dict(tree.get(field) or {})
+    held = dict(schema.mapping(field, tree.get(field)))
     held.pop(RIVALS.get(inner, ""), None)  # the command line wins
     tree[field] = held | {inner: value}

@@ -56,6 +56,33 @@ def test_overrides_come_after_the_file() -> None:
     assert loaded.tracking.experiment == "x"
 
 
+def test_text_is_taken_as_it_is_written() -> None:
+    given = {
+        "name": "001",
+        "dir": "2024 #1",
+        "metric": "yes",
+        "register_as": "null",
+        "tracking.group": "a: b",
+        "settings.adapter.prompt_text": "Is ticket #12 urgent?",
+        "space.task.label": "[label, '2024']",
+    }
+    loaded = spec.load("cb-asha", given)
+    assert (loaded.name, loaded.dir, loaded.metric, loaded.register_as) == (
+        "001",
+        Path("2024 #1"),
+        "yes",
+        None,
+    )
+    assert loaded.tracking.group == "a: b"
+    assert loaded.settings["adapter.prompt_text"] == "Is ticket #12 urgent?"
+    assert loaded.space["task.label"].values == ("label", "2024")
+
+
+def test_a_value_that_yaml_reads_otherwise_is_answered_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"task\.label: .*: put quotes around text"):
+        space.validate(spec.load("cb-asha", {"space.task.label": "[yes, label]"}))
+
+
 def test_settings_given_on_the_command_line_take_the_place_of_the_files() -> None:
     loaded = spec.load("cb-asha", {"settings.train.steps": "100", "settings.adapter.cell": "gated"})
     assert loaded.settings == {"train.steps": 100, "adapter.cell": "gated"}

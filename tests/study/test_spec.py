@@ -94,6 +94,34 @@ def test_overrides_come_after_the_file(tmp_path: Path) -> None:
     assert "train.steps" not in loaded.settings_of("sst2", "gpc")
 
 
+def test_text_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    given = {
+        "name": "001",
+        "data_root": "2024",
+        "encoder.path": "models #2",
+        "settings.adapter.prompt_text": "Is ticket #12 urgent?",
+        "tasks.rte.data": "no",
+        "tasks.rte.settings.task.label": "yes",
+        "methods.gpc.settings.encoder.revision": "1e3",
+        "methods.gpc.space.train.lr": "[0.1, 0.2]",
+    }
+    loaded = spec.load(write(tmp_path, LEAST), given)
+    assert (loaded.name, loaded.encoder.path) == ("001", "models #2")
+    found = loaded.settings_of("rte", "gpc")
+    assert (found["data.path"], found["task.label"], found["encoder.revision"]) == ("2024/no", "yes", "1e3")
+    assert found["adapter.prompt_text"] == "Is ticket #12 urgent?"
+    assert loaded.methods["gpc"].space["train.lr"].values == (0.1, 0.2)
+
+
+def test_a_section_may_be_left_empty(tmp_path: Path) -> None:
+    loaded = spec.load(write(tmp_path, LEAST + "  linear-probe:\nsettings:\ntracking:\nresources:"))
+    assert (loaded.settings, loaded.tracking.experiment, loaded.methods["linear-probe"].space) == (
+        {},
+        "mine",
+        {},
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -101,6 +129,11 @@ def test_overrides_come_after_the_file(tmp_path: Path) -> None:
         ("trails: 3\n" + LEAST, "unknown key 'trails'; did you mean 'trials'?"),
         ("tasks: {}\nmethods: {gpc: {}}", "tasks: Dictionary should have at least 1 item"),
         ("tasks: [rte]\nmethods: {gpc: {}}", "tasks is a mapping of names"),
+        (
+            "tasks: {rte: data}\nmethods: {gpc: {}}",
+            "tasks.rte is a mapping of keys to values (given: 'data')",
+        ),
+        ("tracking: 3\n" + LEAST, "tracking is a mapping of keys to values (given: 3)"),
         (LEAST + "seeds: [1, 2]", "seeds: List should have at least 3 items"),
         (LEAST + "seeds: [0, 1, 2]", "seeds: 0 also in search_seeds"),
         (LEAST + "seeds: [1, 1, 2]", "give different seeds"),
