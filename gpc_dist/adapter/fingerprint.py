@@ -11,6 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from gpc_dist.errors import UserError
+
+SAFETENSORS = "model.safetensors"
+"""File of a checkpoint in one file."""
 _HEAD_BYTES = 4096
 
 
@@ -58,12 +62,15 @@ def fingerprint_files(files: list[Path]) -> str:
     """SHA-256 over name, dtype, shape and first 4 KiB of every tensor.
 
     Reads a few hundred KiB of a checkpoint of any size, and never unpickles: for a `.bin` file it
-    uses the checksums in the zip directory.
+    uses the checksums in the zip directory, or if it is none (PyTorch before 1.6) all its bytes.
     """
     entries: list[tuple[str, bytes]] = []
     for file in files:
         if file.suffix == ".safetensors":
             entries += _safetensors_entries(file)
+        elif not zipfile.is_zipfile(file):
+            with file.open("rb") as handle:
+                entries.append((file.name, hashlib.file_digest(handle, "sha256").digest()))
         else:
             with zipfile.ZipFile(file) as archive:
                 entries += [(i.filename, f"{i.CRC} {i.file_size}".encode()) for i in archive.infolist()]
@@ -116,7 +123,22 @@ def _folder_of(path: str) -> Path | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files
+    """The files of a checkpoint, in the order in which `transformers` looks for them; others may lie beside them."""
+    for single in (SAFETENSORS, "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (index := folder / f"{single}.index.json").is_file():
+            return [folder / name for name in shards(index)]
     return []
+
+
+def shards(index: Path) -> list[str]:
+    """Names of the files of a checkpoint in several files, sorted.
+
+    Raises:
+        UserError: the index cannot be read.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of weights ({error!r}): fetch the checkpoint again") from None

@@ -92,7 +92,7 @@ def read_card(folder: str | Path) -> AdapterCard:
             EncoderIdentity(**card["encoder"]),
             card["task"],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a valid adapter card: {error!r}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
     if not options.input.is_file():
         raise UserError(f"--input {options.input} does not exist")
+    _check_output(options.output)
     if (code := launch.run_as_ranks(config.build({}, settings).engine, words)) is not None:
         return code
     from gpc_dist.inference.adapters import run_prediction
 
     return run_prediction(options.adapter, options.input, options.output, settings)
+
+
+def _check_output(path: Path) -> None:
+    """Refuse what nothing could be written to, before the work and not after it."""
+    if path.is_file() and not path.suffix:
+        raise UserError(
+            f"--output {path} is a file, and a name without an ending is a folder's: give {path}.jsonl"
+        )
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    if above := next((folder for folder in path.absolute().parents if folder.is_file()), None):
+        raise UserError(f"--output {path} cannot be written: {above} is a file")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--output {path} cannot be written: you may not write to {place}")
 
 
 COMMAND = Command(

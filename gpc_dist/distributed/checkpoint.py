@@ -80,7 +80,7 @@ def load(path: Path) -> Checkpoint:
     try:
         digests = json.loads((path / _MARKER).read_text(encoding="utf-8"))
         damaged = [name for name in _FILES if _sha256(path / name) != digests.get(name)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(_remedy(path, str(error))) from None
     if damaged:
         raise UserError(_remedy(path, f"{', '.join(damaged)} changed after it was written"))

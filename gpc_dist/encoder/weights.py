@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpc_dist.adapter.fingerprint import SAFETENSORS, shards
 from gpc_dist.errors import UserError
+from gpc_dist.files import read_text
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SUMS = "SHA256SUMS"
 _CHUNK_BYTES = 8 * 2**20
 
@@ -101,16 +102,12 @@ def weight_files(path: str, revision: str | None) -> list[Path]:
     """
     from gpc_dist.private.transformers import find_file
 
-    if single := find_file(path, SINGLE, revision):
+    if single := find_file(path, SAFETENSORS, revision):
         return [single]
-    index = find_file(path, INDEX, revision)
+    index = find_file(path, f"{SAFETENSORS}.index.json", revision)
     if index is None:
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weights ({error!r}): fetch the checkpoint again") from None
-    files = {name: find_file(path, name, revision) for name in names}
+    files = {name: find_file(path, name, revision) for name in shards(index)}
     if missing := [name for name, file in files.items() if file is None]:
         raise UserError(
             f"{index} names {', '.join(missing)}, which are not there: fetch the checkpoint again"
@@ -197,7 +194,7 @@ def check_sums(files: Sequence[Path]) -> None:
 def _expected_sum(file: Path) -> str:
     sums = file.parent / _SUMS
     if sums.is_file():
-        for line in sums.read_text(encoding="utf-8").splitlines():
+        for line in read_text(sums).splitlines():
             digest, _, name = line.partition(" ")
             if name.strip().lstrip("*") == file.name:
                 return digest.lower()

@@ -12,6 +12,7 @@ from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
 from gpc_dist.config import Config
 from gpc_dist.distributed.world import World, alone, init_world
+from gpc_dist.errors import UserError
 from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session
@@ -21,8 +22,10 @@ def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None
     """The configuration of an adapter: that of its card, with overrides on top.
 
     Raises:
-        UserError: a key is unknown, or its value is not valid.
+        UserError: a key is unknown, or its value is not valid; or the card names no task.
     """
+    if not card.task.keys() >= {"task", "data"}:
+        raise UserError("the adapter's card names no task: it was not written by gpc-dist train")
     tree = {
         "encoder": {"path": card.encoder.path, "revision": card.encoder.revision},
         "adapter": card.adapter.model_dump(mode="json"),
@@ -77,9 +80,9 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
 
 def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[str, str]) -> int:
     """`gpc-dist predict`: write an adapter's predictions for a file (see `tasks.write_predictions`)."""
-    config = adapter_config(
-        read_card(folder), {**overrides, "data.path": str(input.parent), "data.test": input.name}
-    )
+    # an absolute path, because `demo` and Hub ids have meanings of their own
+    own = {"data.path": str(input.absolute().parent), "data.test": input.name}
+    config = adapter_config(read_card(folder), {**overrides, **own})
     world = init_world(config.engine)
     try:
         session = open_adapter(folder, config, world)

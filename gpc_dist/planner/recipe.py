@@ -15,7 +15,7 @@ import torch
 from gpc_dist.config import Config, EncoderConfig, EngineConfig
 from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.world import World, encoder_dtype
-from gpc_dist.encoder.frozen import encoder_path
+from gpc_dist.encoder.frozen import encoder_path, not_loaded
 from gpc_dist.encoder.shapes import known_config, shape_names
 from gpc_dist.errors import UserError
 from gpc_dist.planner.devices import GIB, Device, device_at_hand
@@ -137,16 +137,14 @@ def encoder_config(config: EncoderConfig) -> Any:
     path = encoder_path(config)
     try:
         return AutoConfig.from_pretrained(path, revision=config.revision, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:  # a damaged file raises a dozen types
         if (known := known_config(config.path)) is not None:
             return known
     try:
         return AutoConfig.from_pretrained(path, revision=config.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(
-            f"encoder.path '{config.path}': no configuration could be read ({str(error).strip().splitlines()[0]}). "
-            "Give a folder with a config.json, a Hub id that can be reached, or a known shape: "
-            f"{', '.join(shape_names())}"
+            f"{not_loaded(config, 'configuration', error)}, or a known shape: {', '.join(shape_names())}"
         ) from None
 
 

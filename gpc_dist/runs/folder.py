@@ -88,16 +88,16 @@ class RunFolder:
         """The resolved configuration as plain values.
 
         Raises:
-            UserError: the file is missing, so this is not a run folder; or it is not valid YAML.
+            UserError: the file is missing, so this is not a run folder; or it is not a mapping in YAML.
         """
+        if not self.config.exists():
+            raise UserError(f"{self.path} is not the folder of a {self.kind}: it has no {self.config.name}")
         try:
-            tree = yaml.load(self.config.read_text(encoding="utf-8"), _YAML_LOADER)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path} is not the folder of a {self.kind}: it has no {self.config.name}"
-            ) from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{self.config} is not valid YAML: {error}") from None
+            tree = yaml.load(files.read_text(self.config), _YAML_LOADER)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"{self.config} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict | None):
+            raise UserError(f"{self.config} is not the configuration of a {self.kind}: restore or remove it")
         return tree or {}
 
     def write_status(self, state: State, reason: str = "") -> None:

@@ -116,6 +116,28 @@ def test_a_folder_of_pickled_weights_is_known_by_its_files(tmp_path: Path) -> No
     assert identify(saved).sha256 == fingerprint_files([tmp_path / "model.safetensors"])
 
 
+def test_files_that_only_lie_beside_the_weights_make_no_other_encoder(tmp_path: Path) -> None:
+    encoder = saved_encoder(tmp_path / "whole")
+    shards = saved_encoder(tmp_path / "shards", max_shard_size="20KB")
+    known = identify(encoder).sha256
+    for folder in ("whole", "shards"):
+        for stray in ("model_old", "model.fp16", "model-00009-of-00009"):
+            save_file({"w": torch.zeros(2)}, tmp_path / folder / f"{stray}.safetensors")
+        (tmp_path / folder / "pytorch_model.bin").write_bytes(b"")
+    assert identify(encoder).sha256 == identify(shards).sha256 == known
+
+
+def test_pickled_weights_of_old_versions_are_told_apart(tmp_path: Path) -> None:
+    encoder = tiny("bert")
+    for value in (1.0, 2.0):
+        state = {"w": torch.full((4,), value)}
+        torch.save(state, tmp_path / f"{value}.bin", _use_new_zipfile_serialization=False)
+    first, second = (fingerprint_files([tmp_path / f"{value}.bin"]) for value in (1.0, 2.0))
+    assert first != second
+    (tmp_path / "1.0.bin").rename(tmp_path / "pytorch_model.bin")
+    assert identify(encoder, tmp_path).sha256 != identify(encoder).sha256
+
+
 def test_random_weights_are_known_by_their_values_whatever_folders_lie_around(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gpc_dist import config, schema
 from gpc_dist.distributed import checkpoint
@@ -199,6 +200,103 @@ def test_with_balanced_weights_all_classes_count_alike_in_the_loss(
     assert losses(tmp_path / "none")[1] == pytest.approx(loss["train"], rel=1e-4)
     assert losses(tmp_path / "balanced")[1] == pytest.approx((loss["rare"] + loss["frequent"]) / 2, rel=1e-4)
     assert abs(loss["rare"] - loss["frequent"]) > 0.1
+
+
+@pytest.mark.parametrize("folder", ["2024", "tickets #2", "demo", "null", "[a"])
+def test_the_folder_of_an_input_may_have_any_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "new.jsonl").write_text('{"text": "the cat"}\n')
+    words = ("--input", f"{folder}/new.jsonl", "--output", "out.jsonl", "--engine.device", "cpu")
+    assert gpc("predict", run / "adapter", *words) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file", "--output file is a file, and a name without an ending is a folder's: give file.jsonl"),
+        ("file/out.jsonl", "file is a file"),
+        ("file/a/b", "file is a file"),
+        ("closed/out.jsonl", "--output closed/out.jsonl cannot be written: you may not write to "),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).name != "closed")  # root may write anywhere
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "in.jsonl").write_text("{}")
+    assert gpc("predict", "no-adapter", "--input", "in.jsonl", "--output", output) == EXIT_USAGE
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", "no tokenizer could be loaded"),
+        ("config.json", '{"model_type": "bert", "hidden_size": "wide"}', "could be loaded"),
+        ("tokenizer.json", "{", "no tokenizer could be loaded"),
+        ("tokenizer.json", "[]", "no tokenizer could be loaded"),
+        ("vocab.txt", "nothing", "no tokenizer could be loaded (WordPiece error: Missing [UNK] token"),
+        ("vocab.txt", "", "no tokenizer could be loaded"),
+        (
+            "pytorch_model.bin",
+            "version https://git-lfs.github.com/spec/v1",
+            "its .bin file is damaged, or holds",
+        ),
+        ("pytorch_model.bin", "", "no encoder could be loaded (EOFError)"),
+        ("pytorch_model.bin.index.json", "[]", "no encoder could be loaded"),
+        ("model.safetensors.index.json", "null", "is no index of weights"),
+        ("model.safetensors", "", "is damaged (its header is cut off)"),
+    ],
+)
+def test_a_damaged_encoder_is_one_line(
+    tiny_recipe: Path,
+    tiny_encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    content: str,
+    message: str,
+) -> None:
+    encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    if "model." in file:
+        (encoder / "model.safetensors").unlink()
+    if file == "vocab.txt":
+        (encoder / "tokenizer.json").unlink()
+    (encoder / file).write_text(content)
+    assert gpc("train", tiny_recipe, "--encoder.path", encoder, "--run.dir", tmp_path / "run") == EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_weights_in_an_old_pickle_and_stray_files_belong_to_no_other_encoder(
+    tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A `.bin` of PyTorch before 1.6, which is no zip; and a file that comes to lie beside the weights."""
+    encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    weights = load_file(encoder / "model.safetensors")
+    (encoder / "model.safetensors").unlink()
+    torch.save(weights, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    run = tmp_path / "run"
+    assert gpc("train", tiny_recipe, "--encoder.path", encoder, "--run.dir", run, "--train.steps", 2) == 0
+    save_file({"old": torch.zeros(2)}, encoder / "model_old.safetensors")
+    assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == 0
+    weights["embeddings.word_embeddings.weight"][0] += 1
+    torch.save(weights, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == EXIT_USAGE
+    assert "this adapter was trained on encoder" in capsys.readouterr().err
 
 
 def test_early_stopping_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
