@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,9 +105,65 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert line.startswith(f"gpc-dist: error: {tmp_path}/file/ds_configs: ")
 
 
-def test_results_of_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["results", str(tmp_path)]) == EXIT_USAGE
-    assert "result.json is missing" in capsys.readouterr().err
+RESULT = {
+    "task": "rte",
+    "method": "gpc",
+    "main_metric": "accuracy",
+    "metrics": {"best": {"accuracy": 0.75}},
+    "majority_baseline": {"accuracy": 0.5},
+    "trainable_parameters": 10,
+    "frozen_parameters": 20,
+    "wall_s": 3.0,
+}
+
+
+def test_results_leave_out_what_is_no_finished_run_and_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a shell's `runs/*` gives it."""
+    contents = {
+        "better": RESULT | {"metrics": {"best": {"accuracy": 0.875}}},
+        "good": RESULT,
+        "diverged": RESULT | {"metrics": {"best": {}}},
+        "other-metric": RESULT | {"main_metric": "f1", "metrics": {"best": {"f1": 0.25}}},
+        "search": {"metric": "accuracy", "best_trial": "003"},
+        "list": [],
+        "going-on": None,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "result.json").write_text(json.dumps(content))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "result.json").write_bytes(b'{"task": "\xe9')
+    (tmp_path / "mlflow.db").touch()
+    assert cli.main(["results", *map(str, sorted(tmp_path.iterdir()))]) == 0
+    shown, said = capsys.readouterr()
+    rows = [line.split() for line in shown.splitlines()[2:]]
+    assert [row[1] for row in rows] == [
+        "(majority)",
+        "diverged",
+        "good",
+        "better",
+        "(majority)",
+        "other-metric",
+    ]
+    assert rows[3][4] == "0.8750"
+    left_out = [line.partition("left out: ")[2] for line in said.splitlines()]
+    assert len(left_out) == 5
+    for reason in (
+        f"{tmp_path}/going-on holds no finished run: result.json is missing",
+        f"{tmp_path}/search/result.json is not the result of a run",
+        f"{tmp_path}/mlflow.db is not a folder",
+    ):
+        assert reason in left_out
+
+
+def test_results_of_no_run_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["results", str(tmp_path), str(tmp_path / "nothing")]) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert "result.json is missing" in said
+    assert "nothing is not a folder" in said
 
 
 def test_no_command_is_a_usage_error() -> None:

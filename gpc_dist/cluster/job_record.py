@@ -36,10 +36,17 @@ def write_record(folder: RunFolder, record: JobRecord) -> None:
 
 
 def read_record(folder: RunFolder) -> JobRecord | None:
-    """The newest submission of a run; None if it was not submitted by this program."""
+    """The newest submission of a run; None if it was not submitted by this program.
+
+    Raises:
+        UserError: the file is not a record.
+    """
     values = files.read_json(_path(folder))
     known = {field.name for field in fields(JobRecord)}
-    return JobRecord(**{key: value for key, value in values.items() if key in known}) if values else None
+    try:
+        return JobRecord(**{key: value for key, value in values.items() if key in known}) if values else None
+    except TypeError:
+        raise UserError(f"{_path(folder)} is not the record of a job: restore or remove it") from None
 
 
 def _path(folder: RunFolder) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from gpc_dist import config
+from gpc_dist import config, files
 from gpc_dist.cluster.job_record import RECIPE, SEARCH
 from gpc_dist.cluster.submit import Member
 from gpc_dist.config import Config
@@ -48,16 +48,20 @@ def lines(recipe: str, overrides: dict[str, str], file: Path) -> list[Member]:
     are skipped.
 
     Raises:
-        UserError: the file cannot be read, or has no settings.
+        UserError: the file cannot be read, has no settings, or a line has something else.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--array {file}: {error.strerror}") from None
-    found = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
-    if not found:
+    each = []
+    for number, line in enumerate(files.read_text(file).splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                each.append(read_overrides(shlex.split(line)))
+            except (UserError, ValueError) as error:
+                raise UserError(
+                    f"line {number} of {file}: {error}; write it as in a shell, a value with blanks or "
+                    "apostrophes in double quotes"
+                ) from None
+    if not each:
         raise UserError(f"--array {file} has no settings: give one line of --section.key VALUE for each run")
-    each = [read_overrides(words) for words in found]
     return [_of_array(recipe, overrides | own, task) for task, own in enumerate(each)]
 
 

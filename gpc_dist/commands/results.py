@@ -21,4 +21,9 @@ def run(options: Any, _: dict[str, str], __: list[str]) -> int:
     return EXIT_DONE
 
 
-COMMAND = Command("Show finished runs side by side.", add_arguments, run)
+COMMAND = Command(
+    "Show finished runs side by side.",
+    add_arguments,
+    run,
+    "What is no finished run is left out, and named.\n\nexample: gpc-dist results runs/*",
+)

@@ -2,40 +2,83 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 def results_table(folders: Sequence[Path]) -> str:
-    """One line for each run and one for each task's majority baseline, the best run last.
+    """One line for each finished run and one for each task's majority baseline, the best run last.
+
+    What is no finished run is left out, with a warning: a shell's `runs/*` gives everything that lies there.
 
     Raises:
-        UserError: a folder holds no finished run.
+        UserError: there is no finished run among them.
     """
-    runs = [_read(folder) for folder in folders]
+    runs, others = [], []
+    for folder in folders:
+        try:
+            runs.append(_read(folder))
+        except UserError as error:
+            others.append(str(error))
+    if not runs:
+        raise UserError("; ".join(others))
+    for reason in others:
+        log.warning("left out: %s", reason)
     lines: list[list[Any]] = []
-    for task in dict.fromkeys(run["task"] for run in runs):
-        mine = [run for run in runs if run["task"] == task]
-        metric = mine[0]["main_metric"]
-        baseline = mine[0]["majority_baseline"][metric]
-        lines.append([task, "(majority)", None, metric, baseline, 0, None, None])
-        for run in sorted(mine, key=lambda run: run["metrics"]["best"][metric]):
-            best = run["metrics"]["best"][metric]
-            trained, frozen = run["trainable_parameters"], run["frozen_parameters"]
-            lines.append([task, run["name"], run["method"], metric, best, trained, frozen, run["wall_s"]])
+    for task, metric in dict.fromkeys((run.task, run.metric) for run in runs):
+        mine = [run for run in runs if (run.task, run.metric) == (task, metric)]
+        lines.append([task, "(majority)", None, metric, mine[0].baseline, 0, None, None])
+        for run in sorted(mine, key=lambda run: -math.inf if run.best is None else run.best):
+            lines.append(
+                [task, run.name, run.method, metric, run.best, run.trainable, run.frozen, run.wall_s]
+            )
     headers = ["task", "run", "method", "metric", "best", "trained", "frozen", "seconds"]
     formats = ("", "", "", "", ".4f", ",", ",", ".0f")
     return tabulate(lines, headers=headers, floatfmt=formats, intfmt=formats)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+class _Result(NamedTuple):
+    name: str
+    task: str
+    method: str
+    metric: str
+    best: float | None
+    """None if no evaluation gave a number."""
+    baseline: float | None
+    trainable: int
+    frozen: int
+    wall_s: float
+
+
+def _read(folder: Path) -> _Result:
     path = folder / "result.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
     if not path.is_file():
         raise UserError(f"{folder} holds no finished run: result.json is missing")
-    return {"name": folder.name, **files.read_json(path)}
+    found = files.read_json(path)
+    try:
+        metric = found["main_metric"]
+        return _Result(
+            name=folder.name,
+            task=found["task"],
+            method=found["method"],
+            metric=metric,
+            best=found["metrics"]["best"].get(metric),
+            baseline=found["majority_baseline"].get(metric),
+            trainable=found["trainable_parameters"],
+            frozen=found["frozen_parameters"],
+            wall_s=found["wall_s"],
+        )
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not the result of a run") from None

@@ -11,8 +11,9 @@ import pytest
 
 from gpc_dist.cluster import job_record, jobs, members, slurm
 from gpc_dist.cluster.resources import Resources
-from gpc_dist.errors import UserError
+from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.search import space, spec
+from tests.conftest import gpc
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,37 @@ def test_seeds(text: str, seeds: list[int]) -> None:
     assert {member.config.tracking.group for member in found} == {"rte"}
 
 
+def test_lines_of_settings(tmp_path: Path) -> None:
+    file = tmp_path / "array.txt"
+    text = """# two runs
+--train.lr 1e-3 --adapter.prompt_text "Is ticket #12 the customer's?"
+
+--data.path tickets#2 --run.name=001
+"""
+    file.write_text(text, encoding="utf-8-sig")
+    first, second = (member.config for member in members.lines("rte", {}, file))
+    assert (first.train.lr, first.adapter.prompt_text) == (1e-3, "Is ticket #12 the customer's?")
+    assert (second.data.path, second.run.name, second.tracking.group) == ("tickets#2", "001-1", "001")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"--train.lr 1\n--run.name customer's",
+            "line 2 of .*: No closing quotation; write it as in a shell",
+        ),
+        (b"--train.lr 1\n0.5", "line 2 of .*: unexpected argument '0.5'"),
+        (b"--run.name caf\xe9", "is not UTF-8 text"),
+        (b"# nothing", "has no settings"),
+    ],
+)
+def test_lines_that_are_no_settings_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "array.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        members.lines("rte", {}, tmp_path / "array.txt")
+
+
 def test_a_search_is_submitted_as_it_is(tmp_path: Path) -> None:
     """What is kept loads as the same search, whatever becomes of the recipe that it was made of."""
     asked = spec.load("cb-asha", {"dir": str(tmp_path / "here"), "trials": "3"})
@@ -122,6 +154,28 @@ def test_a_search_is_submitted_as_it_is(tmp_path: Path) -> None:
 def test_no_list_of_seeds(text: str) -> None:
     with pytest.raises(UserError, match="--seeds"):
         members.seeds("rte", {}, text)
+
+
+def test_jobs_of_all_that_lies_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a shell's `runs/*` gives it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text("{}")
+    (tmp_path / "run" / "facts.json").write_text('{"slurm_job_id": "7"}')
+    (tmp_path / "mlflow.db").touch()
+    monkeypatch.setattr(slurm, "jobs", lambda numbers: {})
+    assert gpc("jobs", *sorted(tmp_path.iterdir())) == 0
+    shown, said = capsys.readouterr()
+    assert shown.splitlines()[2].split()[:2] == ["run", "7"]
+    assert f"left out: {tmp_path / 'mlflow.db'} is not a folder" in said
+
+
+def test_a_record_of_something_else_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "job").mkdir(parents=True)
+    (tmp_path / "run" / "job" / "job.json").write_text('{"id": 3}')
+    assert gpc("jobs", tmp_path) == EXIT_USAGE
+    assert "job/job.json is not the record of a job: restore or remove it" in capsys.readouterr().err
 
 
 def test_pace_counts_from_the_latest_start() -> None:

@@ -15,7 +15,9 @@ from mlflow import MlflowClient
 from gpc_dist import files
 from gpc_dist.errors import MachineError, UserError
 from gpc_dist.runs.folder import RunFolder
+from gpc_dist.tracking.state import ExportState
 from gpc_dist.tracking.sync import mark_stale, sync_run
+from tests.conftest import gpc
 from tests.processes import TIMEOUT_S, free_port, wait_until
 
 from .conftest import MakeRun, Start
@@ -173,6 +175,21 @@ def test_run_of_another_host_is_stale_after_a_long_silence(make_run: MakeRun) ->
     assert not mark_stale(run.path)
     os.utime(run.status, (0, 0))
     assert mark_stale(run.path)
+
+
+def test_sync_leaves_out_what_is_no_run(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    (run.path.parent / "mlflow.db").touch()
+    (run.path.parent / "notes").mkdir()
+    asked = []
+    monkeypatch.setattr("gpc_dist.tracking.sync.sync", lambda place, _: asked.append(place) or ExportState())
+    assert gpc("sync", *(run.path.parent / name for name in ("mlflow.db", "notes", run.path.name))) == 0
+    assert asked == [run.path]
+    said = capsys.readouterr().err
+    for name in ("mlflow.db", "notes"):
+        assert f"left out: {run.path.parent / name} is not the folder of a run or of a search" in said
 
 
 def test_what_is_no_run_folder_is_not_touched(tmp_path: Path) -> None:
