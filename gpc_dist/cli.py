@@ -33,6 +33,7 @@ from gpc_dist.commands import (
 )
 from gpc_dist.commands.command import Command
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
+from gpc_dist.interpreter import protect_children
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def _without_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def entry() -> None:
     """The console script."""
+    protect_children()
     sys.exit(main())
 
 

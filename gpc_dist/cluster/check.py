@@ -15,6 +15,7 @@ from gpc_dist import files
 from gpc_dist.cluster import node_report, slurm
 from gpc_dist.cluster.environment import Finding
 from gpc_dist.cluster.resources import Resources
+from gpc_dist.interpreter import python
 
 _PATIENCE_S = 600
 """Limit for the check job, its time in the queue included."""
@@ -63,7 +64,7 @@ def _examine_nodes(resources: Resources, folder: Path) -> Iterator[Finding]:
     token = uuid.uuid4().hex
     files.write_text(folder / node_report.TOKEN, token)
     words = ["srun", "--job-name=gpc-dist-doctor", "--kill-on-bad-exit=1", *resources.options()]
-    words += [sys.executable, "-m", "gpc_dist.cluster.node_report", str(folder), token]
+    words += python("gpc_dist.cluster.node_report", str(folder), token)
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE_S)
     except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
 """Measures one node for a cluster check; `srun` runs this module as one rank of a small job.
 
-srun --nodes 2 --ntasks-per-node 1 python -m gpc_dist.cluster.node_report FOLDER TOKEN
+srun --nodes 2 --ntasks-per-node 1 python -P -m gpc_dist.cluster.node_report FOLDER TOKEN
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import IO
 
 from gpc_dist.config import EngineConfig
 from gpc_dist.errors import MachineError
+from gpc_dist.interpreter import python
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def run_as_ranks(config: EngineConfig, words: Sequence[str]) -> int | None:
     if given_ranks() or ranks == 1:
         return None
     os.environ.setdefault(_STARTED_S, str(time.time()))
-    return start_ranks([sys.executable, "-m", "gpc_dist", *words], ranks, cpu_only=not visible_gpus())
+    return start_ranks(python("gpc_dist", *words), ranks, cpu_only=not visible_gpus())
 
 
 def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:

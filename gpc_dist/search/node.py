@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
+from gpc_dist.interpreter import python
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.training.stop import SIGNALS, StopRequest
@@ -65,10 +66,9 @@ def _head(address: str, arguments: Sequence[str], stop: StopRequest) -> int:
             if not _wait_for(address, ray):
                 raise MachineError(f"Ray did not start at {address} within {_START_S:.0f} s")
             cluster = {"RAY_ADDRESS": address, NODES: os.environ["SLURM_JOB_NUM_NODES"]}
-            words = [sys.executable, "-m", "gpc_dist", *arguments]
             if stop.signal:
                 return EXIT_STOPPED
-            search = subprocess.Popen(words, env=os.environ | cluster)
+            search = subprocess.Popen(python("gpc_dist", *arguments), env=os.environ | cluster)
             asked = []
 
             def forward(number: int, _: object) -> None:

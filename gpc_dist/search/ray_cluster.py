@@ -10,7 +10,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, chdir, contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -39,10 +40,11 @@ _SETTINGS = {
 
 
 @contextmanager
-def connected(stop: StopRequest) -> Iterator[None]:
+def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
     """Connect to the search's Ray cluster while the block runs.
 
     Args:
+        folder: the search's; Ray puts the current folder on its workers' module path, and this one holds no modules.
         stop: listens on, although Ray sets signal handlers of its own.
 
     Raises:
@@ -59,11 +61,13 @@ def connected(stop: StopRequest) -> Iterator[None]:
             options = {"address": address}
         # This thread sets signal handlers anew meanwhile: at those of Ray, SIGTERM would end the program at once. The
         # other one stays to the end, because Ray's processes end with the thread that started them.
-        starting = end.enter_context(ThreadPoolExecutor(1)).submit(ray.init, **options, **_OPTIONS)
+        thread = end.enter_context(ThreadPoolExecutor(1))
         try:
-            while not starting.done():
-                stop.listen(*SIGNALS)
-                wait([starting], timeout=_POLL_S)
+            with chdir(folder):
+                starting = thread.submit(ray.init, **options, **_OPTIONS)
+                while not starting.done():
+                    stop.listen(*SIGNALS)
+                    wait([starting], timeout=_POLL_S)
             stop.listen(*SIGNALS)
             starting.result()
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -64,7 +64,7 @@ def _search(
     recording = start_exporter(folder.path) if spec.tracking.enabled else None
     start_s = time.time()
     try:
-        with ray_cluster.connected(stop):
+        with ray_cluster.connected(folder.path, stop):
             trials = 0 if stop.signal else _tune(spec, folder, *goal, resume, stop)
         if stop.signal:
             folder.write_status("stopped", stop.signal)

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from gpc_dist import logs
+from gpc_dist.interpreter import python
 from gpc_dist.runs.facts import redact
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tracking.exporter import ArtifactError, Exporter
@@ -95,7 +96,7 @@ def start(run_dir: Path | str, delay_s: float = 10.0) -> ExporterProcess:
 
 def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
     """Start `python -m module FOLDER DELAY_S PID`, which calls `follow` with this process as the trainer."""
-    command = [sys.executable, "-m", module, str(folder), str(delay_s), str(os.getpid())]
+    command = python(module, str(folder), str(delay_s), str(os.getpid()))
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",

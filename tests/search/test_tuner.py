@@ -28,6 +28,9 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_recipe: Path, mlflow_store: Path) -> Path:
+    """The user's folder, with scripts that have names of packages: no process may import them."""
+    for name in ("datasets", "mlflow", "random", "tokenizers", "yaml"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} of the user was imported')\n")
     (tmp_path / "recipe.yaml").write_text(tiny_recipe.read_text())
     (tmp_path / "searches").mkdir()
     shutil.copy(mlflow_store, tmp_path / "searches" / "mlflow.db")
