@@ -32,6 +32,7 @@ from gpc_dist.commands import (
     tune,
 )
 from gpc_dist.commands.command import Command
+from gpc_dist.distributed import launch
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from gpc_dist.interpreter import protect_children
 
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     others, dotted = _without_settings(words)
     options, rest = build_parser().parse_known_args(others)
     command = COMMANDS[options.command]
+    if not command.on_ranks:
+        launch.forget_ranks()
     logs.configure(options.verbose - options.quiet)
     try:
         _check_words(words)

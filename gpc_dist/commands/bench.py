@@ -44,4 +44,5 @@ COMMAND = Command(
     "no encoder either.\n\n"
     "example: gpc-dist bench t5-xl --shape t5-v1_1-xl --lengths fixed --json bench.json",
     settings="recipe",
+    on_ranks=True,
 )

@@ -22,6 +22,8 @@ class Command:
     detail: str = ""
     settings: Literal["none", "recipe", "own"] = "none"
     """Settings that it takes: none, those of a recipe (`--section.key VALUE`), or those of its own kind of file."""
+    on_ranks: bool = False
+    """Whether it may be one of several ranks, as the environment says."""
 
     @property
     def usage(self) -> str:

@@ -37,4 +37,5 @@ COMMAND = Command(
     "matrix.\n\n"
     "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
     settings="recipe",
+    on_ranks=True,
 )

@@ -52,4 +52,5 @@ COMMAND = Command(
     "the training data; its `id` is kept, and a label column is not read.\n\n"
     "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
     settings="recipe",
+    on_ranks=True,
 )

@@ -39,4 +39,5 @@ COMMAND = Command(
     "adapter and result.json. Stopped or killed, the same command goes on from the last checkpoint.\n\n"
     "example: gpc-dist train rte --data.path SuperGLUE/RTE --engine.ranks 2 --train.lr 3e-3",
     settings="recipe",
+    on_ranks=True,
 )

@@ -13,16 +13,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import IO
 
 from gpc_dist.config import EngineConfig
-from gpc_dist.errors import MachineError
+from gpc_dist.errors import MachineError, UserError
 from gpc_dist.interpreter import python
 
 log = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _GRACE_S = 20.0
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_LAST_STEP = 0xFFFFFFF0
+"""Slurm's largest id of a step; those above are of batch scripts, interactive shells and the like."""
 _PR_SET_PDEATHSIG = 1
 """`prctl` option: the signal that the kernel sends a process when the thread that started it ends."""
 _STARTED_S = "GPC_DIST_STARTED_S"
@@ -33,18 +37,66 @@ def given_ranks() -> bool:
     """Whether `torchrun`, `srun` or `start_ranks` has already made this process one rank of several.
 
     Under `srun` the rank is read from Slurm's variables; the batch script exports MASTER_ADDR and
-    MASTER_PORT.
+    MASTER_PORT. Variables of a single rank, as containers and notebooks leave them, are removed.
+
+    Raises:
+        UserError: the variables contradict each other.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    size = _number("WORLD_SIZE") if "RANK" in os.environ else None
+    if size is not None and (size > 1 or "TORCHELASTIC_RUN_ID" in os.environ):
+        if _number("RANK") >= size:
+            raise UserError(f"RANK={os.environ['RANK']} and WORLD_SIZE={size} in the environment: unset them")
+        _say_given("RANK and WORLD_SIZE")
         return True
-    # a batch script has SLURM_PROCID too, but is not a step of the job
-    in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-    if in_step and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if left := forget_ranks():
+        log.info("%s in the environment: not used, it names no other rank", " ".join(left))
+    tasks = _number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS")
+    if in_job_step() and tasks > 1:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["WORLD_SIZE"] = str(tasks)
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+        _say_given("SLURM_PROCID and SLURM_STEP_NUM_TASKS")
         return True
     return False
+
+
+def forget_ranks() -> list[str]:
+    """Remove the variables of a rank from the environment; returns what they were."""
+    return [f"{name}={os.environ.pop(name)}" for name in _OF_A_RANK if name in os.environ]
+
+
+def in_job_step() -> bool:
+    """Whether `srun` started this process, or one that it runs in, as a task of a job step.
+
+    Neither a batch script is one, nor a shell that `salloc` or `srun --pty` opened: what a person starts there is
+    alone, whatever its variables say.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" not in os.environ or not step.isdecimal() or int(step) > _LAST_STEP:
+        return False
+    return "SLURM_PTY_PORT" not in os.environ or _parent() == "slurmstepd"
+
+
+def _parent() -> str:
+    """Name of the program that started this process; empty where the system does not say."""
+    try:
+        return Path(f"/proc/{os.getppid()}/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _number(name: str) -> int:
+    """The value of an environment variable; 1 where it is not set."""
+    text = os.environ.get(name, "1")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} in the environment is no number: unset it")
+    return int(text)
+
+
+def _say_given(names: str) -> None:
+    if _STARTED_S not in os.environ:  # else `run_as_ranks` gave them
+        rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        log.info("rank %s of %s, as %s in the environment say; engine.ranks is not used", rank, size, names)
 
 
 def wanted_ranks(config: EngineConfig) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +18,9 @@ from torch import Tensor
 
 from gpc_dist.config import EngineConfig
 from gpc_dist.errors import MachineError, UserError
+
+_PATIENCE_S = 10.0
+"""Seconds after which a rank says for whom it waits, for the first time."""
 
 
 @dataclass(frozen=True)
@@ -101,19 +107,13 @@ def init_world(config: EngineConfig) -> World:
         torch.cuda.set_device(device)
     if size == 1 and config.zero_stage < 3 and config.plan == "none":
         return World(rank, size, local_rank, device)
-    store: dict[str, Any] = {}
-    if "MASTER_ADDR" not in os.environ:
-        if size > 1:
-            raise UserError(
-                "several ranks need MASTER_ADDR and MASTER_PORT in the environment: start them with torchrun or "
-                "with the batch scripts in slurm/"
-            )
-        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=_meet(rank, size, config.timeout_s) if size > 1 else dist.HashStore(),
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=config.timeout_s),
-            **store,
         )
     except (RuntimeError, ValueError) as error:
         raise MachineError(
@@ -121,6 +121,63 @@ def init_world(config: EngineConfig) -> World:
             f"{os.environ.get('MASTER_PORT')}: {error}"
         ) from None
     return World(rank, size, local_rank, device)
+
+
+def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
+    """The ranks' common store at MASTER_ADDR and MASTER_PORT, when all of them are there.
+
+    Who waits says for whom, on standard error whichever rank it is: rank 0 for the others, and they for rank 0.
+
+    Raises:
+        UserError: the environment does not say where.
+        RuntimeError: a rank did not come in time.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if host is None or port is None:
+        raise UserError(
+            f"rank {rank} of {size} (RANK and WORLD_SIZE in the environment) needs MASTER_ADDR and MASTER_PORT there: "
+            "start several ranks with torchrun or with the batch scripts in slurm/, or unset RANK and WORLD_SIZE"
+        )
+
+    def say(missing: Sequence[int]) -> None:
+        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        print(
+            f"gpc-dist: rank {rank} of {size} waits at {host}:{port} for rank {shown}, at most {timeout_s} s "
+            "(engine.timeout_s); to run alone, unset RANK and WORLD_SIZE",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    # torchrun has a store of its own there
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    waiting = threading.Timer(_PATIENCE_S, say, [[0]])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        store = dist.TCPStore(
+            host,
+            int(port),
+            is_master=serves,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    finally:
+        waiting.cancel()
+    keys = [f"gpc-dist/{other}" for other in range(size)]
+    store.set(keys[rank], "")
+    deadline, patience_s = time.monotonic() + timeout_s, _PATIENCE_S
+    while not store.check(keys):
+        left_s = deadline - time.monotonic()
+        try:
+            store.wait(keys, timedelta(seconds=max(0.1, min(patience_s, left_s))))
+        except RuntimeError:
+            if left_s <= patience_s:
+                raise
+            if rank == 0:
+                say([other for other, key in enumerate(keys) if not store.check([key])])
+            patience_s *= 2
+    return store
 
 
 def alone(config: EngineConfig) -> World:

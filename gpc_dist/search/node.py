@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpc_dist.distributed.launch import in_job_step
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
 from gpc_dist.interpreter import python
 from gpc_dist.runs.folder import SearchFolder
@@ -33,11 +34,8 @@ _PERIOD_S = 1.0
 
 def is_one() -> bool:
     """Whether this process is a task of the step that `slurm/tune.sbatch` starts on every node."""
-    return {
-        "SLURM_PROCID",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    } <= os.environ.keys() and "RAY_ADDRESS" not in os.environ
+    given = os.environ.keys()
+    return in_job_step() and {"MASTER_ADDR", "MASTER_PORT"} <= given and "RAY_ADDRESS" not in given
 
 
 def run_node(spec: SearchSpec, arguments: Sequence[str], stop: StopRequest) -> int:
