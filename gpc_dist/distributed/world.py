@@ -140,9 +140,8 @@ def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
         )
 
     def say(missing: Sequence[int]) -> None:
-        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         print(
-            f"gpc-dist: rank {rank} of {size} waits at {host}:{port} for rank {shown}, at most {timeout_s} s "
+            f"gpc-dist: rank {rank} of {size} waits at {host}:{port} for {_named(missing)}, at most {timeout_s} s "
             "(engine.timeout_s); to run alone, unset RANK and WORLD_SIZE",
             file=sys.stderr,
             flush=True,
@@ -164,20 +163,26 @@ def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
         )
     finally:
         waiting.cancel()
-    keys = [f"gpc-dist/{other}" for other in range(size)]
+    keys, met = [f"gpc-dist/rank-{other}" for other in range(size)], "gpc-dist/met"
     store.set(keys[rank], "")
-    deadline, patience_s = time.monotonic() + timeout_s, _PATIENCE_S
+    if rank > 0:
+        store.wait([met])
+        return store
+    started, next_s = time.monotonic(), _PATIENCE_S
     while not store.check(keys):
-        left_s = deadline - time.monotonic()
-        try:
-            store.wait(keys, timedelta(seconds=max(0.1, min(patience_s, left_s))))
-        except RuntimeError:
-            if left_s <= patience_s:
-                raise
-            if rank == 0:
-                say([other for other, key in enumerate(keys) if not store.check([key])])
-            patience_s *= 2
+        if (waited_s := time.monotonic() - started) > min(next_s, timeout_s):
+            missing = [other for other, key in enumerate(keys) if not store.check([key])]
+            if waited_s > timeout_s:
+                raise RuntimeError(f"{_named(missing)} did not come within {timeout_s} s")
+            say(missing)
+            next_s *= 2
+        time.sleep(0.02)
+    store.set(met, "")
     return store
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return "rank " + ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def alone(config: EngineConfig) -> World:

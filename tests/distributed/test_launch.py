@@ -11,7 +11,7 @@ import pytest
 
 from gpc_dist import cli, logs
 from gpc_dist.distributed import launch, world
-from gpc_dist.errors import UserError
+from gpc_dist.errors import EXIT_ENVIRONMENT, UserError
 from gpc_dist.search import node
 from tests.processes import free_port, start, start_call, wait_until
 
@@ -151,6 +151,14 @@ def test_a_rank_that_waits_says_for_whom_and_where(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert f"rank {rank} of 3 waits at 127.0.0.1:{port} for {missing}, at most 1800 s" in process.stderr
+
+
+def test_a_rank_that_nobody_joins_gives_up(environment: pytest.MonkeyPatch, tiny_recipe: Path) -> None:
+    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    started = start("train", tiny_recipe, "--engine.timeout_s", 1)
+    assert started.wait() == EXIT_ENVIRONMENT
+    assert "rank 1 did not come within 1 s" in started.stderr
+    assert "Traceback" not in started.stderr
 
 
 @pytest.mark.slow
