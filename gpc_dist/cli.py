@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from gpc_dist import __version__, config, logs, schema
+from gpc_dist import __version__, batch, config, logs, schema
 from gpc_dist.commands import (
     bench,
     cancel,
@@ -64,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `gpc_dist.errors`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     others, dotted = _without_settings(words)
-    options, rest = build_parser().parse_known_args(others)
+    try:
+        options, rest = build_parser().parse_known_args(others)
+    except SystemExit as ended:  # argparse has said why
+        if ended.code:
+            batch.note_refusal("the command line is not valid")
+        raise
     command = COMMANDS[options.command]
     if not command.on_ranks:
         launch.forget_ranks()
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"gpc-dist: error: {error}", file=sys.stderr)
         if error.exit_code == EXIT_USAGE:
-            _note_refusal(str(error))
+            batch.note_refusal(str(error))
         return error.exit_code
     except OSError as error:  # a full disk, a folder that may not be read or written
         log.debug("where it happened", exc_info=True)
@@ -155,9 +158,3 @@ def _settings_help() -> str:
         lines.append(f"  --{key}  [{default}]")
         lines += [f"      {line}" for line in (field.description or "").splitlines()]
     return "\n".join(lines)
-
-
-def _note_refusal(reason: str) -> None:
-    """Tell the batch script that the job must not be tried again; see `slurm/job.sh`."""
-    if note := os.environ.get("GPC_DIST_REFUSAL"):
-        Path(note).write_text(reason + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import pytest
 
 from gpc_dist import cli, config, schema
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_USAGE
+from tests.conftest import gpc
 from tests.processes import cold_command
 
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "mlflow", "ray"}
@@ -170,3 +171,33 @@ def test_no_command_is_a_usage_error() -> None:
     done = cold_command()
     assert done.returncode == EXIT_USAGE
     assert "COMMAND" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["no-such-recipe"], ["demo", "--train.lrr", "1"], ["demo", "-q", "-v"], []]
+)
+def test_a_batch_script_is_told_what_would_fail_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("GPC_DIST_REFUSAL", str(tmp_path / "note"))
+    try:
+        code = gpc("train", *words)
+    except SystemExit as ended:  # as argparse does it
+        code = ended.code
+    assert code == EXIT_USAGE
+    assert (tmp_path / "note").read_text()
+
+
+def test_a_note_that_cannot_be_written_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPC_DIST_REFUSAL", str(tmp_path / "missing" / "note"))
+    assert gpc("train", "no-such-recipe") == EXIT_USAGE
+    assert capsys.readouterr().err.startswith("gpc-dist: error: no recipe 'no-such-recipe'")
+
+
+def test_help_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPC_DIST_REFUSAL", str(tmp_path / "note"))
+    with pytest.raises(SystemExit):
+        gpc("train", "--help")
+    assert not (tmp_path / "note").exists()

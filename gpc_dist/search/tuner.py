@@ -15,7 +15,8 @@ import yaml
 from ray import tune
 from ray.tune.stopper import CombinedStopper
 
-from gpc_dist import config, files
+from gpc_dist import batch, config, files
+from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
 from gpc_dist.runs.facts import collect_facts
 from gpc_dist.runs.folder import SearchFolder, State
@@ -62,12 +63,15 @@ def _search(
     spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], resume: bool, stop: StopRequest
 ) -> int:
     recording = start_exporter(folder.path) if spec.tracking.enabled else None
-    start_s = time.time()
+    start_s, begun = time.time(), _saved_steps(folder)
     try:
         with ray_cluster.connected(folder.path, stop):
             trials = 0 if stop.signal else _tune(spec, folder, *goal, resume, stop)
         if stop.signal:
             folder.write_status("stopped", stop.signal)
+            # but for the step in which a trial sees the request
+            if all(step <= begun.get(name, 0) + 1 for name, step in _saved_steps(folder).items()):
+                batch.note_idle()
             log.info("stopped by %s; go on with: gpc-dist tune %s --resume", stop.signal, folder.config)
             return EXIT_STOPPED
         return _close(folder, *goal, trials, start_s)
@@ -79,6 +83,12 @@ def _search(
         if recording:
             recording.finish(spec.tracking.finish_timeout_s)
             print(f"compare runs: {ui_command(tracking_uri(spec.tracking, folder.path))}")
+
+
+def _saved_steps(folder: SearchFolder) -> dict[str, int]:
+    """Return the step of each trial's newest state."""
+    newest = {trial.path.name: checkpoint.newest(trial.checkpoints) for trial in folder.begun_trials()}
+    return {name: checkpoint.step_of(path) for name, path in newest.items() if path is not None}
 
 
 def _tune(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from gpc_dist import files, logs
+from gpc_dist import batch, files, logs
 from gpc_dist.config import Config
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.memory import peak_memory_mib
@@ -64,6 +64,8 @@ class _Outcome:
     step: int
     stopped_by: str | None
     """The signal that requested the stop; None if the run is complete."""
+    idle: bool
+    """Nothing was done but the step in which the request was seen."""
     result: dict[str, Any]
     """Contents of `result.json`; empty on ranks above 0."""
 
@@ -142,14 +144,16 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
         validation=session.split(inputs.validation),
         saved=inputs.saved,
     )
+    begun, evaluated = run.position.step, run.position.evaluated_step
     with GpuTelemetry(partial(_telemetry_log, folder), enabled=world.local_rank == 0) as telemetry:
         stopped = _advance(run, stop)
     run.close()
     energy = world.gather(telemetry.energy_j)
     memory = world.gather(peak_memory_mib(world.device))
     stopped_by = (world.from_main(stop.signal) or "a signal on another rank") if stopped else None
+    idle = run.position.step <= begun + 1 and run.position.evaluated_step == evaluated
     if memory is None or energy is None:  # not the main rank
-        return _Outcome(run.position.step, stopped_by, {})
+        return _Outcome(run.position.step, stopped_by, idle, {})
     spent = [joules for joules in energy if joules is not None]
     first = run.speed.first_step_at_s
     measured = {
@@ -158,7 +162,7 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
         "first_step_s": None if first is None else first - started_s,
         "wall_s": time.time() - started_s,
     }
-    return _Outcome(run.position.step, stopped_by, run_result(run) | measured)
+    return _Outcome(run.position.step, stopped_by, idle, run_result(run) | measured)
 
 
 def _advance(run: Run, stop: StopRequest) -> bool:
@@ -218,6 +222,8 @@ def _record_outcome(inputs: _Inputs, exporter: ExporterProcess | None, outcome: 
     else:
         folder.write_status("stopped", f"{outcome.stopped_by} at step {outcome.step}")
         timeout_s = min(timeout_s, _STOPPED_TIMEOUT_S)
+        if outcome.idle:
+            batch.note_idle()
         log.info(
             "stopped by %s; state saved at step %d: the same command goes on from there",
             outcome.stopped_by,

@@ -22,6 +22,7 @@ SRUN = """#!/bin/bash
 printf '%s\\n' "$@" > "$FAKES/srun"
 env > "$FAKES/environment"
 [[ -z ${REFUSAL:-} ]] || echo "$REFUSAL" > "$GPC_DIST_REFUSAL"
+[[ -z ${IDLE:-} ]] || touch "$GPC_DIST_IDLE"
 if [[ ${CODE:-0} == wait ]]; then
   trap 'exit 75' USR2
   touch "$FAKES/waits"
@@ -30,6 +31,10 @@ fi
 exit "${CODE:-0}"
 """
 SCONTROL = """#!/bin/bash
+if [[ -n ${HOLD:-} && ! -e $FAKES/released ]]; then
+  touch "$FAKES/held"
+  until [[ -e $FAKES/released ]]; do sleep 0.02; done
+fi
 case "$1 $2" in
   "show hostnames") printf 'node07\\nnode08\\n' ;;
   "show job")
@@ -208,6 +213,139 @@ def test_a_warning_is_passed_on_and_the_job_requeued(start: Start, tmp_path: Pat
 
 
 @both
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_stop_that_comes_first_of_all(
+    start: Start, tmp_path: Path, script: str, number: signal.Signals
+) -> None:
+    """While the script still looks for what it shares with the other one."""
+    process = start(script, "rte", HOLD="yes")
+    wait_until((tmp_path / "held").exists)
+    process.send_signal(number)
+    (tmp_path / "released").touch()
+    said, _ = process.communicate()
+    assert process.returncode == 75, said
+    assert "asked to stop" in said
+    assert asked(tmp_path) == ["requeue 12"]
+    assert not (tmp_path / "srun").exists()
+
+
+@both
+@pytest.mark.parametrize(
+    ("number", "state", "requeued"),
+    [
+        (signal.SIGUSR2, "RUNNING", True),
+        (signal.SIGTERM, "RUNNING", True),  # preempted, with a grace time
+        (signal.SIGTERM, "CANCELLED", False),
+    ],
+)
+def test_a_stop_while_the_users_setup_is_sourced(
+    start: Start, tmp_path: Path, script: str, number: signal.Signals, state: str, requeued: bool
+) -> None:
+    setup = tmp_path / "setup"
+    setup.write_text("touch $FAKES/sourcing\nwhile :; do sleep 0.02; done\n")
+    process = start(script, "rte", GPC_DIST_SETUP=str(setup), STATE=state)
+    wait_until((tmp_path / "sourcing").exists)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    assert process.returncode == 75, said
+    assert "asked to stop" in said
+    assert asked(tmp_path) == (["requeue 12"] if requeued else [])
+    assert not (tmp_path / "srun").exists()
+
+
+@both
+def test_a_job_that_gets_nowhere_is_given_up(run: Run, tmp_path: Path, script: str) -> None:
+    stopped = {"CODE": "75", "IDLE": "yes"}
+    for number in (1, 2):
+        said = run(script, "rte", **stopped)[1]
+        assert f"failure {number}, stopped before it got anywhere: requeued" in said
+    assert "stopped on request: requeued" in run(script, "rte", CODE="75")[1]  # it has got somewhere
+    for number in (1, 2, 3):
+        assert f"failure {number}, " in run(script, "rte", **stopped)[1]
+    code, said = run(script, "rte", **stopped)
+    assert code == 75
+    assert "given up after 4 failures" in said
+    assert "give it a longer --time, or a shorter warning" in said
+    assert asked(tmp_path) == ["requeue 12"] * 6
+    assert "failure 1, " in run(script, "rte", **stopped)[1]  # requeued by hand
+
+
+def _no_folder(place: Path) -> Path:
+    return place / "missing"
+
+
+def _no_room(place: Path) -> Path:
+    (place / ".gpc-dist-jobs").mkdir()
+    (place / ".gpc-dist-jobs" / "12.starts").symlink_to("/dev/full")
+    return place
+
+
+def _not_writable(place: Path) -> Path:
+    (place / ".gpc-dist-jobs").touch()
+    return place
+
+
+@both
+@pytest.mark.parametrize("submit_folder", [_no_folder, _not_writable, _no_room])
+def test_where_failures_cannot_be_counted_restarts_are(
+    run: Run, tmp_path: Path, script: str, submit_folder: Callable[[Path], Path]
+) -> None:
+    place = {"SLURM_SUBMIT_DIR": str(submit_folder(tmp_path)), "TMPDIR": str(tmp_path / "local")}
+    (tmp_path / "local").mkdir()
+
+    def start_again(restarts: int, **given: str) -> str:
+        return run(script, "rte", SLURM_RESTART_COUNT=str(restarts), **place, **given)[1]
+
+    for restarts in (0, 1, 2):
+        said = start_again(restarts, CODE="1")
+        assert "restarts are counted in place of failures" in said
+        assert f"failure {restarts + 1}: requeued" in said
+    assert "given up after 4 failures" in start_again(3, CODE="1")
+    assert "given up after 9 failures" in start_again(8, CODE="75", IDLE="yes")
+    assert asked(tmp_path) == ["requeue 12"] * 3
+    assert "not requeued: it would fail again" in start_again(0, CODE="2", REFUSAL="no such column")
+    assert "stopped on request: requeued" in start_again(8, CODE="75")
+    assert list((tmp_path / "local").iterdir()) == []
+
+
+@both
+def test_notes_that_are_lost_do_not_keep_a_job_alive(run: Run, tmp_path: Path, script: str) -> None:
+    """The folder is another one on each node, or is emptied."""
+    for restarts in range(4):
+        shutil.rmtree(tmp_path / ".gpc-dist-jobs", ignore_errors=True)
+        said = run(script, "rte", SLURM_RESTART_COUNT=str(restarts), CODE="1")[1]
+    assert "given up after 4 failures" in said
+
+
+@both
+def test_starts_that_slurm_ended_are_no_failures(run: Run, tmp_path: Path, script: str) -> None:
+    for restarts in range(5):
+        run(script, "rte", SLURM_RESTART_COUNT=str(restarts), CODE="1", STATE="COMPLETING")
+    assert "failure 1: requeued" in run(script, "rte", SLURM_RESTART_COUNT="5", CODE="1")[1]
+
+
+@both
+def test_the_step_gets_what_the_script_has(run: Run, tmp_path: Path, script: str) -> None:
+    """sbatch leaves its --export for srun."""
+    for value in ("NONE", "GPC_DIST_SETUP"):
+        assert run(script, "rte", SLURM_EXPORT_ENV=value)[0] == 0
+        assert "SLURM_EXPORT_ENV" not in environment(tmp_path)
+
+
+@both
+def test_a_copy_of_the_program_beside_the_script_is_run(run: Run, tmp_path: Path, script: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(ROOT / "slurm", folder)
+    (folder / "gpc_dist").mkdir()
+    for given, expected in (({}, str(folder)), ({"PYTHONPATH": "/mine"}, f"{folder}:/mine")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PYTHONPATH", raising=False)
+            assert run(script, "rte", COMMAND=f"{folder / script} rte", **given)[0] == 0
+        found = environment(tmp_path)
+        assert (found["PYTHONPATH"], found["PYTHONSAFEPATH"]) == (expected, "1")
+
+
+@both
 def test_a_script_without_arguments_says_what_it_wants(run: Run, tmp_path: Path, script: str) -> None:
     code, said = run(script)
     assert code == 2
@@ -236,6 +374,9 @@ def test_a_script_alone_says_what_it_lacks(run: Run, tmp_path: Path, script: str
 
 @both
 def test_the_users_setup_is_sourced(run: Run, tmp_path: Path, script: str) -> None:
-    (tmp_path / "setup").write_text("export NCCL_SOCKET_IFNAME=ib0\n")
+    # with a variable that is not set, as such files have, and names that a script might use
+    (tmp_path / "setup").write_text(
+        "export NCCL_SOCKET_IFNAME=ib0$NOT_SET job=mine folder=mine\nsay() { exit 9; }\n"
+    )
     assert run(script, "rte", GPC_DIST_SETUP=str(tmp_path / "setup"))[0] == 0
     assert environment(tmp_path)["NCCL_SOCKET_IFNAME"] == "ib0"

@@ -121,16 +121,77 @@ def test_tasks_of_a_node_are_ranks(slurm: SlurmLab, tiny_recipe: Path, tmp_path:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 4
 
 
+def launcher(folder: Path, text: str) -> Path:
+    """A program in the place of `gpc-dist`."""
+    path = folder / "launcher"
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 def test_each_gpu_of_a_node_has_a_rank(slurm: SlurmLab, tmp_path: Path) -> None:
-    """What a rank finds, noted by a launcher in the program's place."""
-    launcher = tmp_path / "launcher"
-    launcher.write_text("#!/bin/bash\necho $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID > rank-$SLURM_PROCID\n")
-    launcher.chmod(0o755)
-    environment = f"--export=ALL,GPC_DIST_LAUNCHER={launcher}"
-    job = slurm.submit("--nodes=2", "--gpus-per-node=2", environment, SCRIPT, "rte", cwd=tmp_path)
+    """What a rank finds, of a job that gets nothing of the submitting shell's environment."""
+    note = launcher(
+        tmp_path, "echo $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $MASTER_ADDR $MINE > rank-$SLURM_PROCID"
+    )
+    scripts = tmp_path / "scripts"
+    shutil.copytree(SCRIPT.parent, scripts)
+    (scripts / "setup").write_text(f"export MINE=here\nGPC_DIST_LAUNCHER={note}\n")
+    own = SCRIPT.read_text().replace(
+        "set -uo pipefail", f"GPC_DIST_SETUP={scripts / 'setup'}\nset -uo pipefail"
+    )
+    (scripts / SCRIPT.name).write_text(own)
+    options = ("--nodes=2", "--gpus-per-node=2", "--export=NONE")
+    job = slurm.submit(*options, scripts / SCRIPT.name, "rte", cwd=tmp_path)
     assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
     found = {file.name: file.read_text().split() for file in tmp_path.glob("rank-*")}
-    assert found == {f"rank-{rank}": [str(rank), "4", str(rank % 2)] for rank in range(4)}
+    assert found == {f"rank-{rank}": [str(rank), "4", str(rank % 2), "node01", "here"] for rank in range(4)}
+
+
+def test_a_task_of_an_array_restarts_alone(slurm: SlurmLab, tmp_path: Path) -> None:
+    """One is stopped while another waits; the last one, whose id is the array's, while others run and have ended."""
+    stand_in = launcher(
+        tmp_path,
+        "trap 'exit 75' USR2\n"
+        "touch started-$SLURM_ARRAY_TASK_ID-${SLURM_RESTART_COUNT:-0}\n"
+        "until [[ -e go-$SLURM_ARRAY_TASK_ID ]]; do sleep 0.1; done",
+    )
+    (tmp_path / "setup").write_text(
+        "[[ $SLURM_ARRAY_TASK_ID != 0 || -n $SLURM_RESTART_COUNT ]] || touch sourcing\n"
+        "while [[ -e sourcing && $SLURM_ARRAY_TASK_ID == 0 && -z $SLURM_RESTART_COUNT ]]; do sleep 0.1; done\n"
+    )
+    environment = f"--export=ALL,GPC_DIST_LAUNCHER={stand_in},GPC_DIST_SETUP={tmp_path / 'setup'}"
+    job = slurm.submit("--array=0-2%2", environment, SCRIPT, "rte", cwd=tmp_path)
+
+    def started(task: int, restarts: int) -> None:
+        wait_until((tmp_path / f"started-{task}-{restarts}").exists, failed=lambda: log_of(tmp_path))
+
+    def stop(task: int) -> None:
+        slurm.call("scancel", "--batch", "--signal=USR2", f"{job}_{task}")
+
+    def state(task: int) -> str:
+        return slurm.job(f"{job}_{task}")["JobState"]
+
+    def finish(task: int) -> None:
+        (tmp_path / f"go-{task}").touch()
+        assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED", log_of(tmp_path)
+
+    started(1, 0)
+    wait_until((tmp_path / "sourcing").exists, failed=lambda: log_of(tmp_path))
+    assert state(2) == "PENDING"
+    stop(0)  # its setup is being sourced
+    started(2, 0)
+    assert slurm.job(f"{job}_2")["JobId"] == job
+    stop(2)
+    started(0, 1)
+    assert state(1) == "RUNNING"
+    finish(0)
+    started(2, 1)
+    finish(1)
+    stop(2)
+    started(2, 2)
+    finish(2)
+    assert [slurm.job(f"{job}_{task}")["Restarts"] for task in range(3)] == ["1", "0", "2"]
 
 
 def test_time_limit(near_its_limit: tuple[str, Path], slurm: SlurmLab, undisturbed: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 
-from gpc_dist import cli
-from gpc_dist.errors import EXIT_USAGE
+from gpc_dist import cli, files
+from gpc_dist.distributed import checkpoint
+from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE
 from gpc_dist.runs.folder import SearchFolder
+from gpc_dist.search import tuner
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import command, start, start_call, wait_until
@@ -277,6 +279,7 @@ def test_a_stopped_search_goes_on(
     search = place / "searches" / "mine"
     hold = Hold(search / "trials" / "000", 10)
     monkeypatch.chdir(place)
+    monkeypatch.setenv("GPC_DIST_IDLE", str(place / "idle"))
     driver = start_call(tune_and_note, [str(path)], place / "note")
     hold.wait(lambda: driver.stdout + driver.stderr)
     driver.send_signal(signal.SIGTERM)  # which Ray would take for itself
@@ -284,11 +287,35 @@ def test_a_stopped_search_goes_on(
     hold.release()
     assert driver.wait() == 75, driver.stdout + driver.stderr
     assert "stopped by SIGTERM; go on with" in driver.stderr
+    assert not (place / "idle").exists()
     assert read(search / "status.json")["state"] == "stopped"
     for trial in trials(search).values():
         assert saved(trial) >= reached(trial)
     tune(place, shared_ray, search / "search.yaml", "--resume")
     assert {max(losses(path)) for path in trials(search).values()} == {60}
+
+
+@pytest.mark.parametrize(("steps", "idle"), [((), True), ((1,), True), ((1, 5), False)])
+def test_a_start_of_a_search_that_gets_nowhere_says_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], idle: bool
+) -> None:
+    """Without Ray: the states that its trials have saved when it has been stopped."""
+    monkeypatch.setenv("GPC_DIST_IDLE", str(place / "note"))
+    monkeypatch.chdir(place)
+
+    def stopped_at(*_: object) -> int:
+        for number, step in enumerate(steps):
+            trial = SearchFolder("searches/mine").trial(f"{number:03d}")
+            for file in (trial.config, trial.trial, trial.status):
+                files.write_text(file, "{}")
+            checkpoint.save(trial.checkpoints, checkpoint.Checkpoint(step, {}, [], {}))
+        return len(steps)
+
+    monkeypatch.setattr(tuner, "_connect", lambda: None)
+    monkeypatch.setattr(tuner, "_interrupt_on_signals", lambda: ["SIGUSR2"])
+    monkeypatch.setattr(tuner, "_tune", stopped_at)
+    assert gpc("tune", write_search(place)) == EXIT_STOPPED
+    assert (place / "note").exists() == idle
 
 
 def test_a_trial_whose_ranks_die_is_tried_again(place: Path, shared_ray: dict[str, str]) -> None:

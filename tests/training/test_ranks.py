@@ -209,9 +209,10 @@ def evaluations(run: Path) -> list[tuple[int, float]]:
 
 
 def test_a_stop_does_not_wait_for_an_evaluation(
-    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
+    monkeypatch.setenv("GPC_DIST_IDLE", str(tmp_path / "note"))
     hold = Hold(folder, 4)  # after which it evaluates
     ranks = start_on_ranks(2, cli.main, ["train", str(tiny_recipe), "--run.dir", str(folder)])
     hold.wait()
@@ -220,6 +221,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(
     assert ranks[0].wait() == 75, ranks[0].stderr
     assert ranks[1].wait() == 0, ranks[1].stderr  # the main rank alone speaks of a stop
     assert "stopped by SIGTERM" in ranks[0].stderr
+    assert not (tmp_path / "note").exists()  # it has got somewhere
     assert sorted(losses(folder)) == [1, 2, 3, 4]
     assert evaluations(folder) == []
     train(tiny_recipe, folder, 2, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from gpc_dist import config, schema
 from gpc_dist.distributed import checkpoint
-from gpc_dist.errors import EXIT_USAGE, UserError
+from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE, UserError
 from gpc_dist.training.state import saved_state
+from gpc_dist.training.stop import StopRequest
+from gpc_dist.training.train import run_training
 from tests.conftest import gpc, losses
 
 
@@ -57,6 +60,24 @@ def test_the_written_configuration_is_complete_and_makes_the_same_run(run: Path,
     assert {f"{s}.{k}" for s, section in tree.items() for k in section} == set(schema.all_keys(config.Config))
     assert gpc("train", run / "config.yaml", "--run.dir", tmp_path / "again") == 0
     assert losses(tmp_path / "again") == losses(run)
+
+
+def test_a_start_that_gets_nowhere_says_so(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the batch script, which has the job tried again a few times only."""
+    note = tmp_path / "note"
+    monkeypatch.setenv("GPC_DIST_IDLE", str(note))
+    built = config.load(str(tiny_recipe), {"run.dir": str(tmp_path / "run")})
+    for step in (1, 2):
+        stop = StopRequest()
+        stop.signal = "SIGUSR2"
+        assert run_training(built, time.time(), ["gpc-dist"], stop) == EXIT_STOPPED
+        assert max(losses(tmp_path / "run")) == step
+        assert note.exists()
+        note.unlink()
+    monkeypatch.setenv("GPC_DIST_IDLE", str(tmp_path / "missing" / "note"))  # as in a container
+    assert run_training(built, time.time(), ["gpc-dist"], stop) == EXIT_STOPPED
 
 
 def test_evaluation_stands_in_the_metrics_by_step(run: Path) -> None:
