@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from gpc_dist import config, files
+from gpc_dist.cluster import slurm
 from gpc_dist.cluster.job_record import RECIPE, SEARCH
 from gpc_dist.cluster.submit import Member
 from gpc_dist.config import Config
@@ -30,15 +31,15 @@ def seeds(recipe: str, overrides: dict[str, str], text: str) -> list[Member]:
     Raises:
         UserError: `text` is not such a list, or names a seed twice.
     """
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    found = slurm.numbers(text)
+    if found is None:
         raise UserError(f"--seeds '{text}' is no list of seeds: give 0-3, or 1,5,7")
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
     if len(found) != len(set(found)) or not found:
         raise UserError(f"--seeds '{text}' names a seed twice, or none")
-    return [_of_array(recipe, overrides | {"run.seed": str(seed)}, seed, "seed-") for seed in found]
+    return [
+        _of_array(recipe, overrides | {"run.seed": str(seed)}, task, f"seed-{seed}")
+        for task, seed in enumerate(found)
+    ]
 
 
 def lines(recipe: str, overrides: dict[str, str], file: Path) -> list[Member]:
@@ -62,7 +63,7 @@ def lines(recipe: str, overrides: dict[str, str], file: Path) -> list[Member]:
                 ) from None
     if not each:
         raise UserError(f"--array {file} has no settings: give one line of --section.key VALUE for each run")
-    return [_of_array(recipe, overrides | own, task) for task, own in enumerate(each)]
+    return [_of_array(recipe, overrides | own, task, str(task)) for task, own in enumerate(each)]
 
 
 def search(spec: SearchSpec) -> list[Member]:
@@ -73,25 +74,52 @@ def search(spec: SearchSpec) -> list[Member]:
     """
     space.validate(spec)
     folder = SearchFolder(spec.folder)
-    fixed = spec.model_copy(update={"dir": folder.path, "recipe": RECIPE})
-    recipe = yaml.safe_dump(config.recipe_tree(spec.recipe), sort_keys=False, allow_unicode=True)
-    return [
-        Member(None, spec.name, folder, space.base_config(spec), {SEARCH: fixed.to_yaml(), RECIPE: recipe})
-    ]
+    kept: dict[str, str] = {}
+    tree = spec.model_copy(update={"dir": folder.path, "recipe": RECIPE}).model_dump(mode="json")
+    fixed = SearchSpec.model_validate(_with_kept(tree, "engine.ds_config", folder, kept))
+    recipe = _with_kept(config.recipe_tree(spec.recipe), "ds_config", folder, kept)
+    kept |= {SEARCH: fixed.to_yaml(), RECIPE: yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}
+    return [Member(None, spec.name, folder, space.base_config(spec), kept)]
 
 
 def _run(task: int | None, built: Config) -> Member:
-    folder = RunFolder(built.run.folder)
-    fixed = built.model_copy(update={"run": built.run.model_copy(update={"dir": folder.path})})
-    return Member(task, built.run.name, folder, built, {RECIPE: fixed.to_yaml()})
+    folder, kept = RunFolder(built.run.folder), dict[str, str]()
+    tree = _with_kept(built.dump(), "ds_config", folder, kept)
+    tree["run"]["dir"] = str(folder.path)
+    kept[RECIPE] = config.build(tree).to_yaml()
+    return Member(task, built.run.name, folder, built, kept)
 
 
-def _of_array(recipe: str, overrides: dict[str, str], task: int, prefix: str = "") -> Member:
+def _with_kept(tree: Any, key: str, folder: RunFolder, kept: dict[str, str], inside: bool = False) -> Any:
+    """A tree in which this key names the kept copies of the user's DeepSpeed files.
+
+    Args:
+        kept: gets their texts, see `Member.kept`.
+
+    Raises:
+        UserError: there is no such file, or it is not valid.
+    """
+    if isinstance(tree, dict):
+        return {k: _with_kept(v, key, folder, kept, inside or k == key) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_with_kept(each, key, folder, kept, inside) for each in tree]
+    if not (inside and isinstance(tree, str) and tree.endswith(".json")):
+        return tree
+    from gpc_dist.distributed import deepspeed_config  # late, because it brings torch
+
+    deepspeed_config.read(tree)
+    text, name = Path(tree).read_text(encoding="utf-8"), Path(tree).name
+    while kept.setdefault(f"ds_configs/{name}", text) != text:  # of another folder
+        name = f"other-{name}"
+    return str(folder.job / "ds_configs" / name)
+
+
+def _of_array(recipe: str, overrides: dict[str, str], task: int, own_name: str) -> Member:
     """A member of an array. Its folder is inside `run.dir` if that is given, else beside the usual one."""
     plain = config.load(recipe, overrides)
-    own = {"run.name": f"{plain.run.name}-{prefix}{task}"}
+    own = {"run.name": f"{plain.run.name}-{own_name}"}
     if plain.run.dir is not None:
-        own["run.dir"] = str(plain.run.dir / f"{prefix}{task}")
+        own["run.dir"] = str(plain.run.dir / own_name)
     if plain.tracking.group is None:
         own["tracking.group"] = plain.run.name
     return _run(task, config.load(recipe, overrides | own))

@@ -134,6 +134,12 @@ def _gpus(gres: str) -> tuple[int, str]:
     return sum(int(count) for _, count in found), next((kind for kind, _ in found if kind), "")
 
 
+def largest_array() -> int | None:
+    """The most tasks that an array of this cluster can have; None if Slurm does not say."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
 def seconds(limit: str) -> int | None:
     """Seconds of a time limit in Slurm's notation (`90`, `1:30:00`, `2-12:00:00`); None for no limit.
 
@@ -152,6 +158,16 @@ def seconds(limit: str) -> int | None:
     else:
         units = [60] if len(given) == 1 else [60, 1] if len(given) == 2 else [3600, 60, 1]
     return 86400 * (days or 0) + sum(unit * part for unit, part in zip(units, given, strict=False))
+
+
+def numbers(text: str) -> list[int] | None:
+    """The numbers of a list in Slurm's notation (`0-3`, `1,5,7`, `0-9:3`); None if `text` is no such list."""
+    if not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*", text):
+        return None
+    found: list[int] = []
+    for first, last, by in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", text):
+        found += range(int(first), int(last or first) + 1, max(1, int(by or 1)))
+    return found
 
 
 def submit(options: Sequence[str], script: Path, arguments: Sequence[str]) -> str:

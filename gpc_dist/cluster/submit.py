@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 import shlex
 import shutil
 import time
@@ -15,7 +15,9 @@ from gpc_dist import files
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.follow import follow
 from gpc_dist.cluster.job_record import RECIPE, SEARCH, JobRecord, job_id, write_record
+from gpc_dist.cluster.options import asked, check_array, check_warning
 from gpc_dist.cluster.resources import Resources
+from gpc_dist.cluster.snapshot import SHARED, copy_program
 from gpc_dist.config import Config
 from gpc_dist.errors import EXIT_DONE, UserError
 from gpc_dist.runs.facts import git_revision
@@ -24,10 +26,7 @@ from gpc_dist.shipped import shipped_folder
 from gpc_dist.tracking.store import tracking_uri, ui_command
 
 TASK = "{task}"
-"""Placeholder for the number of an array task; `slurm/train.sbatch` replaces it."""
-
-SHARED = "job.sh"
-"""File that a batch script sources from its own folder."""
+"""Placeholder for the number of an array's task; `slurm/train.sbatch` replaces it."""
 
 _GIVEN = {"train": RECIPE, "tune": SEARCH}
 
@@ -37,7 +36,7 @@ class Member:
     """One run, or one search, of a submission."""
 
     task: int | None
-    """Number in the job array; None without an array."""
+    """Place in the job array, from 0; None without an array."""
     name: str
     folder: RunFolder
     config: Config
@@ -53,6 +52,7 @@ def run_submission(
     command: Sequence[str],
     dry_run: bool,
     wait: bool,
+    snapshot: bool,
 ) -> int:
     """Submit one run, an array of runs, or one search; return the exit code.
 
@@ -61,6 +61,7 @@ def run_submission(
         command: the user's command line, for the record.
         dry_run: print what would be submitted, and write nothing.
         wait: print the log until the job ends; not for an array.
+        snapshot: let the job run a copy of this program as it is now.
 
     Raises:
         UserError: a run has a job already, its input is missing, or the cluster refuses; nothing was submitted.
@@ -71,55 +72,54 @@ def run_submission(
             "--follow shows one log, and an array has several: leave it out, and see gpc-dist jobs"
         )
     partition = resources.check(slurm.partitions())
+    script = shipped_folder("slurm") / f"{what}.sbatch"
+    options = replace(resources, partition=partition.name).options()
+    given = asked(script, options)
+    check_warning(given)
+    throttle = check_array(given, None if first.task is None else len(members))
+    if first.task is not None and (most := slurm.largest_array()) and len(members) > most:
+        raise UserError(
+            f"{len(members)} runs are more than this cluster takes in one array ({most}: MaxArraySize): submit them in "
+            "parts"
+        )
     for member in members:
         _check(member)
-    script = shipped_folder("slurm") / f"{what}.sbatch"
-    log = _template(members) / "job" / ("%A.log" if first.task is not None else "%j.log")
-    options = replace(resources, partition=partition.name).options() + _naming(members, log)
-    arguments = [str(log.with_name(_GIVEN[what]))]
-    if first.task is not None:
-        arguments += ["--tracking.group", str(first.config.tracking.group)]
+    if first.task is None:
+        options += [f"--job-name=gpc-{first.name}", f"--output={first.folder.job / '%j.log'}"]
+        arguments = [str(first.folder.job / _GIVEN[what])]
+    else:
+        group, links = str(first.config.tracking.group), _links(members)
+        options += [f"--job-name=gpc-{group}", f"--output={links / '%a' / '%A.log'}"]
+        options += [f"--array=0-{len(members) - 1}{throttle}"]
+        arguments = [str(links / TASK / _GIVEN[what]), "--tracking.group", group]
     slurm.try_out(options, script, arguments)
     if dry_run:
         words = ["sbatch", *options, str(script), *arguments]
         print(f"{shlex.join(words)}\n\n# {script}\n{script.read_text(encoding='utf-8')}")
         return EXIT_DONE
     for member in members:
-        _snapshot(member, script)
-    script = first.folder.job / script.name
+        _keep(member, script)
+    if first.task is not None:
+        _link(members)
+    script = (copy_program(first.folder.job) if snapshot else first.folder.job) / script.name
     words = ["sbatch", *options, str(script), *arguments]
     job = slurm.submit(options, script, arguments)
     code = git_revision(Path.cwd())
     for member in members:
-        number, path = job, str(log).replace("%j", job).replace("%A", job)
-        if member.task is not None:
-            number, path = f"{job}_{member.task}", path.replace(TASK, str(member.task))
         record = JobRecord(
-            job_id=number,
-            log=path,
+            job_id=job if member.task is None else f"{job}_{member.task}",
+            log=str(member.folder.job / f"{job}.log"),
             submitted_s=time.time(),
             command=list(command),
             sbatch=words,
             code=code,
         )
         write_record(member.folder, record)
-        print(f"job {number}: {member.folder}\n  log: {path}")
+        print(f"job {record.job_id}: {member.folder}\n  log: {record.log}")
     if first.config.tracking.enabled:
         print(f"compare runs: {ui_command(tracking_uri(first.config.tracking, first.folder.path))}")
     print(f"see gpc-dist jobs; end with: gpc-dist cancel {job}")
     return follow(first.folder, job) if wait else EXIT_DONE
-
-
-def _naming(members: Sequence[Member], log: Path) -> list[str]:
-    """Options of sbatch for the job's name, log and array."""
-    first = members[0]
-    if first.task is None:
-        return [f"--job-name=gpc-{first.name}", f"--output={log}"]
-    return [
-        f"--job-name=gpc-{first.config.tracking.group}",
-        f"--output={str(log).replace(TASK, '%a')}",
-        f"--array={','.join(str(member.task) for member in members)}",
-    ]
 
 
 def _check(member: Member) -> None:
@@ -144,16 +144,25 @@ def _check(member: Member) -> None:
         )
 
 
-def _template(members: Sequence[Member]) -> Path:
-    """The members' folder with `{task}` in place of the task's number."""
-    path = members[0].folder.path
-    if members[0].task is None:
-        return path
-    name = re.sub(rf"{members[0].task}$", TASK, path.name)
-    return path.with_name(name)
+def _links(members: Sequence[Member]) -> Path:
+    """The folder that leads from the tasks of an array to their members' folders `job/`: a task has only its number.
+
+    Its name depends on the members, since tasks of an earlier array with other members may be waiting still.
+    """
+    digest = hashlib.sha256("\n".join(str(member.folder) for member in members).encode()).hexdigest()
+    return members[0].folder.job / f"array-{digest[:8]}"
 
 
-def _snapshot(member: Member, script: Path) -> None:
+def _link(members: Sequence[Member]) -> None:
+    links = _links(members)
+    links.mkdir(exist_ok=True)
+    for member in members:
+        link = links / str(member.task)
+        if not link.is_symlink():
+            link.symlink_to(member.folder.job)
+
+
+def _keep(member: Member, script: Path) -> None:
     """Copy the configuration and the scripts to `job/`: they may change before the job starts."""
     for name, text in member.kept.items():
         files.write_text(member.folder.job / name, text)

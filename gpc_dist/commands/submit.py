@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a job array with one run for each line of settings in a file",
     )
+    add(
+        "--snapshot",
+        action="store_true",
+        help="the job runs a copy of this program as it is now, whatever becomes of an editable installation",
+    )
     add("--dry-run", action="store_true", help="show what would be submitted")
     add("--follow", action="store_true", help="print the log until the job ends")
 
@@ -84,7 +89,15 @@ def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
         else:
             chosen = members.single(options.recipe, settings)
     command = ["gpc-dist", *words]
-    return run_submission(options.what, chosen, resources, command, options.dry_run, options.follow)
+    return run_submission(
+        options.what,
+        chosen,
+        resources,
+        command,
+        dry_run=options.dry_run,
+        wait=options.follow,
+        snapshot=options.snapshot,
+    )
 
 
 def _resources(options: Any) -> Resources:

@@ -31,7 +31,7 @@ def resolve(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, An
         UserError: no such file, invalid JSON, or a file whose ZeRO stage is not the configuration's.
     """
     engine, train = config.engine, config.train
-    values = _read(engine)
+    values = read(engine.ds_config or regime(engine))
     # DeepSpeed shards the frozen encoder; the adapter has an optimizer of its own (distributed/optimizer.py)
     values.pop("optimizer", None)
     zero = values.get("zero_optimization", {})
@@ -57,8 +57,12 @@ def resolve(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, An
     return values
 
 
-def _read(config: EngineConfig) -> dict[str, Any]:
-    name = config.ds_config or regime(config)
+def read(name: str) -> dict[str, Any]:
+    """The values of a DeepSpeed JSON: a packaged regime, or a path.
+
+    Raises:
+        UserError: no such file, or invalid JSON.
+    """
     path = Path(name) if name.endswith(".json") else shipped_folder("ds_configs") / f"{name}.json"
     if not path.is_file():
         raise UserError(f"engine.ds_config '{name}' is neither a JSON file nor one of {', '.join(regimes())}")

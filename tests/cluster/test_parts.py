@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from gpc_dist.cluster import job_record, jobs, members, slurm
+from gpc_dist import config, files
+from gpc_dist.cluster import job_record, jobs, members, options, slurm, snapshot, submit
 from gpc_dist.cluster.resources import Resources
+from gpc_dist.distributed import deepspeed_config
 from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.search import space, spec
+from gpc_dist.shipped import SHIPPED, shipped_folder
 from tests.conftest import gpc
 
 
@@ -86,6 +95,14 @@ def test_nodes_of_a_partition_may_differ(says: Callable[[str, str], None]) -> No
     ]
 
 
+def test_the_size_of_an_array(says: Callable[[str, str], None]) -> None:
+    says(
+        "scontrol",
+        "MailProg                = /bin/mail\nMaxArraySize            = 1001\nMaxJobCount  = 10000\n",
+    )
+    assert slurm.largest_array() == 1001
+
+
 def test_options_of_sbatch() -> None:
     asked = Resources(
         nodes=2, gpus_per_node=8, cpus_per_rank=6, dependency="afterok:7", others=("--exclusive",)
@@ -98,9 +115,20 @@ def test_options_of_sbatch() -> None:
     assert asked.options() == ["--nodes=1", "--ntasks-per-node=4", "--mincpus=8", "--time=30"]
 
 
-@pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5,8-9", [1, 5, 8, 9])])
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("0-3", [0, 1, 2, 3]),
+        ("7", [7]),
+        ("1,5,8-9", [1, 5, 8, 9]),
+        ("42,1337,20240", [42, 1337, 20240]),
+        ("9,0-6:3", [9, 0, 3, 6]),
+    ],
+)
 def test_seeds(text: str, seeds: list[int]) -> None:
+    """A task's number is its place: Slurm allows numbers up to 1000."""
     found = members.seeds("rte", {"data.path": "demo"}, text)
+    assert [member.task for member in found] == list(range(len(seeds)))
     assert [member.config.run.seed for member in found] == seeds
     assert [str(member.config.run.folder) for member in found] == [f"runs/rte-seed-{s}" for s in seeds]
     assert {member.config.tracking.group for member in found} == {"rte"}
@@ -135,6 +163,141 @@ def test_lines_that_are_no_settings_are_named(tmp_path: Path, content: bytes, me
     (tmp_path / "array.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         members.lines("rte", {}, tmp_path / "array.txt")
+
+
+def test_members_of_an_array_may_have_folders_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("--run.dir a\n--run.dir b/c\n--train.lr 0.1\n")
+    found = members.lines("rte", {"data.path": "demo"}, tmp_path / "settings")
+    assert [str(member.config.run.folder) for member in found] == ["a/0", "b/c/1", "runs/rte-2"]
+
+
+def test_tasks_of_an_array_find_their_members(tmp_path: Path) -> None:
+    def array(text: str) -> list[submit.Member]:
+        found = members.seeds("rte", {"data.path": "demo", "run.dir": str(tmp_path)}, text)
+        for member in found:
+            member.folder.job.mkdir(parents=True, exist_ok=True)
+        submit._link(found)
+        return found
+
+    first = array("42,1337")
+    # submitted when task 1 of the other one may wait still
+    second = array("42,7")
+    for found in (first, second):
+        for member in found:
+            link = submit._links(found) / str(member.task)
+            assert link.resolve() == member.folder.job
+    assert submit._links(first) != submit._links(second)
+
+
+SCRIPT = shipped_folder("slurm") / "train.sbatch"
+
+
+def test_the_last_of_an_option_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options.asked(SCRIPT, []) == options.Asked("04:00:00", "B:USR2@180", None)
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "30")
+    monkeypatch.setenv("SBATCH_ARRAY_INX", "0-9")
+    given = ["--nodes=2", "--signal=B:USR2@60", "--exclusive", "--time-min=1"]
+    assert options.asked(SCRIPT, given) == options.Asked("30", "B:USR2@60", "0-9")
+    given += ["-t5", "--array", "0-3%2", "--signal", "USR2@20"]
+    assert options.asked(SCRIPT, given) == options.Asked("5", "USR2@20", "0-3%2")
+    with pytest.raises(UserError, match="--time: expected one argument"):
+        options.asked(SCRIPT, ["--time"])
+
+
+@pytest.mark.parametrize(
+    ("time", "signal"), [("2", "B:USR2@180"), ("4", "B:USR2@180"), ("02:00:00", "B:USR2@7200"), ("2", "USR2")]
+)
+def test_a_warning_that_takes_all_of_the_time(time: str, signal: str) -> None:
+    with pytest.raises(UserError, match=f"--time {time} .* leaves no time to train") as error:
+        options.check_warning(options.Asked(time, signal, None))
+    found = re.search(r"give --time (\d+) or more", str(error.value))
+    assert found
+    options.check_warning(options.Asked(found[1], signal, None))
+
+
+@pytest.mark.parametrize(
+    ("time", "signal"), [("5", "B:USR2@180"), ("2", "B:USR2@30"), ("0", "B:USR2@180"), ("infinite", "USR2@9")]
+)
+def test_a_warning_that_leaves_time(time: str, signal: str) -> None:
+    options.check_warning(options.Asked(time, signal, None))
+
+
+def test_an_array_keeps_its_throttle() -> None:
+    def throttle(array: str | None, runs: int | None) -> str:
+        return options.check_array(options.Asked(None, None, array), runs)
+
+    assert [throttle(array, 4) for array in (None, "0-3", "0-3%2", "0,1,2,3%1")] == ["", "", "%2", "%1"]
+    assert throttle(None, None) == ""
+    for array in ("0-4%2", "0-3,7", "a"):
+        with pytest.raises(UserError, match="is not for 4 runs: give --sbatch=--array=0-3"):
+            throttle(array, 4)
+    with pytest.raises(
+        UserError, match=r"\(--array=0-3\) would run every task in the same folder: give --seeds"
+    ):
+        throttle("0-3", None)
+
+
+@pytest.fixture
+def users_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DeepSpeed JSON in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(shipped_folder("ds_configs") / "zero0.json", "mine.json")
+    return tmp_path / "mine.json"
+
+
+def test_a_deepspeed_file_is_kept(users_file: Path) -> None:
+    (found,) = members.single("rte", {"data.path": "demo", "engine.ds_config": "mine.json"})
+    text = users_file.read_text()
+    assert found.kept["ds_configs/mine.json"] == text
+    for name, kept in found.kept.items():
+        files.write_text(found.folder.job / name, kept)
+    users_file.unlink()
+    engine = config.load(str(found.folder.job / job_record.RECIPE)).engine
+    assert engine.ds_config == str(found.folder.job / "ds_configs" / "mine.json")
+    assert deepspeed_config.read(engine.ds_config) == json.loads(text)
+    (plain,) = members.single("rte", {"data.path": "demo", "engine.ds_config": "zero0"})
+    assert plain.kept.keys() == {job_record.RECIPE}
+    for wrong in ("missing.json", "broken.json"):
+        Path("broken.json").write_text("{")
+        with pytest.raises(UserError, match=wrong):
+            members.single("rte", {"data.path": "demo", "engine.ds_config": wrong})
+
+
+def test_a_search_keeps_every_deepspeed_file_that_it_may_take(users_file: Path) -> None:
+    Path("elsewhere").mkdir()
+    Path("elsewhere", "mine.json").write_text(users_file.read_text() + "\n")
+    Path("recipe.yaml").write_text(
+        f"engine: {{ds_config: {users_file}}}\ndata: {{path: demo}}\ntask: {{name: rte}}\n"
+    )
+    given = {
+        "dir": "here",
+        "recipe": "recipe.yaml",
+        "space.engine.ds_config": "[mine.json, elsewhere/mine.json, zero0]",
+    }
+    (found,) = members.search(spec.load("cb-asha", given))
+    job = Path("here", "job").absolute()
+    kept = yaml.safe_load(found.kept[job_record.SEARCH])
+    values = [str(job / "ds_configs" / name) for name in ("mine.json", "other-mine.json")]
+    assert kept["space"]["engine.ds_config"] == {"choice": [*values, "zero0"]}
+    assert yaml.safe_load(found.kept[job_record.RECIPE])["engine"]["ds_config"] == values[0]
+    assert {name for name in found.kept if name.endswith(".json")} == {
+        "ds_configs/mine.json",
+        "ds_configs/other-mine.json",
+    }
+
+
+def test_a_copy_of_the_program_runs_alone(tmp_path: Path) -> None:
+    copy = snapshot.copy_program(tmp_path)
+    assert snapshot.copy_program(tmp_path) == copy
+    assert [path.name for path in tmp_path.iterdir()] == [copy.name]
+    asked = "import gpc_dist; from gpc_dist.shipped import *; print(gpc_dist.__file__, *map(shipped_folder, SHIPPED))"
+    job = {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}  # as job.sh sets it
+    done = subprocess.run([sys.executable, "-c", asked], env=job, capture_output=True, text=True, check=True)
+    places = done.stdout.split()
+    assert len(places) == 1 + len(SHIPPED)
+    assert all(place.startswith(str(copy)) for place in places)
+    for name in ("train.sbatch", "tune.sbatch", "job.sh"):
+        assert (copy / name).read_bytes() == SCRIPT.with_name(name).read_bytes()
 
 
 def test_a_search_is_submitted_as_it_is(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpc_dist.cluster import slurm as cluster_slurm
+from gpc_dist.shipped import shipped_folder
 from tests.cluster.conftest import HELD, Refuse, SlurmLab, job_of, same_run
 from tests.conftest import losses
 from tests.holds import Hold
@@ -38,19 +40,30 @@ def test_two_nodes_give_the_losses_of_two_ranks(slurm: SlurmLab, superglue: Path
 
 
 def test_a_submission_is_kept_as_it_was(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
+    recipe, regime = tmp_path / "mine.yaml", tmp_path / "mine.json"
     recipe.write_text(tiny_recipe.read_text())
-    done = command("submit", "train", recipe, "--nodes", 1, "--time", 5, "--train.lr", 0.02, cwd=tmp_path)
+    regime.write_text(
+        (shipped_folder("ds_configs") / "zero0.json").read_text().replace("{", '{"mine": 7,', 1)
+    )
+    done = command(
+        *("submit", "train", recipe, "--nodes", 1, "--time", 5, "--snapshot"),
+        *("--train.lr", 0.02, "--engine.ds_config", regime.name),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    recipe.write_text("run: {name: changed}")  # too late to matter
+    for path in (recipe, regime):
+        path.write_text("changed")  # too late to matter
     job = job_of(done.stdout)
     assert slurm.wait(job)["JobState"] == "COMPLETED"
     folder = tmp_path / "runs" / "tiny"
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["lr"] == 0.02
+    assert json.loads((folder / "ds_config.json").read_text())["mine"] == 7
+    (code,) = folder.glob("job/code-*")
+    assert list(code.glob("gpc_dist/training/__pycache__/*.pyc"))  # it has been run
     record = json.loads((folder / "job" / "job.json").read_text())
     assert record["job_id"] == job
     assert record["command"][:3] == ["gpc-dist", "submit", "train"]
-    assert str(folder / "job" / "train.sbatch") in record["sbatch"]
+    assert str(code / "train.sbatch") in record["sbatch"]
     assert "exit code" not in Path(record["log"]).read_text()
     table = command("jobs", cwd=tmp_path).stdout
     assert re.search(rf"tiny +{job} +finished +100 % +accuracy", table), table
@@ -62,21 +75,28 @@ def test_an_array_of_seeds(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path, m
     (tmp_path / "runs").mkdir()
     shutil.copy(mlflow_store, tmp_path / "runs" / "mlflow.db")
     done = command(
-        *("submit", "train", tiny_recipe, "--seeds", "0-1", "--ranks-per-node", 1),
+        *("submit", "train", tiny_recipe, "--seeds", "42,20240", "--ranks-per-node", 1),
+        "--sbatch=--array=0-1%2",
         *("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     job = job_of(done.stdout)
-    for seed in range(2):
-        assert slurm.wait(f"{job}_{seed}")["JobState"] == "COMPLETED"
+    assert slurm.job(f"{job}_1")["ArrayTaskThrottle"] == "2"
+    for task in range(2):
+        assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'gpc-dist'")
     runs = client.search_runs([experiment.experiment_id], "tags.group = 'tiny'")
-    assert sorted(run.info.run_name for run in runs) == [f"tiny-seed-{seed}" for seed in range(2)]
+    assert sorted(run.info.run_name for run in runs) == ["tiny-seed-20240", "tiny-seed-42"]
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert sorted(run.data.params["run.seed"] for run in runs) == ["0", "1"]
-    assert len({tuple(losses(tmp_path / "runs" / f"tiny-seed-{seed}").values()) for seed in range(2)}) == 2
+    assert sorted(run.data.params["run.seed"] for run in runs) == ["20240", "42"]
+    folders = [tmp_path / "runs" / f"tiny-seed-{seed}" for seed in (42, 20240)]
+    assert len({tuple(losses(folder).values()) for folder in folders}) == 2
+    for folder in folders:
+        record = json.loads((folder / "job" / "job.json").read_text())
+        assert Path(record["log"]) == folder / "job" / f"{job}.log"
+        assert "gpc-dist train" in Path(record["log"]).read_text()
 
 
 def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
@@ -144,6 +164,17 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
         ),
         (["rte", "--time", "2-00:00:00"], "--time 2-00:00:00 is longer than partition 'main' allows (24 h)"),
         (["rte", "--time", "soon"], "'soon' is not a time limit"),
+        (
+            ["rte", "--time", "2"],
+            "--time 2 (120 s) leaves no time to train: the job is told to stop 180 s ahead",
+        ),
+        (["rte", "--sbatch=--signal=B:USR2@14400"], "--time 04:00:00 (14400 s) leaves no time"),
+        (["rte", "--sbatch=--array=0-3%2"], "would run every task in the same folder: give --seeds LIST"),
+        (
+            ["rte", "--seeds", "42,7", "--sbatch=--array=0-3%2"],
+            "is not for 2 runs: give --sbatch=--array=0-1%2",
+        ),
+        (["rte", "--engine.ds_config", "missing.json"], "engine.ds_config 'missing.json' is neither"),
         (["rte", "--mem", "900G"], "sbatch: "),
         (["rte", "--constraint", "moon"], "sbatch: "),
         (["rte", "--train.lrr", "1"], "did you mean 'train.lr'"),
@@ -156,6 +187,16 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
 )
 def test_what_cannot_run_is_not_submitted(refuse: Refuse, words: list[str], said: str) -> None:
     refuse("train", words, said)
+
+
+def test_an_array_larger_than_the_cluster_takes(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cluster_slurm.largest_array() == 1001
+    monkeypatch.setattr(cluster_slurm, "largest_array", lambda: 1)
+    refuse(
+        "train",
+        ["rte", "--seeds", "0-1"],
+        "2 runs are more than this cluster takes in one array (1: MaxArraySize)",
+    )
 
 
 def test_a_dry_run_shows_the_script_and_writes_nothing(

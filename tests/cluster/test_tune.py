@@ -87,6 +87,8 @@ def log_of(search: Path) -> str:
     [
         (["no-such-search"], "no search 'no-such-search'"),
         (["cb-asha", "--partition", "gpuhuge"], "--partition 'gpuhuge' does not exist"),
+        (["cb-asha", "--sbatch=--array=0-3"], "would run every task in the same folder"),
+        (["cb-asha", "--time", "2"], "leaves no time to train"),
         (["cb-asha", "--seeds", "0-3"], "--seeds is for `submit train`"),
         (["cb-asha", "--nodes", "auto"], "--nodes auto is for `submit train`"),
         (["cb-asha", "--space.train.lrr", "[1]"], "did you mean 'space.train.lr'"),
