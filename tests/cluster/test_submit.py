@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,6 +235,22 @@ def test_doctor(slurm: SlurmLab, tmp_path: Path) -> None:
     ):
         assert re.search(line, done.stdout), (line, done.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shell_that_srun_opened_is_no_rank(slurm: SlurmLab, tmp_path: Path) -> None:
+    """Its variables are those of a task, and of two: the other one has ended."""
+    code = "from gpc_dist.distributed.launch import given_ranks; print('one of several:', given_ranks())"
+    words, python = ["srun", "--nodes=1", "--ntasks=2"], [sys.executable, "-c", code]
+    assert slurm.call(*words, *python).splitlines() == ["one of several: True"] * 2
+    shell = ["bash", "-c", f"{shlex.join(python)}; env > {tmp_path}/environment"]
+    ours, theirs = os.openpty()
+    done = subprocess.run([*words, "--pty", *shell], stdin=theirs, stdout=theirs, stderr=theirs, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0, shown
+    assert "one of several: False" in shown
+    assert "SLURM_STEP_NUM_TASKS=2" in (tmp_path / "environment").read_text()
 
 
 def test_without_slurm(tmp_path: Path) -> None:
