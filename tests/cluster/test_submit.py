@@ -185,7 +185,7 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
         (["rte", "--encoder.path", "/no/such/encoder"], "/no/such/encoder does not exist"),
         (["rte", "--data.path", "./no-data"], "data.path ./no-data does not exist"),
         (["rte", "--seeds", "a"], "no list of seeds"),
-        (["rte", "--array", "missing"], "--array missing: No such file"),
+        (["rte", "--array", "missing"], "cannot read missing: No such file"),
         (["rte", "--nodes", "auto"], "give --gpu"),
     ],
 )

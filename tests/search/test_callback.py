@@ -25,6 +25,9 @@ class FakeTrial:
     trial_id: str
     finished: bool
 
+    def __str__(self) -> str:
+        return f"{int(self.trial_id.rpartition('_')[2]):03d}"
+
     def is_finished(self) -> bool:
         return self.finished
 

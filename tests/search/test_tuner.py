@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gpc_dist import cli, files
 from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE
 from gpc_dist.runs.folder import SearchFolder
-from gpc_dist.search import tuner
+from gpc_dist.search import ray_cluster, tuner
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import command, start, start_call, wait_until
@@ -303,16 +304,16 @@ def test_a_start_of_a_search_that_gets_nowhere_says_so(
     monkeypatch.setenv("GPC_DIST_IDLE", str(place / "note"))
     monkeypatch.chdir(place)
 
-    def stopped_at(*_: object) -> int:
+    def stopped_at(*given: Any) -> int:
         for number, step in enumerate(steps):
             trial = SearchFolder("searches/mine").trial(f"{number:03d}")
             for file in (trial.config, trial.trial, trial.status):
                 files.write_text(file, "{}")
             checkpoint.save(trial.checkpoints, checkpoint.Checkpoint(step, {}, [], {}))
+        given[-1].signal = "SIGUSR2"
         return len(steps)
 
-    monkeypatch.setattr(tuner, "_connect", lambda: None)
-    monkeypatch.setattr(tuner, "_interrupt_on_signals", lambda: ["SIGUSR2"])
+    monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
     monkeypatch.setattr(tuner, "_tune", stopped_at)
     assert gpc("tune", write_search(place)) == EXIT_STOPPED
     assert (place / "note").exists() == idle

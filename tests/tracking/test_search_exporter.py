@@ -266,6 +266,7 @@ def test_command_takes_searches_but_not_their_trials(
     assert f"gpc-dist sync {search} records it" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"not the folder of a search: it has no search\.yaml"):
         sync_search(trial.path)
+    search.write_status("running")
     with search.hold_tracking():
         assert cli.main(["sync", str(search)]) == 2
     assert "is being recorded by another process" in capsys.readouterr().err
