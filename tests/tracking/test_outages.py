@@ -102,11 +102,11 @@ def test_without_its_artifact_store_a_search_has_all_but_files(
 
 
 def test_a_deleted_experiment_is_named_with_its_remedy(
-    make_run: MakeRun, request: pytest.FixtureRequest
+    make_run: MakeRun, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     run = finished(make_run(tracking__experiment=request.node.name))
     client = MlflowClient(store_of(run))
-    number = client.create_experiment(request.node.name)
+    number = client.create_experiment(request.node.name, (tmp_path / "artifacts").as_uri())
     client.delete_experiment(number)
     with pytest.raises(
         UserError,
