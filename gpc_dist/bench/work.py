@@ -46,6 +46,7 @@ def count_work(model: ModelSpec, lengths: np.ndarray, *, sharded: bool, recomput
     def flops(passes: Sequence[Activations]) -> float:
         # the FLOPs that one more row adds; what a pass computes once for all rows is constant, so not needed
         rows = [each.at(1).flops - each.at(0).flops for each in passes]
-        return float(Polynomial.fit(points, rows, len(points) - 1)(lengths).sum())
+        found = Polynomial.fit(points, rows, len(points) - 1, domain=[0, points[-1]])
+        return float(found(lengths).sum())
 
     return Work(model=flops(plain), hardware=flops(run))
