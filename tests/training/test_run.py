@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gpc_dist import config, schema
 from gpc_dist.distributed import checkpoint
@@ -21,13 +20,6 @@ from gpc_dist.training.state import saved_state
 from gpc_dist.training.stop import StopRequest
 from gpc_dist.training.train import run_training
 from tests.conftest import gpc, losses
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    assert gpc("train", tiny_recipe, "--run.dir", folder) == 0
-    return folder
 
 
 def test_a_run_writes_one_folder(run: Path) -> None:
@@ -235,91 +227,6 @@ def test_the_folder_of_an_input_may_have_any_name(
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ("file", "--output file is a file, and a name without an ending is a folder's: give file.jsonl"),
-        ("file/out.jsonl", "file is a file"),
-        ("file/a/b", "file is a file"),
-        ("closed/out.jsonl", "--output closed/out.jsonl cannot be written: you may not write to "),
-    ],
-)
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    output: str,
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.access", lambda path, _: Path(path).name != "closed")  # root may write anywhere
-    (tmp_path / "closed").mkdir()
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "in.jsonl").write_text("{}")
-    assert gpc("predict", "no-adapter", "--input", "in.jsonl", "--output", output) == EXIT_USAGE
-    assert message in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("config.json", "[]", "no tokenizer could be loaded"),
-        ("config.json", '{"model_type": "bert", "hidden_size": "wide"}', "could be loaded"),
-        ("tokenizer.json", "{", "no tokenizer could be loaded"),
-        ("tokenizer.json", "[]", "no tokenizer could be loaded"),
-        ("vocab.txt", "nothing", "no tokenizer could be loaded (WordPiece error: Missing [UNK] token"),
-        ("vocab.txt", "", "no tokenizer could be loaded"),
-        (
-            "pytorch_model.bin",
-            "version https://git-lfs.github.com/spec/v1",
-            "its .bin file is damaged, or holds",
-        ),
-        ("pytorch_model.bin", "", "no encoder could be loaded (EOFError)"),
-        ("pytorch_model.bin.index.json", "[]", "no encoder could be loaded"),
-        ("model.safetensors.index.json", "null", "is no index of weights"),
-        ("model.safetensors", "", "is damaged (its header is cut off)"),
-    ],
-)
-def test_a_damaged_encoder_is_one_line(
-    tiny_recipe: Path,
-    tiny_encoder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-    content: str,
-    message: str,
-) -> None:
-    encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
-    if "model." in file:
-        (encoder / "model.safetensors").unlink()
-    if file == "vocab.txt":
-        (encoder / "tokenizer.json").unlink()
-    (encoder / file).write_text(content)
-    assert gpc("train", tiny_recipe, "--encoder.path", encoder, "--run.dir", tmp_path / "run") == EXIT_USAGE
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_weights_in_an_old_pickle_and_stray_files_belong_to_no_other_encoder(
-    tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A `.bin` of PyTorch before 1.6, which is no zip; and a file that comes to lie beside the weights."""
-    encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
-    weights = load_file(encoder / "model.safetensors")
-    (encoder / "model.safetensors").unlink()
-    torch.save(weights, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    run = tmp_path / "run"
-    assert gpc("train", tiny_recipe, "--encoder.path", encoder, "--run.dir", run, "--train.steps", 2) == 0
-    save_file({"old": torch.zeros(2)}, encoder / "model_old.safetensors")
-    assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == 0
-    weights["embeddings.word_embeddings.weight"][0] += 1
-    torch.save(weights, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == EXIT_USAGE
-    assert "this adapter was trained on encoder" in capsys.readouterr().err
-
-
 def test_early_stopping_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
     more = ("--train.steps", 400, "--train.eval_every", 1, "--train.patience", 3, "--train.lr", 1e-9)
     assert gpc("train", tiny_recipe, "--run.dir", tmp_path, *more, "--train.cell_lr", 1e-9) == 0
@@ -446,74 +353,3 @@ def test_a_save_cut_off_before_its_marker_is_not_read(run: Path, tmp_path: Path)
     assert checkpoint.step_of(previous) < checkpoint.step_of(newest)
     checkpoint.prune(folder, keep_last=2, best_step=None)
     assert not newest.exists()
-
-
-BAD = {
-    "unknown recipe": (["train", "nothing"], "no recipe 'nothing'"),
-    "unknown key": (["{recipe}", "--train.lrr", "1"], "did you mean 'train.lr'"),
-    "a key twice": (["{recipe}", "--train.lr", "1", "--train.lr", "2"], "--train.lr is given twice"),
-    "no value": (["{recipe}", "--train.lr"], "--train.lr needs a value"),
-    "bad value": (["{recipe}", "--train.lr", "fast"], "train.lr: Input should be a valid number"),
-    "fp16": (["{recipe}", "--engine.dtype", "fp16"], "bf16"),
-    "missing data": (["{recipe}", "--data.path", "/nowhere/data"], "/nowhere/data does not exist"),
-    "missing encoder": (
-        ["{recipe}", "--encoder.path", "/nowhere/encoder"],
-        "/nowhere/encoder does not exist",
-    ),
-    "hub out of reach": (["{recipe}", "--encoder.path", "no-such/encoder"], "encoder.path 'no-such/encoder'"),
-    "wrong column": (["{recipe}", "--task.text", "[body]"], "there is no column 'body'"),
-    "unseen label": (["{recipe}", "--task.labels", "[a, b]"], "is none of the labels"),
-    "no such layer": (["{recipe}", "--adapter.cell_layers", "[0, 3]"], "give some of 0 to 2"),
-    "long prompt": (["{recipe}", "--adapter.prompt_tokens", "64"], "64 positions"),
-    "wrong regime": (["{recipe}", "--engine.ds_config", "zero3"], "has ZeRO stage 3"),
-    "no regime": (["{recipe}", "--engine.ds_config", "zero9"], "zero0"),
-    "offload without sharding": (["{recipe}", "--engine.offload_param", "cpu"], "needs engine.zero_stage 3"),
-    "weights without classes": (
-        ["{recipe}", "--task.kind", "regression", "--train.class_weights", "balanced"],
-        "task cats is of kind regression",
-    ),
-    "steps and epochs": (["{recipe}", "--train.steps", "1", "--train.epochs", "1"], "exclude each other"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gives_one_message_and_no_trace(
-    case: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments, expected = BAD[case]
-    if arguments[0] == "{recipe}":
-        arguments = ["train", str(tiny_recipe), "--run.dir", str(tmp_path / "run"), *arguments[1:]]
-    assert gpc(*arguments) == EXIT_USAGE
-    said = capsys.readouterr().err
-    assert expected in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_another_runs_folder_is_refused(
-    run: Path, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    arguments = ("--run.dir", tmp_path / "run", "--adapter.prompt_tokens", 5)
-    assert gpc("train", tiny_recipe, *arguments) == EXIT_USAGE
-    assert "belongs to a run with another adapter" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-
-
-def test_an_adapter_on_another_encoder_is_refused(
-    run: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-    from transformers import AutoModel
-
-    other = tmp_path / "other"
-    shutil.copytree(tiny_encoder, other)
-    model = AutoModel.from_pretrained(other)
-    with torch.no_grad():
-        model.encoder.layer[0].output.dense.bias += 1
-    model.save_pretrained(other)
-    assert gpc("evaluate", run / "adapter", "--encoder.path", other) == EXIT_USAGE
-    said = capsys.readouterr().err
-    assert str(other) in said
-    assert str(tiny_encoder) in said
