@@ -1,4 +1,4 @@
-"""What this program uses of DeepSpeed, PyTorch and transformers beyond what they document: one module for each.
+"""What this program uses of DeepSpeed, MLflow, PyTorch and transformers beyond what they document: a module for each.
 
 Such parts may change with any release. A module here checks, when it is imported, that the installed version lies in
 the range of `CHECKED` and that the parts are there; if not, the error says what to install. Nothing else in the
@@ -35,6 +35,7 @@ class Checked:
 
 CHECKED = {
     "deepspeed": Checked("0.18", "0.19.8", below="0.20"),
+    "mlflow": Checked("3.16", "3.17.2", below="4"),
     "torch": Checked("2.9", "2.13.0", below="3"),
     "transformers": Checked("5.15", "5.23.0", below="6"),
 }

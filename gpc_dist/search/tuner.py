@@ -27,8 +27,8 @@ from gpc_dist.search.progress import SearchProgress
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import Trial, name_for_tune, sample_of, seed_of
 from gpc_dist.search.trial_files import recipe_of
-from gpc_dist.tracking.search_exporter import start_exporter
-from gpc_dist.tracking.store import tracking_uri, ui_command
+from gpc_dist.tracking.search_exporter import start_exporter, view_in_ui
+from gpc_dist.tracking.store import tracking_uri
 from gpc_dist.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: Sto
     """
     space.validate(spec)
     goal = space.goal(spec)
+    spec = spec.model_copy(
+        update=dict(zip(("metric", "mode"), goal, strict=True))
+    )  # for those who read the folder
     folder = SearchFolder(spec.folder)
     _check(folder, spec, resume)
     with folder.hold():
@@ -81,8 +84,8 @@ def _search(
         raise
     finally:
         if recording:
-            recording.finish(spec.tracking.finish_timeout_s)
-            print(f"compare runs: {ui_command(tracking_uri(spec.tracking, folder.path))}")
+            recorded = recording.finish(spec.tracking.finish_timeout_s)
+            print(f"in MLflow: {view_in_ui(tracking_uri(spec.tracking, folder.path), recorded)}")
 
 
 def _saved_steps(folder: SearchFolder) -> dict[str, int]:

@@ -11,6 +11,7 @@ SQLite file is enough as the store.
 | `trials/<trial>/`      | a child run each (`trial_exporter`); ten best in the description   |
 | `result.json`          | metrics `final/...`, tags `best_trial`, `metric`, `mode`; artifact |
 | `status.json`          | the parent's status                                               |
+| `search.yaml`          | a tag of the experiment: a view of the trials, best first         |
 
 The best trial of a finished search becomes a version of the registered model that `register_as` in
 `search.yaml` names (by default the search's name; null: none). Trials that have ended and are exported are
@@ -27,7 +28,7 @@ from typing import Any
 
 from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder, Status, TrialFolder
-from gpc_dist.tracking import model, process, translate
+from gpc_dist.tracking import model, process, store, translate
 from gpc_dist.tracking.exporter import ArtifactError, Exporter
 from gpc_dist.tracking.state import ExportState
 from gpc_dist.tracking.trial_exporter import BEST, Objective, TrialExporter
@@ -36,6 +37,7 @@ _LISTED = 10  # trials in the description
 _WHOLE = "whole trial"
 _NOTE = "note"
 _REGISTERED = "registered"
+_VIEW = "view"
 
 
 def start_exporter(search_dir: Path | str, delay_s: float = 10.0) -> process.ExporterProcess:
@@ -48,6 +50,20 @@ def start_exporter(search_dir: Path | str, delay_s: float = 10.0) -> process.Exp
         delay_s: seconds for which the exporter waits while the driver starts.
     """
     return process.spawn(__name__, SearchFolder(search_dir), delay_s)
+
+
+def view_in_ui(uri: str, state: ExportState) -> str:
+    """Where a browser shows the trials of a search as a table, best first; the store as a whole before it has them.
+
+    Args:
+        uri: a result of `store.tracking_uri`.
+        state: of the search's export.
+    """
+    if state.experiment_id is None or state.run_id is None or _VIEW not in state.sent:
+        return store.ui_command(uri)
+    from gpc_dist.private.mlflow import view_address
+
+    return store.ui_page(uri, view_address(state.experiment_id, state.run_id))
 
 
 class SearchExporter(Exporter):
@@ -102,6 +118,7 @@ class SearchExporter(Exporter):
         self.objective = self._find_objective()
         self._send_trials()
         self._send_new(self._folder.result, self._send_result)
+        self._send_view()
         if self._note_is_old:
             self._send_note()
 
@@ -133,6 +150,28 @@ class SearchExporter(Exporter):
             (f"final/{name}", value, time_ms, step) for name, value in translate.numbers(result)
         )
         self._set_tags({key: result.get(key) for key in ("best_trial", "metric", "mode")})
+
+    def _send_view(self) -> None:
+        """Keep a view of the trials: a row for each configuration, the best first, with what was tried as columns."""
+        from gpc_dist.private.mlflow import LARGEST_VIEW, view, view_tag
+
+        if self.objective is None:
+            return
+        spaces = [self._config.get("space") or {}, *(self._config.get("configurations") or [])]
+        seeds = self._config.get("seeds") or []
+        found = view(
+            condition=f"tags.`mlflow.parentRunId` = '{self.run_id}'",
+            metrics=[BEST],
+            params=[translate.name(key) for key in dict.fromkeys(key for space in spaces for key in space)],
+            tags=["decision"],
+            order_by=BEST,
+            ascending=self.objective.mode == "min",
+            group_by="seed_group" if len(seeds) > 1 else None,
+        )
+        if self.state.sent.get(_VIEW) != found and len(found) <= LARGEST_VIEW:
+            self.client.set_experiment_tag(self.experiment_id, view_tag(self.run_id), found)
+            self.state.sent[_VIEW] = found
+            self._save()
 
     def _send_note(self) -> None:
         note = translate.note(files.read_json(self._folder.facts), self._folder) + self._best_trials()

@@ -54,6 +54,20 @@ def ui_command(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
 
 
+def ui_page(uri: str, address: str) -> str:
+    """Like `ui_command`, for one page of the UI.
+
+    Args:
+        address: what stands in the page's address after the server's.
+    """
+    if uri.startswith("http"):
+        return f"{redact(uri).rstrip('/')}{address}"
+    return ui_command(uri) if _SERVER.match(uri) else f"{ui_command(uri)} and then {_UI}{address}"
+
+
+_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` listens."""
+
 # With this tag the UI shows runs and metrics first, not the pages for prompts and agents.
 _MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 

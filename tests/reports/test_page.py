@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,6 +19,7 @@ from gpc_dist.reports.comparison_plots import plots
 from gpc_dist.reports.importance import importance
 from gpc_dist.reports.page import write_comparison
 from gpc_dist.reports.plots import to_svg
+from tests.browser import rendered
 
 from .test_comparison import write_run
 
@@ -75,33 +73,8 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        if os.environ.get("CI"):
-            pytest.fail("no Chromium: the page was not seen by a browser")
-        pytest.skip("needs Chromium")
-    return found
-
-
-def rendered(browser: str, page: Path) -> str:
-    """The page's elements once its scripts have run."""
-    profile = page.parent / "profile"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    command += [
-        f"--screenshot={page.with_suffix('.png')}",
-        "--window-size=1280,2400",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.browser
-def test_a_browser_shows_and_sorts_it(browser: str, tmp_path: Path) -> None:
+def test_a_browser_shows_and_sorts_it(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     text = make_page(search(tmp_path / "runs", 24), page)
     click = "document.querySelectorAll('th button')[%d].click();"
@@ -109,7 +82,7 @@ def test_a_browser_shows_and_sorts_it(browser: str, tmp_path: Path) -> None:
     names = re.findall(r"<button[^>]*>([^<]+)", text)
     clicked = click % names.index("lr") + click % names.index("accuracy") * 2
     page.write_text(text.replace("</body>", f"<script>{clicked}</script></body>"))
-    shown = rendered(browser, page)
+    shown = rendered(page.as_uri(), page.with_suffix(".png"))
     cells = re.findall(r"<tr>(.*?)</tr>", shown.partition("<tbody>")[2], re.DOTALL)
     assert len(cells) == 24
     place = names.index("accuracy")
@@ -126,7 +99,7 @@ def test_a_browser_shows_and_sorts_it(browser: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-def test_text_is_text(browser: str, tmp_path: Path) -> None:
+def test_text_is_text(tmp_path: Path) -> None:
     for number in range(2):
         run = write_run(
             tmp_path / "runs" / f"run-{number}",
@@ -146,7 +119,7 @@ def test_text_is_text(browser: str, tmp_path: Path) -> None:
     parser = Balanced()
     parser.feed(text)
     assert parser.open == []
-    shown = rendered(browser, page)
+    shown = rendered(page.as_uri(), page.with_suffix(".png"))
     title = re.findall(r"<title>(.*?)</title>", shown, re.DOTALL)[0]
     assert title.startswith("Comparison of &lt;script&gt;")
     assert text.count("document.title") == shown.count("document.title") > 3

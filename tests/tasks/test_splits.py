@@ -115,7 +115,9 @@ def test_what_is_missing_or_double_is_named(tmp_path: Path, names: list[str], me
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip at all", gzip.compress(b"text\n" + b"a\n" * 50)[:-12]], ids=["no gzip", "its end is missing"]
+    "content",
+    [b"no gzip at all", gzip.compress(b"text\n" + b"a\n" * 50)[:-12]],
+    ids=["no gzip", "its end is missing"],
 )
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.csv.gz").write_bytes(content)

@@ -142,10 +142,12 @@ def add_trial(make_run: MakeRun) -> AddTrial:
         accuracy: dict[int, float],
         state: State = "finished",
         decision: str = "completed",
+        **overrides: str,
     ) -> TrialFolder:
         trial = search.trial(f"t{number}")
         # the trial's own word on the store does not count
-        make_run(trial.path, tracking__uri="sqlite:////nowhere/mlflow.db", tracking__experiment="other")
+        elsewhere = {"tracking__uri": "sqlite:////nowhere/mlflow.db", "tracking__experiment": "other"}
+        make_run(trial.path, **elsewhere, **overrides)
         trial.write_status("running")
         with MetricLog(trial.metrics) as log:
             for step, value in accuracy.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import textwrap
 from pathlib import Path
@@ -16,9 +18,10 @@ from mlflow import MlflowClient
 from gpc_dist import cli, files
 from gpc_dist.errors import UserError
 from gpc_dist.runs.metrics import MetricLog
-from gpc_dist.tracking.search_exporter import SearchExporter
+from gpc_dist.tracking.search_exporter import SearchExporter, view_in_ui
 from gpc_dist.tracking.sync import sync_search
 from gpc_dist.tracking.trial_exporter import TrialExporter
+from tests.browser import rendered
 
 from .searches import (
     WRITES,
@@ -251,6 +254,51 @@ def test_tracking_server_takes_a_whole_search(
     assert parent_of(search, server_uri).info.status == "FINISHED"
     assert sorted(children_of(search, server_uri)) == ["t0", "t1"]
     assert predictions(server_uri, "models:/served/1", monkeypatch) == ["adapter 0"]
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_best_trials_first(
+    make_search: MakeSearch, add_trial: AddTrial, server_uri: str, tmp_path: Path
+) -> None:
+    other = make_search(tracking={"uri": server_uri}, register_as=None)
+    add_trial(other, 0, {1: 0.99})
+    SearchExporter(other).update()
+    shutil.move(other.path, tmp_path / "other")
+
+    search = make_search(tracking={"uri": server_uri}, register_as=None)
+    for number, value in enumerate((0.25, 0.75, 0.5)):
+        add_trial(search, number, {1: value}, train__lr=f"0.{number + 1}")
+    state = SearchExporter(search).update()
+    shown = rendered(view_in_ui(server_uri, state), tmp_path / "table.png", *PATIENT, size=(1600, 900))
+    assert column(shown, "metrics.`final/best`") == ["0.75", "0.5", "0.25"]
+    assert column(shown, "params.`train.lr`") == ["0.2", "0.3", "0.1"]
+    assert column(shown, "params.`adapter.cell`") == ["recurrent"] * 3
+
+
+@pytest.mark.browser
+def test_a_browser_shows_a_configuration_of_several_seeds_as_one_row(
+    make_search: MakeSearch, add_trial: AddTrial, server_uri: str, tmp_path: Path
+) -> None:
+    search = make_search(tracking={"uri": server_uri}, register_as=None, seeds=[0, 1], mode="min")
+    for number, value in enumerate((0.75, 0.5, 0.25, 0.5)):  # a configuration for each two
+        add_trial(search, number, {1: value})
+    state = SearchExporter(search).update()
+    shown = rendered(view_in_ui(server_uri, state), tmp_path / "table.png", *PATIENT, size=(1600, 900))
+    best = column(shown, "metrics.`final/best`")
+    assert best == ["0.375 (average)", "0.25", "0.5", "0.625 (average)", "0.5", "0.75"]
+
+
+PATIENT = ("--virtual-time-budget=20000",)
+"""Lets the page have its data before it is looked at."""
+
+
+def column(page: str, name: str) -> list[str]:
+    """What MLflow's table of runs shows in a column, from its first row on."""
+    rows = re.findall(r'<div[^>]*row-index="(\d+)"[^>]*>(.*?)(?=<div[^>]*row-index=|$)', page, re.DOTALL)
+    cell = re.compile(rf'col-id="{re.escape(name)}"[^>]*>(.*?)</div>', re.DOTALL)
+    # a row stands there several times, once for each part of the table that scrolls by itself
+    cells = {int(number): found[1] for number, row in rows if (found := cell.search(row))}
+    return [re.sub("<[^>]+>", "", shown) for _, shown in sorted(cells.items())]
 
 
 def test_command_takes_searches_but_not_their_trials(

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from gpc_dist.config import TrackingConfig
-from gpc_dist.tracking.store import redact, tracking_uri, ui_command
+from gpc_dist.tracking.store import redact, tracking_uri, ui_command, ui_page
 from gpc_dist.tracking.sync import sync_run
 from tests.processes import start_call
 
@@ -33,6 +33,13 @@ def test_tracking_uri(configured: str | None, expected: str, monkeypatch: pytest
 def test_ui_command() -> None:
     assert ui_command("sqlite:////r/mlflow.db") == ("mlflow ui --backend-store-uri sqlite:////r/mlflow.db")
     assert ui_command("https://u:p@mlflow.org") == "https://***@mlflow.org"
+
+
+def test_ui_page() -> None:
+    command = "mlflow ui --backend-store-uri sqlite:////r/mlflow.db"
+    assert ui_page("sqlite:////r/mlflow.db", "/#/e/1") == f"{command} and then http://127.0.0.1:5000/#/e/1"
+    assert ui_page("https://u:p@mlflow.org/", "/#/e/1") == "https://***@mlflow.org/#/e/1"
+    assert ui_page("databricks", "/#/e/1") == "databricks"  # whose address only its users know
 
 
 def test_redact() -> None:
