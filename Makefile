@@ -3,8 +3,10 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# one worker for each core; what tests share, one worker has (tests/conftest.py)
-PYTEST := python -m pytest -n auto --no-loadscope-reorder
+# what tests share, one worker has (tests/conftest.py)
+PYTEST := python -m pytest --no-loadscope-reorder -n
+# one worker more than there are cores: those that wait for Slurm or Ray leave theirs to another
+WORKERS := $(shell expr $$(nproc) + 1)
 # no process groups, no Ray, no Slurm, no browser
 FAST := -m 'not (slow or ray or slurm or browser)'
 
@@ -26,14 +28,14 @@ demo: setup
 	$(BIN)/gpc-dist results runs/demo-linear-probe runs/demo-prompt-tuning runs/demo
 
 test: setup
-	$(BIN)/$(PYTEST)
+	$(BIN)/$(PYTEST) $(WORKERS)
 
 test-fast: setup
-	$(BIN)/$(PYTEST) $(FAST)
+	$(BIN)/$(PYTEST) auto $(FAST)
 
 # the fast tests, and a run on two ranks with ZeRO-3, with the oldest versions that pyproject.toml allows
 test-lowest: $(LOWEST)/.ready
-	$(LOWEST)/bin/$(PYTEST) $(FAST)
+	$(LOWEST)/bin/$(PYTEST) auto $(FAST)
 	$(LOWEST)/bin/gpc-dist train demo --run.dir $(LOWEST)/run --engine.ranks 2 --engine.zero_stage 3 \
 		--train.steps 4 --train.resume false --tracking.enabled false
 
@@ -47,7 +49,7 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py
 
 # of all tests, in all their processes; MARKS='not slow' for fewer
 coverage: setup
-	$(BIN)/$(PYTEST) -m '$(MARKS)' --cov --cov-report=term:skip-covered
+	$(BIN)/$(PYTEST) $(WORKERS) -m '$(MARKS)' --cov --cov-report=term:skip-covered
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gpc_dist.errors import UserError
+from gpc_dist.parsing import to_yaml
 from gpc_dist.schema import Section, all_keys, explain, mapping, parse_overrides, read_yaml, yaml_names
 from gpc_dist.shipped import shipped_folder
 
@@ -318,7 +318,7 @@ class Config(Section):
         return tree
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.dump())
 
 
 def recipe_names() -> list[str]:
@@ -353,10 +353,15 @@ RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 
 
 def apply(tree: dict[str, Any], values: Mapping[str, Any]) -> Config:
-    """The configuration of a nested mapping with the values of dotted keys on top; raises `UserError`."""
+    """The configuration of a nested mapping with the values of dotted keys on top; raises `UserError`.
+
+    The mapping stays as it is.
+    """
     if not isinstance(tree, dict):
         raise UserError("a recipe is a mapping of sections: " + ", ".join(Config.model_fields))
-    tree = {section: {} if held is None else held for section, held in tree.items()}
+    tree = {
+        section: dict(held or {}) if isinstance(held, dict | None) else held for section, held in tree.items()
+    }
     for key, value in values.items():
         section, _, name = key.partition(".")
         tree[section] = mapping(section, tree.get(section)) | {name: value}

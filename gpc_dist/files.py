@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpc_dist.errors import UserError
+from gpc_dist.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -189,11 +190,11 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore or remove it") from None
+    except UserError as error:
+        raise UserError(f"{error}: restore or remove it") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: restore or remove it")
     return value

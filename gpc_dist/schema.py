@@ -11,12 +11,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
+from gpc_dist.parsing import QUOTE, parse_yaml
 
 
 class Section(BaseModel):
@@ -36,40 +36,6 @@ def all_keys(tree: type[Section]) -> dict[str, FieldInfo]:
         else:
             found[name] = field
     return found
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a recipe must not."""
-
-    # as they are written: a key beside a merge (`<<: *other`) may have another value than the merged one
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        scalars = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key in scalars:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise UserError(f"duplicate key '{key.value}' in line {line}: keep one of them")
-            seen.add(key.value)
-        return node
-
-
-_QUOTE = "put quotes around text that YAML reads otherwise"
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """What a YAML text says; raises `UserError` for duplicate keys and anything that is no YAML."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except UserError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise UserError(f"{source} is not valid YAML: {place}{error.problem}; {_QUOTE}") from None
-    except Exception as error:  # such as ValueError, for a date with a month 13
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{source} is not valid YAML: {reason}; {_QUOTE}") from None
 
 
 def yaml_names(folder: Path) -> list[str]:
@@ -207,8 +173,8 @@ def explain(error: ValidationError, valid: Collection[str]) -> str:
 
 
 _HINTS = {
-    "string_type": f": {_QUOTE}",
-    "path_type": f": {_QUOTE}",
+    "string_type": f": {QUOTE}",
+    "path_type": f": {QUOTE}",
     "list_type": """, such as '["first", "second"]'""",
 }
 """What to add to a message of pydantic."""

@@ -26,7 +26,12 @@ def ray_cluster() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
         words += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--include-dashboard=false"]
-        words += ["--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"]
+        words += [
+            "--disable-usage-stats",
+            "--include-log-monitor=false",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+        ]
         ray = subprocess.Popen(
             words,
             env=os.environ | secret,

@@ -6,14 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gpc_dist import config, files
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.job_record import RECIPE, SEARCH
 from gpc_dist.cluster.submit import Member
 from gpc_dist.config import Config
 from gpc_dist.errors import UserError
+from gpc_dist.parsing import to_yaml
 from gpc_dist.runs.folder import RunFolder, SearchFolder
 from gpc_dist.schema import read_overrides
 from gpc_dist.search import space
@@ -78,7 +77,7 @@ def search(spec: SearchSpec) -> list[Member]:
     tree = spec.model_copy(update={"dir": folder.path, "recipe": RECIPE}).model_dump(mode="json")
     fixed = SearchSpec.model_validate(_with_kept(tree, "engine.ds_config", folder, kept))
     recipe = _with_kept(config.recipe_tree(spec.recipe), "ds_config", folder, kept)
-    kept |= {SEARCH: fixed.to_yaml(), RECIPE: yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}
+    kept |= {SEARCH: fixed.to_yaml(), RECIPE: to_yaml(recipe)}
     return [Member(None, spec.name, folder, space.base_config(spec), kept)]
 
 

@@ -12,13 +12,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
 from gpc_dist import files, locks
 from gpc_dist.errors import UserError
-
-# the C library's, where PyYAML has it: a search reads the configurations of hundreds of trials
-_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from gpc_dist.parsing import parse_yaml
 
 _LOCK, _TRACKING_LOCK = ".lock", ".tracking.lock"
 _OWN = ("status.json", "trial.json", "job/job.sh")
@@ -92,10 +88,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise UserError(f"{self.path} is not the folder of a {self.kind}: it has no {self.config.name}")
-        try:
-            tree = yaml.load(files.read_text(self.config), _YAML_LOADER)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"{self.config} is not valid YAML: {' '.join(str(error).split())}") from None
+        tree = parse_yaml(files.read_text(self.config), str(self.config))
         if not isinstance(tree, dict | None):
             raise UserError(f"{self.config} is not the configuration of a {self.kind}: restore or remove it")
         return tree or {}

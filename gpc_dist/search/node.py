@@ -107,7 +107,11 @@ def _start(options: Sequence[str]) -> subprocess.Popen[bytes]:
     gpus = [f"--num-gpus={os.environ['SLURM_GPUS_ON_NODE']}"] if "SLURM_GPUS_ON_NODE" in os.environ else []
     ray = str(Path(sys.executable).with_name("ray"))
     return subprocess.Popen(
-        [ray, "start", "--block", "--disable-usage-stats", cpus, *gpus, *ports, *options],
+        # without a log monitor: nobody reads there what Ray's workers print (`ray_cluster`)
+        [
+            *(ray, "start", "--block", "--disable-usage-stats", "--include-log-monitor=false"),
+            *(cpus, *gpus, *ports, *options),
+        ],
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # keeps the step's signals from Ray, which would end before the search has saved
     )

@@ -6,7 +6,6 @@ settings of one trial. Only Ray Tune and Optuna draw.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -60,7 +59,7 @@ def settings_of(sample: Mapping[str, Any]) -> dict[str, Any]:
 def _build(spec: SearchSpec, tree: dict[str, Any], settings: Mapping[str, Any]) -> Config:
     own = {"engine.ranks": spec.resources.ranks} | ({"task.metric": spec.metric} if spec.metric else {})
     own |= {f"tracking.{key}": value for key, value in spec.tracking.model_dump().items()}
-    return config.apply(copy.deepcopy(tree), {**spec.settings, **own, **settings})
+    return config.apply(tree, {**spec.settings, **own, **settings})
 
 
 def goal(spec: SearchSpec) -> tuple[str, Literal["max", "min"]]:

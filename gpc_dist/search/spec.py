@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from gpc_dist import schema
 from gpc_dist.config import RIVALS, Config, TrackingConfig
 from gpc_dist.errors import UserError
+from gpc_dist.parsing import to_yaml
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
 from gpc_dist.shipped import shipped_folder
@@ -136,7 +136,7 @@ class SearchSpec(Section):
     def to_yaml(self) -> str:
         """Return the search as YAML with every default filled in; it loads as the same search."""
         tree = self.model_dump(mode="json")
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        return to_yaml(tree)
 
     @property
     def tried_keys(self) -> list[str]:

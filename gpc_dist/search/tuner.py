@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray import tune
 from ray.tune.stopper import CombinedStopper
 
 from gpc_dist import batch, config, files
 from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError, UserError
+from gpc_dist.parsing import to_yaml
 from gpc_dist.runs.facts import collect_facts
 from gpc_dist.runs.folder import SearchFolder, State
 from gpc_dist.search import algorithm, ray_cluster, space
@@ -165,7 +165,7 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
     folder.result.unlink(missing_ok=True)
     files.write_text(folder.config, spec.to_yaml())
     if not resume:
-        recipe = yaml.safe_dump(config.recipe_tree(spec.recipe), sort_keys=False, allow_unicode=True)
+        recipe = to_yaml(config.recipe_tree(spec.recipe))
         files.write_text(recipe_of(folder), recipe)
     files.write_json(folder.facts, collect_facts(command))
 

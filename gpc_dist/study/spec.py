@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from gpc_dist import schema
 from gpc_dist.config import RIVALS, AdapterConfig, Config, EncoderConfig, TrackingConfig
 from gpc_dist.errors import UserError
+from gpc_dist.parsing import to_yaml
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
 from gpc_dist.search.spec import ResourcesConfig, check_keys, check_seeds
@@ -109,7 +109,7 @@ class StudySpec(Section):
 
     def to_yaml(self) -> str:
         """Return the study as YAML with every default filled in; it loads as the same study."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.model_dump(mode="json"))
 
     def settings_of(self, task: str, method: str) -> dict[str, Any]:
         """Return the fixed values of a method on a task."""

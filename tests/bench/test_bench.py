@@ -44,6 +44,7 @@ def test_recomputation_counts_for_the_hardware_only(tiny_recipe: Path, tmp_path:
     assert 1.4 < found["hfu_pct"]["measured"] / found["mfu_pct"]["measured"] < 1.51
 
 
+@pytest.mark.slow
 def test_a_known_shape_needs_no_encoder(tmp_path: Path) -> None:
     """Of the recipe only the settings are used: its encoder is not looked for."""
     code = gpc(

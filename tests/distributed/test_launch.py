@@ -153,6 +153,7 @@ def test_a_rank_that_waits_says_for_whom_and_where(
     assert f"rank {rank} of 3 waits at 127.0.0.1:{port} for {missing}, at most 1800 s" in process.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_nobody_joins_gives_up(environment: pytest.MonkeyPatch, tiny_recipe: Path) -> None:
     os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     started = start("train", tiny_recipe, "--engine.timeout_s", 1)

@@ -149,6 +149,7 @@ print(plain, resident() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_resident_memory_falls_with_the_bytes() -> None:
     done = subprocess.run([sys.executable, "-c", _RESIDENT], capture_output=True, text=True, check=True)

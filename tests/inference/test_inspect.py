@@ -21,7 +21,7 @@ from gpc_dist.training.session import Session
 from tests.conftest import gpc
 
 
-@pytest.fixture(scope="module", params=["residual", "gated"])
+@pytest.fixture(scope="module", params=[pytest.param("residual", marks=pytest.mark.slow), "gated"])
 def adapter(
     request: pytest.FixtureRequest, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

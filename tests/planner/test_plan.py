@@ -20,6 +20,7 @@ from tests.conftest import losses
 from tests.processes import command
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_and_written(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -276,7 +276,9 @@ def test_a_stopped_search_goes_on(
     place: Path, shared_ray: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # evaluations are far apart: what is done between two of them is to be kept
-    path = write_search(place, settings={"train.steps": 60, "train.eval_every": 30, "train.log_every": 5})
+    path = write_search(
+        place, trials=2, settings={"train.steps": 60, "train.eval_every": 30, "train.log_every": 5}
+    )
     search = place / "searches" / "mine"
     hold = Hold(search / "trials" / "000", 10)
     monkeypatch.chdir(place)

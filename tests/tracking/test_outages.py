@@ -48,6 +48,7 @@ def blocked(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_without_its_artifact_store_a_run_has_all_but_files(
     make_run: MakeRun, blocked: Path, request: pytest.FixtureRequest
 ) -> None:
