@@ -7,10 +7,12 @@ A product with a matrix of N weights takes 2 N FLOPs a token forward, 2 N backwa
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
 from gpc_dist.adapter.families import EncoderParts
 
@@ -58,6 +60,15 @@ def deberta_flops(model_config: Any, positions: int, rows: int = 1) -> Flops:
 def deberta_projections(model_config: Any) -> float:
     """Forward FLOPs of its relative positions, projected twice in each layer and once for all rows."""
     return 4.0 * model_config.num_hidden_layers * _relative(model_config) * model_config.hidden_size**2
+
+
+def modernbert_angles(model_config: Any, positions: int) -> float:
+    """Forward FLOPs of its rotary angles, once for all rows: up to 5.17 at least, transformers has frequencies times
+    positions as a matrix product for each of its two kinds of layers, 5.23 multiplies them."""
+    if "@ position_ids" not in inspect.getsource(ModernBertRotaryEmbedding.forward):
+        return 0.0
+    head_size = model_config.hidden_size // model_config.num_attention_heads
+    return 2 * 2.0 * (head_size // 2) * positions
 
 
 def _relative(model_config: Any) -> int:

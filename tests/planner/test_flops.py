@@ -23,6 +23,7 @@ from tests.planner.formula import (
     deberta_projections,
     layers_flops,
     linear_weights,
+    modernbert_angles,
     trained_flops,
 )
 
@@ -51,6 +52,8 @@ def test_every_family_is_counted_exactly(family: str) -> None:
         added = deberta_flops(config, S, ROWS)
         forward += added.forward + deberta_projections(config)
         backward += added.backward
+    if family == "modernbert":
+        forward += modernbert_angles(config, S)
     found = counted(config)
     assert (found.forward_flops, found.backward_flops) == (forward, backward)
 
