@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+AUDIT ?= .venv-audit
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # what tests share, one worker has (tests/conftest.py)
@@ -10,7 +11,7 @@ WORKERS := $(shell expr $$(nproc) + 1)
 # no process groups, no Ray, no Slurm, no browser
 FAST := -m 'not (slow or ray or slurm or browser)'
 
-.PHONY: setup demo test test-fast test-lowest coverage lint check bench clean
+.PHONY: setup demo test test-fast test-lowest coverage lint audit check bench clean
 
 setup: $(READY)
 
@@ -57,11 +58,18 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test
+check: lint audit test
+
+# vulnerabilities that the index knows of, and licences that would bind users; in an environment of its own
+audit: setup
+	test -d $(AUDIT) || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet pip-audit pip-licenses
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+	$(AUDIT)/bin/pip-licenses --python $(BIN)/python --from mixed --summary --partial-match --fail-on GPL
 
 # DATA: a folder with SuperGLUE's RTE and BoolQ folders
 bench: setup
 	$(BIN)/python benchmarks/peer_peft.py --data $(DATA)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(AUDIT) build *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import tomllib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from gpc_dist import cli
 from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError
@@ -84,6 +86,14 @@ def test_doctor_tells_what_to_do(install: Install, capsys: pytest.CaptureFixture
     install("deepspeed", "0.20.0")
     assert cli.main(["doctor"]) == EXIT_ENVIRONMENT
     assert f"pip install 'deepspeed{CHECKED['deepspeed'].range}'" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="another environment than `make setup` makes may differ")
+def test_every_version_that_is_written_down_is_installed() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if "==" in line:
+            package, version = line.split("==")
+            assert Version(metadata.version(package)).public == version
 
 
 def test_the_package_asks_for_the_versions_that_were_checked() -> None:
