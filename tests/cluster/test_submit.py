@@ -107,14 +107,19 @@ def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
     (tmp_path / "settings").write_text(
         "# two of them\n--train.lr 0.01\n\n--train.lr 0.05 --adapter.cell gated\n"
     )
-    done = command("submit", "train", tiny_recipe, "--array", "settings", cwd=tmp_path)
+    note = tmp_path / "launcher"  # what a task trains, without training
+    note.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/task-$SLURM_ARRAY_TASK_ID\n')
+    note.chmod(0o755)
+    words = ("submit", "train", tiny_recipe, "--array", "settings")
+    done = command(*words, cwd=tmp_path, GPC_DIST_LAUNCHER=str(note))
     assert done.returncode == 0, done.stderr
     job = job_of(done.stdout)
     for task in range(2):
         assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
-    configs = [
-        yaml.safe_load((tmp_path / "runs" / f"tiny-{task}" / "config.yaml").read_text()) for task in range(2)
-    ]
+    started = [(tmp_path / f"task-{task}").read_text().split() for task in range(2)]
+    assert [words[:2] for words in started] == [["gpc-dist", "train"]] * 2
+    configs = [yaml.safe_load(Path(words[2]).read_text()) for words in started]
+    assert [config["run"]["name"] for config in configs] == ["tiny-0", "tiny-1"]
     assert [config["train"]["lr"] for config in configs] == [0.01, 0.05]
     assert [config["adapter"]["cell"] for config in configs] == ["recurrent", "gated"]
 
@@ -122,15 +127,15 @@ def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
 def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
 
-    def submit() -> str:
+    def submit(nodes: int) -> str:
         done = command(
-            *("submit", "train", long_recipe, "--nodes", 2, "--tracking.enabled", "false"), cwd=tmp_path
+            *("submit", "train", long_recipe, "--nodes", nodes, "--tracking.enabled", "false"), cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr
         return job_of(done.stdout)
 
     first = Hold(folder, HELD)
-    job = submit()
+    job = submit(2)
     again = command("submit", "train", long_recipe, cwd=tmp_path)
     assert again.returncode == 2
     assert f"has job {job}" in again.stderr
@@ -145,7 +150,7 @@ def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> 
     assert "SIGTERM at step" in shown
     # submitted again, the run goes on
     second = Hold(folder, max(losses(folder)) + 1)
-    job = submit()
+    job = submit(1)
     second.wait()
     command("cancel", job)
     slurm.wait(job)

@@ -49,7 +49,7 @@ NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 
 def start(slurm: SlurmLab, recipe: Path, folder: Path, *options: str, settings: tuple[str, ...] = ()) -> str:
-    """Submit a run over two nodes as a user of plain sbatch does."""
+    """Submit a run over two nodes, if no others are given, as a user of plain sbatch does."""
     return slurm.submit(*NODES, *options, SCRIPT, recipe, "--run.dir", folder / "run", *settings, cwd=folder)
 
 
@@ -89,7 +89,7 @@ def test_a_failure_that_stays_is_given_up(slurm: SlurmLab, long_recipe: Path, tm
 
 
 def test_a_users_error_is_not_tried_again(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
-    job = start(slurm, long_recipe, tmp_path, settings=("--task.text", "[no_such_column]"))
+    job = start(slurm, long_recipe, tmp_path, "--nodes=1", settings=("--task.text", "[no_such_column]"))
     found = slurm.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0")
     assert "no_such_column" in log_of(tmp_path)
@@ -101,7 +101,7 @@ def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
 
     run = RunFolder(tmp_path / "run")
     Hold(run.path, HELD)
-    job = start(slurm, long_recipe, tmp_path)
+    job = start(slurm, long_recipe, tmp_path, "--nodes=1")
     wait_until(lambda: ExportState.load(run).run_id is not None, failed=lambda: log_of(tmp_path))
     slurm.call("scancel", job)
     assert slurm.wait(job)["JobState"] == "CANCELLED"
@@ -115,10 +115,10 @@ def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
 
 
 def test_tasks_of_a_node_are_ranks(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
-    options = ("--ntasks-per-node=2", "--mincpus=4")
-    job = slurm.submit("--nodes=2", *options, SCRIPT, tiny_recipe, "--run.dir", "run", cwd=tmp_path)
+    options = ("--nodes=1", "--ntasks-per-node=2", "--mincpus=4")
+    job = slurm.submit(*options, SCRIPT, tiny_recipe, "--run.dir", "run", cwd=tmp_path)
     assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 4
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
 
 
 def launcher(folder: Path, text: str) -> Path:
