@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,35 @@ from gpc_dist.cli import main
 from gpc_dist.config import PLANNED, EncoderConfig, build
 from gpc_dist.errors import UserError
 from gpc_dist.planner import recipe as plan
+from gpc_dist.planner import workload
 from gpc_dist.planner.devices import find_device
+from gpc_dist.planner.dry_run import ModelSpec, Passes, measure_passes
 from gpc_dist.planner.planner import Estimate, recommend
 from gpc_dist.planner.timing import Cluster
 from tests.conftest import losses
 from tests.processes import command
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_dry_run_once() -> Iterator[None]:
+    """What depends on nothing but its arguments, and takes seconds."""
+    made: dict[tuple[object, ...], Passes] = {}
+
+    def once(model: ModelSpec, tokens: int) -> Passes:
+        key = (
+            model.encoder.to_json_string(use_diff=False),
+            model.dtype,
+            model.adapter,
+            model.outputs,
+            tokens,
+        )
+        if key not in made:
+            made[key] = measure_passes(model, tokens)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workload, "measure_passes", once)
+        yield
 
 
 @pytest.mark.slow
