@@ -4,11 +4,9 @@ Python puts the current folder first on its module path for `python -m` and `pyt
 `datasets.py` or a `random.py` there would take the place of a package.
 """
 
-from __future__ import annotations
-
+# Nothing else may be imported here: it would come from that folder. These two are part of the interpreter.
 import os
 import sys
-from pathlib import Path
 
 _SAFE = "PYTHONSAFEPATH"
 """Environment variable with which Python leaves the current folder off its path."""
@@ -24,7 +22,7 @@ def leave_current_folder() -> None:
     if sys.flags.safe_path:
         return
     here = sys.path.pop(0)
-    if Path(here).resolve() == Path(__file__).resolve().parents[1]:
+    if os.path.realpath(here) == os.path.dirname(os.path.dirname(os.path.realpath(__file__))):
         # a checkout that may not be installed: those that this process starts find it too
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 

@@ -18,7 +18,8 @@ from tests.conftest import ROOT, losses
 from tests.processes import cold_command
 
 MODULES = (
-    "argparse datasets logging mlflow numpy pydantic random socket tokenizers torch transformers yaml".split()
+    "__future__ argparse datasets fnmatch logging mlflow numpy pathlib pydantic random re socket tokenizers torch "
+    "transformers yaml".split()
 )
 
 
@@ -32,6 +33,20 @@ def place(tmp_path: Path) -> Path:
 
 def test_a_command_starts_beside_any_module(place: Path) -> None:
     done = cold_command("train", "no-recipe", cwd=place)
+    assert done.returncode == 2, done.stderr
+    assert "no recipe 'no-recipe'" in done.stderr
+
+
+def test_the_first_modules_are_not_taken_from_there_either(place: Path) -> None:
+    """`site` runs before, and what it imports hides what this program would; so it is left out here."""
+    packages = os.pathsep.join([str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))])
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "gpc_dist", "train", "no-recipe"],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2, done.stderr
     assert "no recipe 'no-recipe'" in done.stderr
 
