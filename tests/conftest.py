@@ -18,8 +18,6 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["DO_NOT_TRACK"] = "true"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait do not take the cores from others
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process compiles the program again
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - its own 15 starves workers beside others

@@ -33,7 +33,6 @@ _LONGEST_PATH = 24
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer output cannot be replaced by a reporter of one's own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe start at the user's working folder
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `training.stop.StopRequest`
 }

@@ -100,8 +100,6 @@ def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
     }
     # Blocked, not ignored: the child inherits the mask through exec, so that a signal to the whole
     # job cannot end the child before it has set its own handlers.
