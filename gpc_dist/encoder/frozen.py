@@ -55,7 +55,7 @@ def load_tokenizer(config: EncoderConfig) -> Any:
 
     path = encoder_path(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
         tokenizer("\N{SNOWMAN}")  # a vocabulary without an unknown token is refused on use only
         return tokenizer
     except Exception as error:  # damaged files raise a dozen types in transformers and tokenizers
@@ -88,7 +88,7 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
     path = encoder_path(config)
     logging.disable_progress_bar()
     try:
-        model_config = AutoConfig.from_pretrained(path, revision=config.revision)
+        model_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
         folder = Path(str(cached_file(path, "config.json", revision=config.revision))).parent
         files = weight_files(path, config.revision)
         if config.checksum and world.local_rank == 0:
@@ -112,7 +112,9 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
 
 def _load_whole(path: str, revision: str | None, model_config: Any, dtype: torch.dtype) -> Any:
     auto = auto_class(model_config)
-    model, found = auto.from_pretrained(path, revision=revision, dtype=dtype, output_loading_info=True)
+    model, found = auto.from_pretrained(
+        path, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
     freeze(model)
     used = dict(model.named_parameters())
     if missing := sorted(name for name in found["missing_keys"] if name in used):
@@ -123,6 +125,11 @@ def _load_whole(path: str, revision: str | None, model_config: Any, dtype: torch
 def not_loaded(config: EncoderConfig, what: str, error: Exception) -> UserError:
     """What to say about files of an encoder that a library cannot read."""
     log.debug("no %s could be loaded", what, exc_info=True)
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"encoder.path '{config.path}': its {what} needs Python code that comes with it (auto_map in its files), "
+            "and this program runs none: give an encoder of a family that transformers itself has"
+        )
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):
         reason = "its .bin file is damaged, or holds more than tensors: save the weights as safetensors"

@@ -7,7 +7,7 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -39,11 +39,11 @@ def planned(config: Config, world: World, outputs: int) -> Config:
     """
     if config.engine.plan == "none":
         return config
-    found = world.gather((socket.gethostname(), device_at_hand(world.device)))
+    found = world.gather({"host": socket.gethostname(), "device": asdict(device_at_hand(world.device))})
     values: dict[str, Any] | str = ""
     if found is not None:
         try:
-            values = plan_for(config, found, outputs)
+            values = plan_for(config, [(each["host"], Device(**each["device"])) for each in found], outputs)
         except UserError as error:
             values = str(error)  # raised on every rank, so that none waits for another
     values = world.from_main(values)
@@ -136,12 +136,14 @@ def encoder_config(config: EncoderConfig) -> Any:
 
     path = encoder_path(config)
     try:
-        return AutoConfig.from_pretrained(path, revision=config.revision, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            path, revision=config.revision, local_files_only=True, trust_remote_code=False
+        )
     except Exception:  # a damaged file raises a dozen types
         if (known := known_config(config.path)) is not None:
             return known
     try:
-        return AutoConfig.from_pretrained(path, revision=config.revision)
+        return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{not_loaded(config, 'configuration', error)}, or a known shape: {', '.join(shape_names())}"

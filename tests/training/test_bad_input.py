@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,29 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert gpc("predict", "no-adapter", "--input", "in.jsonl", "--output", output) == EXIT_USAGE
     assert message in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_an_encoders_own_code_is_not_run(
+    tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    opened = tmp_path / "opened"
+    (encoder / "own.py").write_text(f"open({str(opened)!r}, 'w')\nclass Own: pass\n")
+    settings = json.loads((encoder / file).read_text())
+    if file == "config.json":
+        settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    else:
+        (encoder / "config.json").write_text('{"model_type": "own"}')
+        settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (encoder / file).write_text(json.dumps(settings))
+    for words in (["train"], ["plan"]):
+        more = ["--run.dir", tmp_path / "run"] if words == ["train"] else []
+        assert gpc(*words, tiny_recipe, "--encoder.path", encoder, *more) == EXIT_USAGE
+        assert not opened.exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"encoder.path '{encoder}'" in line
+        assert "needs Python code that comes with it" in line or words == ["plan"]
 
 
 @pytest.mark.parametrize(
