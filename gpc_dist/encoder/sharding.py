@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from gpc_dist import caches
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.weights import Stored
@@ -32,17 +34,20 @@ def shard(
     # DeepSpeed reads both when it is imported
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    offload = ds_config["zero_optimization"].get("offload_param", {})
+    if world.device.type != "cpu" or offload.get("device") == "nvme":
+        caches.use_own_folders()  # of operators that are compiled
     from gpc_dist.private import deepspeed as private
 
     private.say_less()
     if world.device.type == "cpu":
         private.compile_nothing()
-    offload = ds_config["zero_optimization"].get("offload_param", {})
     if offload.get("device") == "nvme" and not private.can_use_nvme():
         raise UserError(
             "engine.offload_param nvme needs DeepSpeed's async_io operator, which cannot be built here: install libaio "
             "with its headers (libaio-dev) and a C++ compiler, or use engine.offload_param cpu"
         )
+    ds_config = _with_own_swap_folder(ds_config)
     import deepspeed
 
     encoder: Any = parts.encoder
@@ -56,3 +61,16 @@ def shard(
         private.partition_from_files(encoder, read, ds_config)
     deepspeed.initialize(model=encoder, config=ds_config)
     encoder.eval()
+
+
+def _with_own_swap_folder(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with a new folder of this rank in `nvme_path`: there DeepSpeed removes, writes and reads files
+    by names that it would have in common with other jobs and users of the machine."""
+    zero = ds_config["zero_optimization"]
+    offload = zero.get("offload_param", {})
+    if offload.get("device") != "nvme":
+        return ds_config
+    place = Path(offload["nvme_path"])
+    place.mkdir(parents=True, exist_ok=True)
+    own = offload | {"nvme_path": str(caches.own_temporary_folder(place))}
+    return ds_config | {"zero_optimization": zero | {"offload_param": own}}
