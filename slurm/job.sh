@@ -95,15 +95,13 @@ unset SLURM_EXPORT_ENV    # --export is for this script: its step gets everythin
 [[ ! -d $gpc_folder/gpc_dist ]] || export PYTHONPATH=$gpc_folder${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 
 export MASTER_ADDR MASTER_PORT
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=127.0.0.1  # on one node nobody else has to find it
+(( SLURM_JOB_NUM_NODES == 1 )) || MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # a port of this job and of this start of it, below those that the system hands out
 MASTER_PORT=$((20000 + (8 * SLURM_JOB_ID + gpc_restarts % 8) % 12000))
 
-# compiled kernels: on the node's own disk, since parallel builds on a shared one disturb each other
-cache=${TMPDIR:-/tmp}/gpc-dist-$(id -u)
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+# What only the programs of this start of the job know: srun takes the environment to the nodes, and others cannot read it.
+gpc_secret() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; }
 
 # Run the job's only step, given as srun's command line, and end the script with its exit code.
 gpc_run() {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from gpc_dist import files
 from gpc_dist.cluster import node_report, slurm
 from gpc_dist.cluster.environment import Finding
 from gpc_dist.cluster.resources import Resources
+from gpc_dist.distributed.launch import SECRET
 from gpc_dist.interpreter import python
 
 _PATIENCE_S = 600
@@ -65,8 +68,9 @@ def _examine_nodes(resources: Resources, folder: Path) -> Iterator[Finding]:
     files.write_text(folder / node_report.TOKEN, token)
     words = ["srun", "--job-name=gpc-dist-doctor", "--kill-on-bad-exit=1", *resources.options()]
     words += python("gpc_dist.cluster.node_report", str(folder), token)
+    environment = os.environ | {SECRET: secrets.token_hex(32)}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE_S)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE_S, env=environment)
     except subprocess.TimeoutExpired:
         yield Finding(
             "check job",
@@ -83,6 +87,10 @@ def _examine_nodes(resources: Resources, folder: Path) -> Iterator[Finding]:
 
 def _failure(said: str) -> Finding:
     last = said.strip().splitlines()[-1][:200] if said.strip() else "no message"
+    apart = (
+        "the nodes cannot reach each other: open TCP ports 20000-32000 between them, or name the right interface "
+        "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+    )
     for sign, remedy in (
         ("No such file", f"the nodes lack {sys.executable}: install gpc-dist on a file system they share"),
         (
@@ -93,11 +101,8 @@ def _failure(said: str) -> Finding:
             "Unable to allocate",
             "Slurm refuses: ask for another --partition, or see your limits (sacctmgr show assoc)",
         ),
-        (
-            "imed out",
-            "the nodes cannot reach each other: open TCP ports 20000-32000 between them, or name the right "
-            "interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
-        ),
+        ("imed out", apart),
+        ("did not come", apart),
         (
             "onnection",
             "the nodes cannot reach each other: name the right interface (GLOO_SOCKET_IFNAME, "

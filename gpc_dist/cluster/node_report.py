@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from gpc_dist import files
@@ -46,55 +45,51 @@ class NodeReport:
 def main(folder: Path, token: str) -> None:
     """Join the other ranks and measure; rank 0 writes `report.json` into the folder."""
     import torch
-    import torch.distributed as dist
 
-    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda", int(os.environ["SLURM_LOCALID"]) % gpus) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-    start = time.monotonic()
-    dist.init_process_group(
-        "nccl" if gpus else "gloo",
-        init_method=f"tcp://{_first_host()}:{20000 + int(os.environ['SLURM_JOB_ID']) % 12000}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=_JOIN_S),
+    from gpc_dist.config import EngineConfig
+    from gpc_dist.distributed.world import init_world
+
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        WORLD_SIZE=os.environ["SLURM_NTASKS"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        MASTER_ADDR=_first_host(),
+        MASTER_PORT=str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000),
     )
-    dist.barrier()
+    start = time.monotonic()
+    world = init_world(EngineConfig(timeout_s=_JOIN_S))
     met_s, clock_s = time.monotonic() - start, time.time()
     marker = folder / TOKEN
     own = NodeReport(
         host=socket.gethostname(),
         python=platform.python_version(),
         versions=package_versions(),
-        gpus=gpus,
+        gpus=torch.cuda.device_count(),
         sees_folder=marker.is_file() and marker.read_text(encoding="utf-8") == token,
         free_gib=_free_gib(folder if folder.is_dir() else Path.cwd()),
         free_local_gib=_free_gib(Path(os.environ.get("TMPDIR", "/tmp"))),
         clock_s=clock_s,
     )
-    reports: list[NodeReport | None] = [None] * size
-    dist.all_gather_object(reports, own)
-    values = torch.zeros(_MIB * 2**18, device=device)
+    reports = world.gather(asdict(own))
+    values = torch.zeros(_MIB * 2**18, device=world.device)
     seconds = []
     for _ in range(_REPEATS):
-        dist.barrier()
+        world.any(False)  # all begin together
         start = time.monotonic()
-        dist.all_reduce(values)
+        world.sum(values)
         values[0].item()  # wait for the device
         seconds.append(time.monotonic() - start)
-    if rank == 0:
+    if reports is not None:  # on rank 0
         # each byte crosses the slowest link 2 (size - 1) / size times in a ring
-        gb = 2 * (size - 1) / size * values.nbytes / 1e9
+        gb = 2 * (world.size - 1) / world.size * values.nbytes / 1e9
         found = {
-            "nodes": [asdict(report) for report in reports if report],
+            "nodes": reports,
             "met_s": met_s,
             "gb_per_s": gb / min(seconds),
-            "backend": dist.get_backend(),
+            "backend": "nccl" if world.device.type == "cuda" else "gloo",
         }
         files.write_json(folder / REPORT, found)
-    dist.destroy_process_group()
+    world.leave()
 
 
 def _first_host() -> str:

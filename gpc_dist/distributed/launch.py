@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _GRACE_S = 20.0
+SECRET = "GPC_DIST_SECRET"
+"""Environment variable: what the ranks of a job know, and nobody else (see `rendezvous`). Whoever starts ranks makes a
+new one; under `torchrun` the user may give one."""
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _LAST_STEP = 0xFFFFFFF0
 """Slurm's largest id of a step; those above are of batch scripts, interactive shells and the like."""
@@ -124,10 +128,10 @@ def run_as_ranks(config: EngineConfig, words: Sequence[str]) -> int | None:
     if given_ranks() or ranks == 1:
         return None
     os.environ.setdefault(_STARTED_S, str(time.time()))
-    return start_ranks(python("gpc_dist", *words), ranks, cpu_only=not visible_gpus())
+    return start_ranks(python("gpc_dist", *words), ranks)
 
 
-def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
+def start_ranks(command: Sequence[str], ranks: int) -> int:
     """Run `command` once for each rank on this machine and wait for all of them.
 
     Signals are passed on; when a rank fails, the others are ended. Only rank 0 writes to the terminal;
@@ -142,10 +146,8 @@ def start_ranks(command: Sequence[str], ranks: int, cpu_only: bool) -> int:
         LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(_free_port()),
+        **{SECRET: secrets.token_hex(32)},
     )
-    if cpu_only:
-        # gloo would resolve the host's name to choose an interface; all ranks are on this machine
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     with ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(ranks - 1)]

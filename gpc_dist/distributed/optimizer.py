@@ -93,7 +93,7 @@ class LaneOptimizer:
                 for key, value in self.inner.state.get(parameter, {}).items():
                     value = value if isinstance(value, Tensor) else torch.tensor(value)
                     mine[f"state/{name}/{key}"] = value.detach().cpu().clone()
-        gathered = self.world.gather(mine) if self.partitioned else [mine]
+        gathered = self.world.gather_tensors(mine) if self.partitioned else [mine]
         if gathered is None or not self.world.is_main:
             return {}
         tensors = {f"param/{n}": p.detach().cpu().clone() for n, p in self.named.items()}

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from gpc_dist.config import EngineConfig
+from gpc_dist.distributed import rendezvous
+from gpc_dist.distributed.messages import Messages
 from gpc_dist.errors import MachineError, UserError
-
-_PATIENCE_S = 10.0
-"""Seconds after which a rank says for whom it waits, for the first time."""
+from gpc_dist.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,32 @@ class World:
             dist.broadcast(tensor, src=rank)
 
     def gather(self, value: Any) -> list[Any] | None:
-        """A small Python object of every rank, on rank 0; None elsewhere."""
+        """A value of every rank, as JSON has it, on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values)
-        return values
+        found = self._messages.gather(json.dumps(value).encode())
+        if found is None:
+            return None
+        return [parse_json(each, f"the message of rank {rank}") for rank, each in enumerate(found)]
+
+    def gather_tensors(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]] | None:
+        """Named tensors of every rank, which may have other names and shapes on each, on the CPU of rank 0; None
+        elsewhere."""
+        if self.size == 1:
+            return [tensors]
+        found = self._messages.gather(save(tensors))
+        return None if found is None else [load(each) for each in found]
 
     def from_main(self, value: Any) -> Any:
-        """A small Python object of rank 0 on every rank."""
+        """The value of rank 0, as JSON has it, on every rank."""
         if self.size == 1:
             return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+        found = self._messages.broadcast(json.dumps(value).encode() if self.is_main else b"")
+        return parse_json(found, "the message of rank 0")
+
+    @cached_property
+    def _messages(self) -> Messages:
+        return Messages(self.rank, self.size, self.device, rendezvous.secret())
 
     def on_main(self, call: Callable[[], None]) -> None:
         """Call something on rank 0; every rank must call this.
@@ -110,79 +122,21 @@ def init_world(config: EngineConfig) -> World:
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=_meet(rank, size, config.timeout_s) if size > 1 else dist.HashStore(),
+            store=rendezvous.meet(rank, size, config.timeout_s) if size > 1 else dist.HashStore(),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=config.timeout_s),
         )
-    except (RuntimeError, ValueError) as error:
+        world = World(rank, size, local_rank, device)
+        # before anything else is taken from another rank, all have shown that they know the job's secret
+        world.gather(None)
+        world.from_main(None)
+        return world
+    except (OSError, RuntimeError, ValueError) as error:
         raise MachineError(
             f"rank {rank} of {size} could not join at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')}: {error}"
+            f"{os.environ.get('MASTER_PORT')}: {str(error).strip().splitlines()[0]}"
         ) from None
-    return World(rank, size, local_rank, device)
-
-
-def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
-    """The ranks' common store at MASTER_ADDR and MASTER_PORT, when all of them are there.
-
-    Who waits says for whom, on standard error whichever rank it is: rank 0 for the others, and they for rank 0.
-
-    Raises:
-        UserError: the environment does not say where.
-        RuntimeError: a rank did not come in time.
-    """
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if host is None or port is None:
-        raise UserError(
-            f"rank {rank} of {size} (RANK and WORLD_SIZE in the environment) needs MASTER_ADDR and MASTER_PORT there: "
-            "start several ranks with torchrun or with the batch scripts in slurm/, or unset RANK and WORLD_SIZE"
-        )
-
-    def say(missing: Sequence[int]) -> None:
-        print(
-            f"gpc-dist: rank {rank} of {size} waits at {host}:{port} for {_named(missing)}, at most {timeout_s} s "
-            "(engine.timeout_s); to run alone, unset RANK and WORLD_SIZE",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    # torchrun has a store of its own there
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    waiting = threading.Timer(_PATIENCE_S, say, [[0]])
-    waiting.daemon = True
-    waiting.start()
-    try:
-        store = dist.TCPStore(
-            host,
-            int(port),
-            is_master=serves,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    finally:
-        waiting.cancel()
-    keys, met = [f"gpc-dist/rank-{other}" for other in range(size)], "gpc-dist/met"
-    store.set(keys[rank], "")
-    if rank > 0:
-        store.wait([met])
-        return store
-    started, next_s = time.monotonic(), _PATIENCE_S
-    while not store.check(keys):
-        if (waited_s := time.monotonic() - started) > min(next_s, timeout_s):
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            if waited_s > timeout_s:
-                raise RuntimeError(f"{_named(missing)} did not come within {timeout_s} s")
-            say(missing)
-            next_s *= 2
-        time.sleep(0.02)
-    store.set(met, "")
-    return store
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return "rank " + ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def alone(config: EngineConfig) -> World:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,7 +218,8 @@ class Packs:
                     for index in range(shape.ranks)
                 ]
                 host, port = await ranks[0].address.remote()
-                hosts = await asyncio.gather(*(rank.open.remote(tree, host, port) for rank in ranks))
+                secret = secrets.token_hex(32)
+                hosts = await asyncio.gather(*(rank.open.remote(tree, host, port, secret) for rank in ranks))
             except BaseException as error:
                 self._fail(pack, error)
                 raise _cause(error) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpc_dist import config
+from gpc_dist.distributed.launch import SECRET
 
 if TYPE_CHECKING:
     from gpc_dist.training.pack import Pack
@@ -36,11 +37,13 @@ class Rank:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def open(self, tree: dict[str, Any], host: str, port: int) -> str:
-        """Connect to the other ranks and load the encoder; returns the host's name."""
-        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-        if host.startswith("127."):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    def open(self, tree: dict[str, Any], host: str, port: int, secret: str) -> str:
+        """Connect to the other ranks and load the encoder; returns the host's name.
+
+        Args:
+            secret: what the ranks of this pack know, and nobody else.
+        """
+        os.environ.update({"MASTER_ADDR": host, "MASTER_PORT": str(port), SECRET: secret})
         from gpc_dist.distributed.world import init_world
         from gpc_dist.training.pack import Pack
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gpc_dist.adapter.graft import shared_prompt_tokens
 from gpc_dist.adapter.lane import Adapter
@@ -44,10 +45,10 @@ def evaluate(
     except _StopError:
         return None
     examples = split.examples
-    found = None
-    if outputs is not None:
-        found = [Evaluation(task.measure(examples, lane), task.confusion(examples, lane)) for lane in outputs]
-    return world.from_main(found)
+    found = [
+        Evaluation(task.measure(examples, lane), task.confusion(examples, lane)) for lane in outputs or ()
+    ]
+    return [Evaluation(**each) for each in world.from_main([asdict(evaluation) for evaluation in found])]
 
 
 class _StopError(Exception):
@@ -65,7 +66,7 @@ def all_outputs(
     """
     world, pad_id = session.world, session.pad_id
     tokens = max(1, session.config.train.eval_batch_tokens // len(lanes))
-    found: list[tuple[int, list[np.ndarray]]] = []
+    found: dict[int, np.ndarray] = {}
     for indices in evaluation_batches(
         encoded.sizes, world.rank, world.size, tokens, shared_prompt_tokens(lanes)
     ):
@@ -73,13 +74,30 @@ def all_outputs(
         batch = collate(encoded, indices if len(indices) else [0], pad_id)
         outputs = session.run(merge_lanes([batch] * len(lanes), pad_id).to(world.device), lanes)
         by_lane = [split_outputs(out, batch) for out in outputs]
-        found += list(zip(indices.tolist(), map(list, zip(*by_lane, strict=True)), strict=False))
+        found.update(zip(indices.tolist(), map(np.stack, zip(*by_lane, strict=True)), strict=False))
         on_batch()
-    gathered = world.gather(found)
+    gathered = world.gather_tensors(_packed(found, len(lanes)))
     if gathered is None:
         return None
-    ordered = dict(pair for part in gathered for pair in part)
-    total = sum(len(part) for part in gathered)
+    parts = [_unpacked(part) for part in gathered]
+    ordered = {index: outputs for part in parts for index, outputs in part.items()}
+    total = sum(map(len, parts))
     if len(ordered) != len(encoded) or total != len(encoded):
         raise AssertionError(f"{total} outputs for {len(encoded)} examples")
     return [[ordered[index][lane] for index in range(len(encoded))] for lane in range(len(lanes))]
+
+
+def _packed(found: dict[int, np.ndarray], lanes: int) -> dict[str, Tensor]:
+    """Outputs by index, `[K, outputs of the example]` each, as three tensors."""
+    outputs = np.concatenate([np.empty((lanes, 0), np.float32), *found.values()], axis=1)
+    return {
+        "indices": torch.tensor(list(found), dtype=torch.int64),
+        "sizes": torch.tensor([each.shape[1] for each in found.values()], dtype=torch.int64),
+        "outputs": torch.from_numpy(outputs),
+    }
+
+
+def _unpacked(packed: dict[str, Tensor]) -> dict[int, np.ndarray]:
+    """The reverse of `_packed`."""
+    outputs = packed["outputs"].split(packed["sizes"].tolist(), dim=1)
+    return dict(zip(packed["indices"].tolist(), (each.numpy() for each in outputs), strict=True))

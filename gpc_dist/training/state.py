@@ -68,15 +68,15 @@ def save_state(
     """Write a checkpoint; keep only the newest `train.keep_last` and the best one. Every rank must call it."""
     world = optimizer.world
     tensors = optimizer.state()
-    rng = world.gather(checkpoint.rng_state())
-    if rng is None:  # not rank 0
+    states = world.gather_tensors({"rng": checkpoint.rng_state()})
+    if states is None:  # not rank 0
         return
     state = {
         "position": asdict(position),
         "identity": identity(config),
         "encoder_sha256": encoder.sha256,
     }
-    checkpoint.save(checkpoints, Checkpoint(position.step, tensors, rng, state))
+    checkpoint.save(checkpoints, Checkpoint(position.step, tensors, [each["rng"] for each in states], state))
     checkpoint.prune(checkpoints, config.train.keep_last, position.best_step)
 
 

@@ -6,6 +6,7 @@ That a scheduler does what it is asked is shown against a real one (`test_surviv
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,33 @@ def test_a_run_is_started_on_all_ranks_of_all_nodes(run: Run, tmp_path: Path) ->
         "2",
         "2",
     )
+
+
+def test_the_ranks_of_each_start_have_a_secret(run: Run, tmp_path: Path) -> None:
+    secrets = set()
+    for _ in range(2):
+        run("train.sbatch", "rte")
+        secrets.add(environment(tmp_path)["GPC_DIST_SECRET"])
+    assert len(secrets) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in secrets)
+    assert not secrets & set((tmp_path / "srun").read_text().split())  # which everybody on the nodes sees
+
+
+@both
+def test_on_one_node_the_ranks_meet_at_the_loopback_interface(run: Run, tmp_path: Path, script: str) -> None:
+    run(script, "rte", SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node07")
+    assert environment(tmp_path)["MASTER_ADDR"] == "127.0.0.1"
+
+
+@both
+def test_no_folder_that_another_could_have_made_is_used(run: Run, tmp_path: Path, script: str) -> None:
+    """Each process of the job looks for its own (`caches`)."""
+    temporary = tmp_path / "local"
+    planted = temporary / f"gpc-dist-{os.geteuid()}" / "inductor"
+    planted.mkdir(parents=True)
+    assert run(script, "rte", TMPDIR=str(temporary))[0] == 0
+    assert not [value for value in environment(tmp_path).values() if value.startswith(f"{temporary}/")]
+    assert list(temporary.rglob("*")) == [planted.parent, planted]
 
 
 def test_a_search_is_started_once_on_each_node_with_a_secret(run: Run, tmp_path: Path) -> None:

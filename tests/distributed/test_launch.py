@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpc_dist import cli, logs
-from gpc_dist.distributed import launch, world
+from gpc_dist.distributed import launch, rendezvous
 from gpc_dist.errors import EXIT_ENVIRONMENT, UserError
 from gpc_dist.search import node
 from tests.processes import free_port, start, start_call, wait_until
@@ -135,7 +135,7 @@ def test_a_command_without_ranks_takes_no_notice_of_them(
 
 
 def train_at_once(recipe: Path, folder: Path) -> int:
-    world._PATIENCE_S = 0.1
+    rendezvous._PATIENCE_S = 0.1
     return cli.main(["train", str(recipe), "--run.dir", str(folder)])
 
 

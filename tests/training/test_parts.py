@@ -201,8 +201,8 @@ class ThreadWorld(World):
     def copy_from(self, tensor: Tensor, rank: int) -> None:
         tensor.copy_(self.exchange(tensor.clone())[rank])
 
-    def gather(self, value: Any) -> list[Any] | None:
-        values = self.exchange(value)
+    def gather_tensors(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]] | None:
+        values = self.exchange(tensors)
         return values if self.is_main else None
 
 
