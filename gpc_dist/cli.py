@@ -33,6 +33,8 @@ from gpc_dist.commands.command import Command
 from gpc_dist.distributed import launch
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_USAGE, UserError
 from gpc_dist.interpreter import protect_children
+from gpc_dist.shown import shown_lines
+from gpc_dist.tracking.credentials import named_by_user
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = [*rest, *dotted]
         if given and command.settings == "none":
             raise UserError(f"unexpected argument '{given[0]}'")
-        return command.run(options, schema.read_overrides(given), words)
+        settings = schema.read_overrides(given)
+        with named_by_user(getattr(options, "uri", None) or settings.get("tracking.uri")):
+            return command.run(options, settings, words)
     except UserError as error:
-        print(f"gpc-dist: error: {error}", file=sys.stderr)
+        reason = shown_lines(str(error))
+        print(f"gpc-dist: error: {reason}", file=sys.stderr)
         if error.exit_code == EXIT_USAGE:
-            batch.note_refusal(str(error))
+            batch.note_refusal(reason)
         return error.exit_code
     except OSError as error:  # a full disk, a folder that may not be read or written
         log.debug("where it happened", exc_info=True)
         where = f"{error.filename}: " if error.filename else ""
-        print(f"gpc-dist: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"gpc-dist: error: {shown_lines(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
         print("gpc-dist: interrupted", file=sys.stderr)

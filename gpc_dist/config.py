@@ -11,20 +11,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gpc_dist.errors import UserError
+from gpc_dist.names import Name
 from gpc_dist.parsing import to_yaml
 from gpc_dist.schema import Section, all_keys, explain, mapping, parse_overrides, read_yaml, yaml_names
 from gpc_dist.shipped import shipped_folder
+from gpc_dist.shown import holds_secret
+
+LARGEST_SEED = 2**32 - 1
+"""What numpy takes."""
+MOST_RANKS = 1024
+"""On one machine."""
+_YEAR_S = 365 * 86400
 
 
 class RunConfig(Section):
-    name: str = "run"
+    name: Name = "run"
     """Name of the run: its MLflow run name and the last part of the default folder."""
     dir: Path | None = None
     """Folder the run writes; `runs/<name>` when not given."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of the prompt's start, of the data order and of everything else that is drawn."""
 
     @property
@@ -81,7 +89,7 @@ class DataConfig(Section):
     """CSV and TSV only: `quoted`: double quotes stand around fields, which may then hold delimiters, line breaks and
     doubled quotes; `none`: a quote is an ordinary character, as in GLUE's files. `auto`: `quoted` for CSV; for TSV
     as the rows tell, and if they do not, training asks for this key."""
-    max_length: int = Field(256, ge=8)
+    max_length: int = Field(256, ge=8, le=1_000_000)
     """Most text tokens of a row (T), special tokens included; the longest segment is shortened."""
     holdout: float | None = Field(None, gt=0, lt=1)
     """Hold out this share of the training split and select checkpoints on it, and searches their trials, instead
@@ -97,7 +105,7 @@ class AdapterConfig(Section):
     """`gpc`: prompt and cell; `prompt-tuning`: prompt alone; `deep-prompt`: a fresh prompt at every layer;
     `linear-probe`: no prompt; `fine-tuning`: no prompt, and the whole encoder is trained (stages 0 to 2, without
     dropout, as for the other methods): the ceiling to compare them with."""
-    prompt_tokens: int = Field(20, ge=1)
+    prompt_tokens: int = Field(20, ge=1, le=10_000)
     """Prompt tokens (P) put before the text; not used by `linear-probe` and `fine-tuning`."""
     prompt_init: Literal["vocab", "text", "labels", "uniform"] = "vocab"
     """Start of the prompt: embeddings of frequent tokens, of `prompt_text`, of the label words, or
@@ -107,7 +115,7 @@ class AdapterConfig(Section):
     cell: Literal["recurrent", "gated", "residual"] = "recurrent"
     """Rule that writes the next layer's prompt from the encoded and the previous prompt state. `residual` starts as
     prompt tuning: the safer choice for prompts of 100 tokens, or where nothing is known (docs/method.md)."""
-    cell_rank: int | None = Field(None, ge=1)
+    cell_rank: int | None = Field(None, ge=1, le=65_536)
     """Rank of the cell's units; full `[H, H]` matrices when not given."""
     cell_per_layer: bool = False
     """A cell of its own for every layer instead of the one global cell (ablation)."""
@@ -151,14 +159,17 @@ class AdapterConfig(Section):
         return self.method == "fine-tuning"
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=10**9)
     """Optimizer steps, instead of `epochs`."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=10**6)
     """Passes over the training split; 10 when neither this nor `steps` is given."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=10**6)
     """Examples per step over all ranks."""
-    batch_tokens: int | None = Field(None, ge=1)
+    batch_tokens: int | None = Field(None, ge=1, le=10**9)
     """Token budget per step over all ranks (padded text tokens) instead of `batch_size`."""
     class_weights: Literal["none", "balanced"] = "none"
     """Classification only. `balanced`: the loss of an example is multiplied by N / (C n), with N training examples of C
@@ -175,13 +186,13 @@ class TrainConfig(Section):
     """Learning rate of the encoder, with `adapter.method: fine-tuning`."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     """AdamW's moment decay rates."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Bound on the gradient norm of the adapter; no clipping when null."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after warm-up."""
-    warmup: float = Field(0.06, ge=0)
+    warmup: float = Field(0.06, ge=0, le=10**9)
     """Warm-up: a share of all steps below 1, otherwise a number of steps."""
     eval_every: int | None = Field(None, ge=1)
     """Evaluate every so many steps; after each epoch (and at the end) when not given."""
@@ -245,8 +256,15 @@ class EngineConfig(Section):
     ds_config: str | None = None
     """DeepSpeed JSON to start from: a packaged regime (zero0 ... zero3-offload) or a path; chosen
     from the keys above when not given."""
-    timeout_s: int = Field(1800, ge=1)
+    timeout_s: int = Field(1800, ge=1, le=_YEAR_S)
     """Seconds a collective may wait for another rank before the job ends."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _check_ranks(cls, given: int | Literal["auto"]) -> int | Literal["auto"]:
+        if given != "auto" and not 1 <= given <= MOST_RANKS:
+            raise ValueError(f"give auto, or a number from 1 to {MOST_RANKS}")
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> EngineConfig:
@@ -268,18 +286,33 @@ class EngineConfig(Section):
         return self
 
 
+NO_SECRET = (
+    "with a password would be kept in files and shown in process lists: give it in the environment variable "
+    "MLFLOW_TRACKING_URI; or leave the password out and, for a server, give MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD"
+)
+"""What to say of a URI on a command line or in a file."""
+
+
 class TrackingConfig(Section):
     enabled: bool = True
     """Record the run in MLflow; `metrics.jsonl` is written either way."""
     uri: str | None = None
-    """MLflow tracking URI; MLFLOW_TRACKING_URI, or else the SQLite file `mlflow.db` beside the run's folder, when not
-    given."""
+    """MLflow tracking URI, without a password; MLFLOW_TRACKING_URI, or else the SQLite file `mlflow.db` beside the
+    run's folder, when not given."""
     experiment: str = "gpc-dist"
     """MLflow experiment."""
     group: str | None = None
     """Tag that holds runs together: the seeds of one setting, the members of one job array."""
-    finish_timeout_s: int = Field(120, ge=0)
+    finish_timeout_s: int = Field(120, ge=0, le=_YEAR_S)
     """Seconds to wait at the end for MLflow to take what is left; `gpc-dist sync` does it later."""
+
+    @field_validator("uri")
+    @classmethod
+    def _check_uri(cls, given: str | None) -> str | None:
+        if given and holds_secret(given):
+            raise ValueError(f"a URI {NO_SECRET}")
+        return given
 
 
 class Config(Section):

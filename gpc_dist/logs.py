@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from gpc_dist.shown import shown_lines
+
 _LOGGER = logging.getLogger("gpc_dist")
 _FORMAT = "%(asctime)s rank %(rank)s %(levelname)s %(message)s"
 
@@ -39,8 +41,15 @@ def log_rank_to(file: Path) -> None:
     faulthandler.enable(stream)
 
 
+class _Formatter(logging.Formatter):
+    """Lets no name or reason in a message steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown_lines(super().format(record))
+
+
 def _add(handler: logging.Handler) -> None:
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_Formatter(_FORMAT))
     handler.addFilter(_note_rank)
     _LOGGER.addHandler(handler)
 

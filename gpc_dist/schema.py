@@ -17,13 +17,18 @@ from pydantic.fields import FieldInfo
 from gpc_dist import files
 from gpc_dist.errors import UserError
 from gpc_dist.parsing import QUOTE, parse_yaml
+from gpc_dist.shown import redact
 
 
 class Section(BaseModel):
     """A mapping of a file: its keys are its fields, each documented under it, and no other is taken."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, frozen=True, validate_default=True
+        extra="forbid",
+        use_attribute_docstrings=True,
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 
@@ -167,7 +172,7 @@ def explain(error: ValidationError, valid: Collection[str]) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ") + _HINTS.get(problem["type"], "")
             given = problem.get("input")
-            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+            shown = f" (given: {redact(repr(given))})" if isinstance(given, str | int | float | bool) else ""
             lines.append(f"{key}: {message}{shown}" if key else message)
     return "\n".join(lines)
 

@@ -11,7 +11,10 @@ import torch
 from gpc_dist import config, schema
 from gpc_dist.distributed import deepspeed_config
 from gpc_dist.errors import UserError
+from gpc_dist.search import spec
 from gpc_dist.shipped import shipped_folder
+from gpc_dist.study import spec as study
+from gpc_dist.training.session import seed_everything
 
 
 @pytest.mark.parametrize("name", config.recipe_names())
@@ -100,6 +103,67 @@ def test_text_that_yaml_reads_otherwise_is_answered_with_the_remedy(
     with pytest.raises(UserError) as error:
         config.build({}, {key: text})
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("run.seed", ["-1", "4294967296", "1.5"]),
+        ("data.max_length", ["7", "1000001"]),
+        ("data.holdout", ["0", "1", "-0.1", ".nan"]),
+        ("data.limit_train", ["0"]),
+        ("data.limit_eval", ["0"]),
+        ("adapter.prompt_tokens", ["0", "10001"]),
+        ("adapter.cell_rank", ["0", "65537"]),
+        ("adapter.cell_layers", ["[-1]"]),
+        ("train.steps", ["0", "1000000001"]),
+        ("train.epochs", ["0", "1.0e+300", ".inf", ".nan"]),
+        ("train.batch_size", ["0", "1000001"]),
+        ("train.batch_tokens", ["0", "1000000001"]),
+        ("train.lr", ["0", "-1", ".inf", ".nan"]),
+        ("train.cell_lr", ["0", ".inf"]),
+        ("train.head_lr", ["0", ".inf"]),
+        ("train.encoder_lr", ["0", ".inf"]),
+        ("train.weight_decay", ["-1", ".inf"]),
+        ("train.betas", ["[0.9, 1.0]", "[-0.1, 0.9]", "[0.9]", "[.nan, 0.9]"]),
+        ("train.clip_norm", ["0", ".inf"]),
+        ("train.warmup", ["-1", ".inf"]),
+        ("train.eval_every", ["0"]),
+        ("train.eval_batch_tokens", ["0"]),
+        ("train.save_every", ["0"]),
+        ("train.keep_last", ["0"]),
+        ("train.log_every", ["0"]),
+        ("train.patience", ["0"]),
+        ("train.nonfinite_patience", ["0"]),
+        ("engine.ranks", ["-3", "0", "1025", "1.5"]),
+        ("engine.zero_stage", ["-1", "4"]),
+        ("engine.micro_batch_tokens", ["0"]),
+        ("engine.timeout_s", ["0", "1000000000000000"]),
+        ("tracking.finish_timeout_s", ["-1", "1000000000000000"]),
+    ],
+)
+def test_numbers_have_bounds(key: str, values: list[str]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"^{key}"):
+            config.build({}, {key: value})
+
+
+def test_no_number_is_without_a_bound() -> None:
+    """One that is added needs a line above."""
+    found = []
+    for tree in (config.Config, spec.SearchSpec, study.StudySpec):
+        for key, field in schema.all_keys(tree).items():
+            numbers = {int, float, tuple[float, float]} & set(schema._kinds(field.annotation))
+            bounded = field.metadata or key in ("engine.ranks", "engine.zero_stage", "stop.threshold")
+            if numbers and not bounded:
+                found.append(key)
+    assert found == []
+
+
+def test_the_largest_seed_can_be_used() -> None:
+    seed_everything(config.build({}, {"run.seed": "4294967295"}).run.seed)
+    with pytest.raises(ValueError, match="Seed must be between 0 and"):
+        seed_everything(config.LARGEST_SEED + 1)
 
 
 def test_the_dumped_tree_is_the_same_configuration() -> None:
@@ -222,3 +286,12 @@ def test_every_regime_resolves_with_the_runs_values(name: str) -> None:
 def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
     share, count = (config.load("rte", {"train.warmup": w}).train for w in ("0.1", "30"))
     assert (config.warmup_steps(share, 205), config.warmup_steps(count, 205)) == (21, 30)
+
+
+def test_a_deepspeed_file_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"zero_optimization": {"stage": 0, "stage": 3}}')
+    with pytest.raises(
+        UserError, match=r"engine.ds_config .*mine.json: duplicate key 'stage': keep one of them"
+    ):
+        deepspeed_config.read(str(file))

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from gpc_dist.errors import UserError
+from gpc_dist.names import check_name
 
 SAFETENSORS = "model.safetensors"
 """File of a checkpoint in one file."""
@@ -136,9 +137,10 @@ def shards(index: Path) -> list[str]:
     """Names of the files of a checkpoint in several files, sorted.
 
     Raises:
-        UserError: the index cannot be read.
+        UserError: the index cannot be read, or names a file that is not beside it.
     """
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of weights ({error!r}): fetch the checkpoint again") from None
+    return sorted(check_name(name, f"{index}: the file") for name in names)

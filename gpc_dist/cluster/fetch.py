@@ -8,6 +8,7 @@ from gpc_dist.config import Config
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.frozen import count_parameters, load_encoder, load_tokenizer
 from gpc_dist.errors import EXIT_DONE
+from gpc_dist.shown import shown
 from gpc_dist.tasks import make_task, read_part, selection_part
 from gpc_dist.tasks.holdout import Part
 
@@ -24,9 +25,9 @@ def run_fetch(config: Config) -> int:
     task = make_task(config.task, config.data)
     parts: tuple[Part, ...] = ("train", selection_part(config.data))
     counts = [f"{len(read_part(task, config.data, part)):,} {part}" for part in parts]
-    print(f"data: {task.name}, {' and '.join(counts)} examples")
+    print(f"data: {shown(task.name)}, {' and '.join(counts)} examples")
     load_tokenizer(config.encoder)
     # matches every weight with the headers of safetensors files, and reads only the token table; loads others whole
     encoder = load_encoder(config.encoder, torch.float32, World(0, 1, 0, torch.device("cpu")))
-    print(f"encoder: {config.encoder.path}, {count_parameters(encoder.parts):,} parameters")
+    print(f"encoder: {shown(config.encoder.path)}, {count_parameters(encoder.parts):,} parameters")
     return EXIT_DONE

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from gpc_dist import files
+from gpc_dist.cluster.slurm import is_job_id
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder, SearchFolder
 
@@ -44,8 +45,11 @@ def read_record(folder: RunFolder) -> JobRecord | None:
     values = files.read_json(_path(folder))
     known = {field.name for field in fields(JobRecord)}
     try:
-        return JobRecord(**{key: value for key, value in values.items() if key in known}) if values else None
-    except TypeError:
+        record = (
+            JobRecord(**{key: value for key, value in values.items() if key in known}) if values else None
+        )
+        return record and replace(record, submitted_s=float(record.submitted_s))
+    except (TypeError, ValueError):
         raise UserError(f"{_path(folder)} is not the record of a job: restore or remove it") from None
 
 
@@ -54,16 +58,24 @@ def _path(folder: RunFolder) -> Path:
 
 
 def job_id(folder: RunFolder) -> str | None:
-    """The Slurm job of a run, submitted by this program or by `sbatch`; None for a run without one."""
+    """The Slurm job of a run, submitted by this program or by `sbatch`; None for a run without one.
+
+    Raises:
+        UserError: what its files name is no job.
+    """
     record, facts = read_record(folder), files.read_json(folder.facts)
-    started: str | None = facts.get("slurm_job_id")
+    found, file = facts.get("slurm_job_id"), folder.facts
     if array := facts.get("slurm_array_job_id"):
-        started = f"{array}_{facts['slurm_array_task_id']}"
-    if record is None:
-        return started
+        found = f"{array}_{facts.get('slurm_array_task_id')}"
     # a record newer than the run's last start belongs to a job that has not started yet
-    newer = not folder.facts.exists() or record.submitted_s > folder.facts.stat().st_mtime
-    return record.job_id if newer else started
+    newer = record and (not folder.facts.exists() or record.submitted_s > folder.facts.stat().st_mtime)
+    if record and newer:
+        found, file = record.job_id, _path(folder)
+    if found is not None and not is_job_id(found):
+        raise UserError(
+            f"{file} names the Slurm job {found!r}, which is no id of one: restore or remove the file"
+        )
+    return found
 
 
 def run_folders(paths: Iterable[Path]) -> Iterator[RunFolder]:

@@ -16,6 +16,7 @@ from gpc_dist.cluster.job_record import job_id, run_folders
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder, SearchFolder, Status
 from gpc_dist.runs.metrics import TIME
+from gpc_dist.shown import shown_cells
 
 _PROGRESS = "train/progress_pct"
 
@@ -31,7 +32,7 @@ def jobs_table(paths: Sequence[Path]) -> str:
     known = slurm.jobs(found.values())
     lines = [_line(folder, number, known.get(number)) for folder, number in found.items()]
     headers = ["run", "job", "state", "nodes", "elapsed", "progress", "metrics", "left", "said"]
-    return tabulate(lines, headers=headers) if lines else "no jobs"
+    return tabulate(shown_cells(lines), headers=headers) if lines else "no jobs"
 
 
 def _line(folder: RunFolder, number: str, job: slurm.Job | None) -> list[Any]:
@@ -114,7 +115,7 @@ def cancel_jobs(names: Sequence[str]) -> list[str]:
     """
     ids = []
     for name in names:
-        if name.replace("_", "").isdigit():
+        if slurm.is_job_id(name):
             ids.append(name)
             continue
         for folder in run_folders([Path(name)]):

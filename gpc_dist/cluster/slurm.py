@@ -27,6 +27,8 @@ ENDED = {
 }
 """States of a job that has ended."""
 
+_ID = re.compile(r"\d+(_\d+)?", re.ASCII)
+_MOST_NUMBERS = 1_000_000
 _TIMEOUT_S = 60
 
 
@@ -66,6 +68,11 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+
+def is_job_id(text: object) -> bool:
+    """Whether it is a `Job.id`: what a file says may be anything, an option of Slurm's programs for example."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
 
 
 def call(*words: str) -> str:
@@ -161,12 +168,17 @@ def seconds(limit: str) -> int | None:
 
 
 def numbers(text: str) -> list[int] | None:
-    """The numbers of a list in Slurm's notation (`0-3`, `1,5,7`, `0-9:3`); None if `text` is no such list."""
-    if not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*", text):
+    """The numbers of a list in Slurm's notation (`0-3`, `1,5,7`, `0-9:3`); None if `text` is no such list, or one of
+    more numbers than any cluster takes."""
+    number = r"[0-9]{1,18}"
+    if not re.fullmatch(rf"{number}(-{number}(:{number})?)?(,{number}(-{number}(:{number})?)?)*", text):
         return None
     found: list[int] = []
-    for first, last, by in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", text):
-        found += range(int(first), int(last or first) + 1, max(1, int(by or 1)))
+    for first, last, by in re.findall(rf"({number})(?:-({number}))?(?::({number}))?", text):
+        part = range(int(first), int(last or first) + 1, max(1, int(by or 1)))
+        if len(found) + len(part) > _MOST_NUMBERS:
+            return None
+        found += part
     return found
 
 

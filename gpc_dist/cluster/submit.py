@@ -23,6 +23,8 @@ from gpc_dist.errors import EXIT_DONE, UserError
 from gpc_dist.runs.facts import git_revision
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.shipped import shipped_folder
+from gpc_dist.shown import redact
+from gpc_dist.tracking.credentials import check_server
 from gpc_dist.tracking.store import tracking_uri, ui_command
 
 TASK = "{task}"
@@ -110,25 +112,28 @@ def run_submission(
             job_id=job if member.task is None else f"{job}_{member.task}",
             log=str(member.folder.job / f"{job}.log"),
             submitted_s=time.time(),
-            command=list(command),
-            sbatch=words,
+            command=[redact(word) for word in command],
+            sbatch=[redact(word) for word in words],
             code=code,
         )
         write_record(member.folder, record)
         print(f"job {record.job_id}: {member.folder}\n  log: {record.log}")
     if first.config.tracking.enabled:
-        print(f"compare runs: {ui_command(tracking_uri(first.config.tracking, first.folder.path))}")
+        print(f"compare runs: {ui_command(tracking_uri(first.config.tracking.uri, first.folder.path))}")
     print(f"see gpc-dist jobs; end with: gpc-dist cancel {job}")
     return follow(first.folder, job) if wait else EXIT_DONE
 
 
 def _check(member: Member) -> None:
-    """Raise `UserError` for one that has a job, whose folder is not its own, or whose input is not there."""
+    """Raise `UserError` for one that has a job, whose folder is not its own, whose input is not there, or whose record
+    would take the user's credentials to a server that is not the user's."""
     # late, because they bring torch
     from gpc_dist.encoder.frozen import encoder_path
     from gpc_dist.tasks import make_task
 
-    folder = member.folder
+    folder, tracking = member.folder, member.config.tracking
+    if tracking.enabled:
+        check_server(tracking_uri(tracking.uri, folder.path))
     folder.check_own()
     encoder_path(member.config.encoder)
     make_task(member.config.task, member.config.data)

@@ -33,10 +33,13 @@ class Command:
         ]
 
 
+_MOST = 10**6
+
+
 def count(text: str) -> int:
-    """Argument type: a whole number above 0."""
+    """Argument type: a whole number above 0, up to a million."""
     number = int(text)
-    if number < 1:
+    if not 1 <= number <= _MOST:
         raise ValueError
     return number
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gpc_dist.commands.command import Command
 from gpc_dist.errors import EXIT_DONE
+from gpc_dist.shown import shown
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def run(options: Any, _: dict[str, str], __: list[str]) -> int:
             log.warning("left out: %s is not the folder of a run or of a search", other)
     for folder in known or options.places:
         state = sync(folder, options.uri)
-        print(f"{folder}: MLflow run {state.run_id} is up to date")
+        print(shown(f"{folder}: MLflow run {state.run_id} is up to date"))
     return EXIT_DONE
 
 

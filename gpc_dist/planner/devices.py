@@ -17,6 +17,7 @@ GPU for h100, h200 and b200, one of 200 Gbit/s for the others, 10 Gbit/s for a C
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,7 +75,7 @@ def find_device(name: str, memory_gib: float | None = None) -> Device:
         raise UserError(f"--gpu '{name}' is not a device the planner knows: give one of {', '.join(DEVICES)}")
     if memory_gib is None:
         return device
-    if memory_gib <= 0:
+    if not 0 < memory_gib < math.inf:
         raise UserError(f"--gpu-memory-gib {memory_gib:g} is no amount of memory: give one above 0")
     return replace(device, memory_gib=memory_gib)
 

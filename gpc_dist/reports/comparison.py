@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from gpc_dist.errors import UserError
 from gpc_dist.runs.records import Record, read_folder
+from gpc_dist.shown import shown
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER
 from gpc_dist.tracking.experiment import read_experiment
 
@@ -278,16 +279,16 @@ def columns(comparison: Comparison) -> list[Column]:
 
 def comparison_table(comparison: Comparison) -> str:
     """A line that names the task, and below it one line for each configuration, the best first."""
-    shown = columns(comparison)
-    lines = [[shorten(column.text(c)) for column in shown] for c in comparison.configurations]
+    found = columns(comparison)
+    lines = [[shorten(shown(column.text(c))) for column in found] for c in comparison.configurations]
     numbered = [[str(number), *line] for number, line in enumerate(lines, start=1)]
     table = tabulate(
         numbered,
-        headers=["", *(column.name for column in shown)],
-        colalign=["right"] + ["right" if c.is_numeric(comparison.configurations) else "left" for c in shown],
+        headers=["", *(shown(column.name) for column in found)],
+        colalign=["right"] + ["right" if c.is_numeric(comparison.configurations) else "left" for c in found],
         disable_numparse=True,
     )
-    return f"{summary(comparison)}\n\n{table}"
+    return f"{shown(summary(comparison))}\n\n{table}"
 
 
 def summary(comparison: Comparison) -> str:

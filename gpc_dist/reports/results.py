@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
+from gpc_dist.shown import shown_cells
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def results_table(folders: Sequence[Path]) -> str:
             )
     headers = ["task", "run", "method", "metric", "best", "trained", "frozen", "seconds"]
     formats = ("", "", "", "", ".4f", ",", ",", ".0f")
-    return tabulate(lines, headers=headers, floatfmt=formats, intfmt=formats)
+    return tabulate(shown_cells(lines), headers=headers, floatfmt=formats, intfmt=formats)
 
 
 class _Result(NamedTuple):

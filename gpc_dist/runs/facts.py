@@ -8,7 +8,6 @@ from __future__ import annotations
 import getpass
 import os
 import platform
-import re
 import shlex
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gpc_dist
+from gpc_dist.shown import redact
 
 _PACKAGES = (
     "torch",
@@ -31,7 +31,6 @@ _PACKAGES = (
     "mlflow",
     "ray",
 )
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def collect_facts(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -147,8 +146,3 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def redact(text: str) -> str:
-    """`text` with user and password of every URI replaced by `***`."""
-    return _CREDENTIALS.sub("***@", text)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from gpc_dist import files, locks
 from gpc_dist.errors import UserError
+from gpc_dist.names import check_name, inside
 from gpc_dist.parsing import parse_yaml
 
 _LOCK, _TRACKING_LOCK = ".lock", ".tracking.lock"
@@ -223,13 +224,27 @@ class SearchFolder(RunFolder):
         self.trials = self.path / "trials"
 
     def trial(self, name: str) -> TrialFolder:
-        return TrialFolder(self.trials / name)
+        """The folder of a trial.
+
+        Raises:
+            UserError: its name is none of a folder in `trials`, or it leads elsewhere.
+        """
+        name = check_name(name, f"{self.path}: the trial")
+        return TrialFolder(inside(self.trials, name))
 
     def begun_trials(self) -> list[TrialFolder]:
-        """The trials that can be exported (`TrialFolder.begun`), sorted by name."""
+        """The trials that can be exported (`TrialFolder.begun`), sorted by name.
+
+        Raises:
+            UserError: the folder of one leads elsewhere.
+        """
         if not self.trials.is_dir():
             return []
-        return [trial for path in sorted(self.trials.iterdir()) if (trial := TrialFolder(path)).begun]
+        paths = [
+            inside(self.trials, path.name) if path.is_symlink() else path
+            for path in sorted(self.trials.iterdir())
+        ]
+        return [trial for path in paths if (trial := TrialFolder(path)).begun]
 
     def mark_killed(self, reason: str) -> None:
         """Write the state `killed` for a driver that wrote no end state, and for its running trials."""

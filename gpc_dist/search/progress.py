@@ -10,6 +10,8 @@ from typing import Any
 from ray.tune.progress_reporter import ProgressReporter
 from tabulate import tabulate
 
+from gpc_dist.shown import shown_cells
+
 _PERIOD_S = 10.0
 _LISTED = 10
 _STATES = {"PENDING": "waits", "PAUSED": "waits", "RUNNING": "runs", "TERMINATED": "ended", "ERROR": "failed"}
@@ -88,7 +90,7 @@ def fit(rows: Sequence[Mapping[str, Any]], width: int) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for count in range(len(columns), 0, -1):
         text = tabulate(
-            [[row.get(key) for key in columns[:count]] for row in rows],
+            shown_cells([row.get(key) for key in columns[:count]] for row in rows),
             headers=columns[:count],
             disable_numparse=True,
         )

@@ -14,8 +14,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from gpc_dist import schema
-from gpc_dist.config import RIVALS, Config, TrackingConfig
+from gpc_dist.config import LARGEST_SEED, RIVALS, Config, TrackingConfig
 from gpc_dist.errors import UserError
+from gpc_dist.names import Name, SearchName
 from gpc_dist.parsing import to_yaml
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
@@ -44,9 +45,9 @@ class SchedulerConfig(Section):
     a better one, with changed values (population-based training)."""
     grace_steps: int | None = Field(None, ge=1)
     """asha, median: number of steps before a trial can be stopped; until its first evaluation when not given."""
-    reduction_factor: float = Field(4, gt=1)
+    reduction_factor: float = Field(4, gt=1, le=10**6)
     """asha: factor between rungs: one of this many trials continues, to this many times the steps."""
-    brackets: int = Field(1, ge=1)
+    brackets: int = Field(1, ge=1, le=100)
     """asha: number of brackets, each with a longer grace period than the one before."""
     perturb_every: int | None = Field(None, ge=1)
     """pbt: steps between two comparisons of the trials."""
@@ -63,13 +64,13 @@ class SchedulerConfig(Section):
 
 
 class ResourcesConfig(Section):
-    ranks: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1, le=100_000)
     """Processes of a trial."""
     gpus_per_rank: float | None = Field(None, ge=0, le=1)
     """GPUs of a rank: 1, 0, or a fraction if several trials share a GPU. When not given: 1 if the cluster has GPUs."""
-    cpus_per_rank: int = Field(1, ge=1)
+    cpus_per_rank: int = Field(1, ge=1, le=100_000)
     """Cores of a rank."""
-    pack: int = Field(1, ge=1)
+    pack: int = Field(1, ge=1, le=10_000)
     """Trials that share one running encoder, each in a lane of its own (K)."""
     concurrent: int | None = Field(None, ge=1)
     """Largest number of trials at the same time; as many as the cluster has room for when not given."""
@@ -93,7 +94,7 @@ class StopConfig(Section):
 
 
 class SearchSpec(Section):
-    name: str = Field("search", min_length=1)
+    name: SearchName = "search"
     """Name of the search; the name of its file when not given."""
     dir: Path | None = None
     """Folder the search writes; `searches/<name>` when not given."""
@@ -106,7 +107,7 @@ class SearchSpec(Section):
     configurations: list[dict[str, Any]] | None = Field(None, min_length=1)
     """Instead of a space: the configurations to try, in this order, each a mapping of dotted keys to values.
     Configurations that can share an encoder and its batches share packs; list them one after the other."""
-    trials: int | None = Field(None, ge=1)
+    trials: int | None = Field(None, ge=1, le=100_000)
     """Number of configurations to try. Not for algorithm `grid` and for `configurations`: all of them are tried."""
     seeds: list[int] = Field([0], min_length=1)
     """Seeds (run.seed); every configuration is run with each of them."""
@@ -120,11 +121,11 @@ class SearchSpec(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     resources: ResourcesConfig = ResourcesConfig()
     stop: StopConfig = StopConfig()
-    retries: int = Field(1, ge=0)
+    retries: int = Field(1, ge=0, le=10_000)
     """How often a failed trial is restarted from its last checkpoint."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of the search's draws."""
-    register_as: str | None = None
+    register_as: Name | None = None
     """Name of the MLflow model that gets the best adapter as a new version; the search's name when not given, no model
     when null."""
     tracking: TrackingConfig = TrackingConfig()
@@ -210,9 +211,9 @@ def check_keys(given: Mapping[str, Any]) -> None:
 
 
 def check_seeds(given: Sequence[int]) -> None:
-    """Raise ValueError for seeds that are not all different, or are below 0."""
-    if min(given) < 0 or len(set(given)) < len(given):
-        raise ValueError(f"give different seeds, none below 0 (given: {given})")
+    """Raise ValueError for seeds that are not all different, or that `run.seed` would not take."""
+    if min(given) < 0 or max(given) > LARGEST_SEED or len(set(given)) < len(given):
+        raise ValueError(f"give different seeds, from 0 to {LARGEST_SEED} (given: {given})")
 
 
 def _check_key(key: str, where: str = "") -> None:

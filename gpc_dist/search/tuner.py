@@ -27,6 +27,7 @@ from gpc_dist.search.progress import SearchProgress
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import Trial, name_for_tune, sample_of, seed_of
 from gpc_dist.search.trial_files import recipe_of
+from gpc_dist.tracking.credentials import check_server
 from gpc_dist.tracking.search_exporter import start_exporter, view_in_ui
 from gpc_dist.tracking.store import tracking_uri
 from gpc_dist.training.stop import StopRequest
@@ -55,6 +56,8 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: Sto
         update=dict(zip(("metric", "mode"), goal, strict=True))
     )  # for those who read the folder
     folder = SearchFolder(spec.folder)
+    if spec.tracking.enabled:
+        check_server(tracking_uri(spec.tracking.uri, folder.path))
     _check(folder, spec, resume)
     with folder.hold():
         _open(folder, spec, command, resume)
@@ -85,7 +88,7 @@ def _search(
     finally:
         if recording:
             recorded = recording.finish(spec.tracking.finish_timeout_s)
-            print(f"in MLflow: {view_in_ui(tracking_uri(spec.tracking, folder.path), recorded)}")
+            print(f"in MLflow: {view_in_ui(tracking_uri(spec.tracking.uri, folder.path), recorded)}")
 
 
 def _saved_steps(folder: SearchFolder) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from gpc_dist.search import algorithm, space
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.layout import Part, Stage, StudyFolder
 from gpc_dist.study.spec import StudySpec
+from gpc_dist.tracking.credentials import URI
 
 Configuration = Mapping[str, Any]
 
@@ -101,7 +103,7 @@ def _search(
         if all(key in each and each[key] == value for each in configurations)
     }
     tracking = study.tracking
-    if tracking.uri is None:
+    if tracking.uri is None and not os.environ.get(URI):
         tracking = tracking.model_copy(update={"uri": f"sqlite:///{folder.path / 'mlflow.db'}"})
     spec = SearchSpec(
         name=f"{study.name}-{task}-{stage}-{part}",

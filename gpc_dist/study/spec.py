@@ -13,8 +13,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from gpc_dist import schema
-from gpc_dist.config import RIVALS, AdapterConfig, Config, EncoderConfig, TrackingConfig
+from gpc_dist.config import LARGEST_SEED, RIVALS, AdapterConfig, Config, EncoderConfig, TrackingConfig
 from gpc_dist.errors import UserError
+from gpc_dist.names import LONGEST_OF_STUDY, StudyName, fault_of
 from gpc_dist.parsing import to_yaml
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
@@ -65,7 +66,7 @@ class MethodSpec(Section):
 
 
 class StudySpec(Section):
-    name: str = Field("study", min_length=1)
+    name: StudyName = "study"
     """Name of the study; the name of its file when not given."""
     dir: Path | None = None
     """Folder the study writes; `studies/<name>` when not given."""
@@ -88,18 +89,18 @@ class StudySpec(Section):
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of the training split that is held out (data.holdout). Checkpoints and configurations are selected on it;
     only the reported adapters are measured on the validation split, once."""
-    trials: int = Field(8, ge=1)
+    trials: int = Field(8, ge=1, le=100_000)
     """Largest number of configurations of each method, grids included: the same budget for all."""
     search_seeds: list[int] = Field([0], min_length=1)
     """Seeds of the search; every drawn configuration is run with each of them."""
     seeds: list[int] = Field([1, 2, 3], min_length=3)
     """Seeds of the reported runs; every chosen configuration is run again with each of them. At least 3, none of them
     in `search_seeds`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of the draws."""
     resources: ResourcesConfig = ResourcesConfig()
     """As in a search. Runs that train the encoder do not share it, whatever `pack` is."""
-    retries: int = Field(1, ge=0)
+    retries: int = Field(1, ge=0, le=10_000)
     """How often a failed trial is restarted from its last checkpoint."""
     tracking: TrackingConfig = TrackingConfig()
 
@@ -163,9 +164,11 @@ class StudySpec(Section):
                 "test of it"
             )
         for name in (*self.tasks, *self.methods):
-            if not name or not name.replace("-", "").replace("_", "").isalnum():
+            # stricter than a name: in keys of the command line, dots stand between names
+            if fault_of(name, LONGEST_OF_STUDY) or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f"'{name}' becomes the name of a folder: use letters, digits, - and _ for tasks and methods"
+                    f"'{name}' becomes the name of a folder: use letters, digits, - (not in front) and _ for tasks and "
+                    "methods"
                 )
         return self
 

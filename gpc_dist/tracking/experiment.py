@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gpc_dist import files
 from gpc_dist.errors import MachineError, UserError
-from gpc_dist.runs.facts import redact
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import STEP, TIME
 from gpc_dist.runs.records import EVALUATION, TRAIN_LOSS, Record, make_record, new_folder
+from gpc_dist.shown import redact
 from gpc_dist.tracking.store import open_client
 
 if TYPE_CHECKING:

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from gpc_dist import files
 from gpc_dist.config import TrackingConfig
-from gpc_dist.runs.facts import redact
+from gpc_dist.errors import UserError
+from gpc_dist.names import inside
 from gpc_dist.runs.folder import RunFolder, State, Status
+from gpc_dist.shown import redact
 from gpc_dist.tracking import store, translate
 from gpc_dist.tracking.state import ExportState
 
@@ -78,10 +80,12 @@ class Exporter(ABC):
         self._config = folder.read_config()
         section = self._config.get("tracking") or {}
         self._experiment = section.get("experiment") or TrackingConfig().experiment
-        where = TrackingConfig(uri=uri or section.get("uri"))
+        configured = section.get("uri")
+        if not isinstance(configured, str | None):
+            raise UserError(f"{folder.config}: tracking.uri {configured!r} is no text: correct it")
         self.state = ExportState.load(folder)
-        self.uri = store.tracking_uri(where, folder.path, self.state.uri)
-        if self.state.uri != redact(self.uri):  # not exported yet, or to another store
+        self.uri = store.tracking_uri(uri or configured, folder.path, self.state.uri)
+        if not store.same_store(self.state.uri, self.uri):  # not exported yet, or to another store
             self.state = ExportState(uri=redact(self.uri))
         self.outage = Outage()
         self._client: MlflowClient | None = None
@@ -91,6 +95,7 @@ class Exporter(ABC):
         """Send what is new. After an exception, call it again.
 
         Raises:
+            UserError: a file of the folder is broken, or leads elsewhere.
             ArtifactError: artifacts were not taken; everything else was sent.
             mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
         """
@@ -189,8 +194,12 @@ class Exporter(ABC):
     # -- files -----------------------------------------------------------------------------------
 
     def _send_new(self, path: Path, send: Callable[[], None] | None = None) -> None:
-        """Make a file an artifact. If it is new or changed, call `send`, which sends what is made of its content."""
-        self._files[path.name] = path
+        """Make a file an artifact. If it is new or changed, call `send`, which sends what is made of its content.
+
+        Raises:
+            UserError: it is not in the folder: a link in somebody's folder may lead to a file of this user.
+        """
+        self._files[path.name] = inside(self._folder.path, path.name)
         version = files.version(path)
         if send is None or not version or self.state.sent.get(path.name) == version:
             return
@@ -204,6 +213,8 @@ class Exporter(ABC):
             return self.outage.error
         try:
             self._send_artifacts(status)
+        except UserError:  # of the folder, not of the store
+            raise
         except Exception as error:  # each kind of store raises its own
             self.outage.error, self.outage.until_s = error, time.monotonic() + _OUTAGE_S
             return error

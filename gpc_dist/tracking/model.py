@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gpc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,6 +28,7 @@ SERVING_MODULE = "gpc_dist.inference.serving"
 
 _VERSIONS = "mlflow.modelVersions"  # tag from which a model's page in MLflow links to its versions
 _NEEDED = ("torch", "transformers", "safetensors")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!_+-]*")
 
 
 def log_adapter(
@@ -130,11 +134,20 @@ def signature(described: Mapping[str, Mapping[str, str]]) -> ModelSignature | No
 
 def pip_requirements(versions: Mapping[str, str]) -> list[str]:
     """The packages for serving, at the versions of the run; local parts such as `+cu128` are dropped,
-    because package indexes lack them."""
+    because package indexes lack them.
+
+    Raises:
+        UserError: a version is none; a line of requirements could be anything.
+    """
     import mlflow
 
     import gpc_dist
 
+    for name, version in versions.items():
+        if not isinstance(version, str) or not _VERSION.fullmatch(version):
+            raise UserError(
+                f"facts.json: the version {version!r} of {name} is none: restore or remove the file"
+            )
     pinned = [f"{name}=={versions[name].split('+')[0]}" for name in _NEEDED if name in versions]
     return [f"gpc-dist=={gpc_dist.__version__}", f"mlflow=={mlflow.__version__}", *pinned]
 

@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 
 from gpc_dist import logs
+from gpc_dist.errors import UserError
 from gpc_dist.interpreter import python
-from gpc_dist.runs.facts import redact
 from gpc_dist.runs.folder import RunFolder
+from gpc_dist.shown import redact
 from gpc_dist.tracking.exporter import ArtifactError, Exporter
 from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.state import ExportState
@@ -55,7 +56,7 @@ class ExporterProcess:
         deadline = time.monotonic() + timeout_s
         while True:
             ended = self._process.poll() is not None
-            run_id = ExportState.load(self._folder).run_id
+            run_id = ExportState.peek(self._folder).run_id
             if run_id or ended or time.monotonic() >= deadline:
                 return run_id
             time.sleep(_POLL_S)
@@ -74,14 +75,14 @@ class ExporterProcess:
             problem = f"MLflow has not taken everything within {timeout_s:g} s"
         else:
             problem = "MLflow did not take everything" if self._process.returncode else ""
-        state = ExportState.load(self._folder)
+        state = ExportState.peek(self._folder)
         if problem:
             cause = f" ({state.error})" if state.error else ""
             log.warning("%s%s; complete it with: gpc-dist sync %s", problem, cause, self._folder)
         return state
 
 
-def start(run_dir: Path | str, delay_s: float = 10.0) -> ExporterProcess:
+def start(run_dir: Path | str, delay_s: float = 10.0) -> ExporterProcess | None:
     """Start the exporter of a run whose `config.yaml` and `status.json` are written.
 
     Call it once per run, from rank 0, before threads and GPUs are set up.
@@ -90,12 +91,19 @@ def start(run_dir: Path | str, delay_s: float = 10.0) -> ExporterProcess:
         run_dir: the run folder.
         delay_s: seconds for which the exporter waits, so that it does not compete with the start-up
             of the trainer; the first line of metrics ends the wait.
+
+    Returns:
+        None if the process could not be started, with a warning that says why.
     """
     return spawn(__name__, RunFolder(run_dir), delay_s)
 
 
-def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
-    """Start `python -m module FOLDER DELAY_S PID`, which calls `follow` with this process as the trainer."""
+def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess | None:
+    """Start `python -m module FOLDER DELAY_S PID`, which calls `follow` with this process as the trainer.
+
+    Returns:
+        See `start`.
+    """
     command = python(module, str(folder), str(delay_s), str(os.getpid()))
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
@@ -114,6 +122,9 @@ def spawn(module: str, folder: RunFolder, delay_s: float) -> ExporterProcess:
                 env=environment,
                 start_new_session=True,
             )
+    except OSError as error:  # no memory for a process, or no file for its log
+        log.warning("no exporter to MLflow (%s); record this later with: gpc-dist sync %s", error, folder)
+        return None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return ExporterProcess(folder, process)
@@ -171,13 +182,14 @@ class _Trainer:
 
 
 class _Attempts:
-    """Runs the exporter repeatedly, and writes the reason of a failure to `tracking.json`."""
+    """Runs the exporter repeatedly, and writes the reason of a failure to `tracking.json` if that can be read."""
 
     def __init__(self, folder: RunFolder, open_exporter: Callable[[], Exporter]) -> None:
         self._folder = folder
         self._open_exporter = open_exporter
         self._exporter: Exporter | None = None
         self._failures = 0
+        self._said: str | None = None
 
     @property
     def pause_s(self) -> float:
@@ -198,12 +210,16 @@ class _Attempts:
         except Exception as caught:  # no error here may affect training
             self._failures += 1
             error = redact(f"{type(caught).__name__}: {caught}")
-        state = self._exporter.state if self._exporter else ExportState.load(self._folder)
-        if state.error != error:
-            if error is not None:
-                log.warning("an attempt failed: %s", error)
-            state.error = error
-            state.save(self._folder)
+        if error is not None and error != self._said:
+            log.warning("an attempt failed: %s", error)
+        self._said = error
+        try:
+            state = self._exporter.state if self._exporter else ExportState.load(self._folder)
+            if state.error != error:
+                state.error = error
+                state.save(self._folder)
+        except (UserError, OSError) as caught:  # a broken file is left as it is, for its owner to look at
+            log.debug("the failure is not noted in the folder: %s", caught)
         return error is None
 
 

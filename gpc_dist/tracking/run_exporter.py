@@ -17,6 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpc_dist import files
+from gpc_dist.names import inside
 from gpc_dist.runs import metrics
 from gpc_dist.runs.folder import RunFolder, Status
 from gpc_dist.tracking import model, pictures, translate
@@ -136,8 +137,17 @@ class RunExporter(Exporter):
         self._save()
 
     def _adapter_version(self) -> str | None:
-        """The digest of the adapter's files; None without an adapter."""
-        return model.digest(self._folder.adapter) if self._folder.adapter.is_dir() else None
+        """The digest of the adapter's files; None without an adapter.
+
+        Raises:
+            UserError: one of them is not in the folder, see `_send_new`.
+        """
+        adapter = self._folder.adapter
+        if not adapter.is_dir():
+            return None
+        for path in (adapter, *adapter.rglob("*")):
+            inside(self._folder.path, path)
+        return model.digest(adapter)
 
     # -- metrics ---------------------------------------------------------------------------------
 

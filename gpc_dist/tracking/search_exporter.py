@@ -40,7 +40,7 @@ _REGISTERED = "registered"
 _VIEW = "view"
 
 
-def start_exporter(search_dir: Path | str, delay_s: float = 10.0) -> process.ExporterProcess:
+def start_exporter(search_dir: Path | str, delay_s: float = 10.0) -> process.ExporterProcess | None:
     """Start the exporter of a search whose `search.yaml` and `status.json` are written.
 
     Call it once per search, from the driver, which must be the process in `status.json`.
@@ -48,6 +48,9 @@ def start_exporter(search_dir: Path | str, delay_s: float = 10.0) -> process.Exp
     Args:
         search_dir: the search's folder.
         delay_s: seconds for which the exporter waits while the driver starts.
+
+    Returns:
+        See `process.start`.
     """
     return process.spawn(__name__, SearchFolder(search_dir), delay_s)
 
@@ -87,6 +90,7 @@ class SearchExporter(Exporter):
         self._trials: dict[str, TrialExporter] = {}  # of trials that still run
         self._whole: dict[str, str] = {}  # trial that has ended -> the version that MLflow holds
         self._failures: dict[str, int] = {}
+        self._by_run: dict[str, TrialFolder] = {}
         self._trial_failure: ArtifactError | None = None
         self._note_is_old = True
         self.objective: Objective | None = None
@@ -196,7 +200,8 @@ class SearchExporter(Exporter):
         for run in runs:
             if BEST not in run.data.metrics:  # trials without the metric are last
                 break
-            trial = files.read_json(self._search_folder.trial(run.data.tags["trial"]).trial)
+            folder = self._by_run.get(run.info.run_id)
+            trial = files.read_json(folder.trial) if folder else {}
             row = {"run": run.info.run_name, self.objective.metric: f"{run.data.metrics[BEST]:.4g}"}
             rows.append(row | trial.get("settings", {}) | {"decision": trial.get("decision")})
         return f"\nBest trials:\n\n{translate.table(rows)}\n" if rows else ""
@@ -229,11 +234,14 @@ class SearchExporter(Exporter):
         if self._whole.get(name) == seen:
             return
         if name not in self._trials:
-            if ExportState.load(folder).sent.get(_WHOLE) == seen:  # exported by an earlier process
+            before = ExportState.load(folder)
+            if before.sent.get(_WHOLE) == seen:  # exported by an earlier process
                 self._whole[name] = seen
+                self._by_run[str(before.run_id)] = folder
                 return
             self._trials[name] = TrialExporter(folder, self, self._loader_module)
         state = self._trials[name].update()
+        self._by_run[str(state.run_id)] = folder
         if state.state == "running":
             return
         state.sent[_WHOLE] = seen

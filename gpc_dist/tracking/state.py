@@ -5,7 +5,10 @@ from __future__ import annotations
 import uuid
 from dataclasses import asdict, dataclass, field, fields
 
+from pydantic import TypeAdapter, ValidationError
+
 from gpc_dist import files
+from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
 
 
@@ -38,9 +41,31 @@ class ExportState:
 
     @classmethod
     def load(cls, folder: RunFolder) -> ExportState:
+        """The state in a folder; a new one if there is none.
+
+        Raises:
+            UserError: `tracking.json` is broken.
+        """
         known = {f.name for f in fields(cls)}
-        values = files.read_json(folder.tracking)
-        return cls(**{name: value for name, value in values.items() if name in known})
+        values = {name: value for name, value in files.read_json(folder.tracking).items() if name in known}
+        try:
+            return _SHAPE.validate_python(values)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(
+                f"{folder.tracking} has another type of '{where}': restore or remove it"
+            ) from None
+
+    @classmethod
+    def peek(cls, folder: RunFolder) -> ExportState:
+        """Like `load`, for those to whom it is only news: where it cannot be read, `error` says why."""
+        try:
+            return cls.load(folder)
+        except (UserError, OSError) as error:
+            return cls(error=str(error))
 
     def save(self, folder: RunFolder) -> None:
         files.write_json(folder.tracking, asdict(self))
+
+
+_SHAPE = TypeAdapter(ExportState)

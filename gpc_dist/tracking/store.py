@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpc_dist import locks
-from gpc_dist.config import TrackingConfig
 from gpc_dist.errors import UserError
-from gpc_dist.runs.facts import redact
+from gpc_dist.shown import redact
+from gpc_dist.tracking import credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,19 +27,20 @@ _SERVER = re.compile(r"(https?|databricks|uc)\b")
 _HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
-def tracking_uri(config: TrackingConfig, run_dir: Path | str, last: str | None = None) -> str:
+def tracking_uri(given: str | None, run_dir: Path | str, last: str | None = None) -> str:
     """The tracking store of a run, with an absolute path if it is a SQLite file.
 
-    It is `tracking.uri`, or else MLFLOW_TRACKING_URI, or else the server that holds the run already, or else
+    It is `given`, or else MLFLOW_TRACKING_URI, or else the server that holds the run already, or else
     `mlflow.db` in the parent of the run folder, so that all runs in that parent share one store. A relative
     SQLite path starts at the working folder.
 
     Args:
-        last: the store to which the run was exported last.
+        given: `tracking.uri`.
+        last: the store to which the run was exported last, redacted.
     """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or os.environ.get(credentials.URI)
     if not uri and last and _SERVER.match(last):
-        uri = last
+        uri = last.replace("://***@", "://")
     if not uri:
         return f"{_SQLITE}{Path(run_dir).absolute().parent / 'mlflow.db'}"
     if path := _sqlite_path(uri):
@@ -81,7 +82,7 @@ def connect(uri: str, experiment: str, runs_dir: Path) -> tuple[MlflowClient, st
         runs_dir: folder of the run folders; a database other than SQLite keeps its artifacts there.
 
     Raises:
-        UserError: the experiment is deleted.
+        UserError: the experiment is deleted, or see `credentials.check_server`.
         mlflow.exceptions.MlflowException: the store cannot be reached or refuses.
     """
     path = _sqlite_path(uri)
@@ -96,7 +97,8 @@ def open_client(uri: str) -> MlflowClient:
     """Return a client of an existing store, for reading.
 
     Raises:
-        UserError: the SQLite file does not exist; opening it would create an empty one.
+        UserError: the SQLite file does not exist, and opening it would create an empty one; or see
+            `credentials.check_server`.
     """
     path = _sqlite_path(uri)
     if path and not path.is_file():
@@ -105,7 +107,17 @@ def open_client(uri: str) -> MlflowClient:
         return _client(uri)
 
 
+def same_store(one: str | None, other: str) -> bool:
+    """Whether two URIs lead to the same store, whoever asks."""
+    return one is not None and _anonymous(one) == _anonymous(other)
+
+
+def _anonymous(uri: str) -> str:
+    return redact(uri).replace("://***@", "://")
+
+
 def _client(uri: str) -> MlflowClient:
+    credentials.check_server(uri)
     for name, value in _HTTP_PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

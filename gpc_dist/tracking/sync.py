@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from gpc_dist.errors import MachineError, UserError
-from gpc_dist.runs.facts import redact
 from gpc_dist.runs.folder import RunFolder, SearchFolder, Status, TrialFolder
+from gpc_dist.shown import redact
 from gpc_dist.tracking.exporter import Exporter
 from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.search_exporter import SearchExporter

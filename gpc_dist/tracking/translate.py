@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gpc_dist.runs import metrics
-from gpc_dist.runs.facts import redact
 from gpc_dist.runs.folder import RunFolder
+from gpc_dist.shown import redact
 
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000

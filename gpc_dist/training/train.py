@@ -21,8 +21,10 @@ from gpc_dist.planner.recipe import planned
 from gpc_dist.runs.folder import RunFolder, State
 from gpc_dist.runs.metrics import MetricLog
 from gpc_dist.runs.telemetry import GpuTelemetry, Write
+from gpc_dist.shown import shown
 from gpc_dist.tasks import Example, Task, make_task, read_part, selection_part
 from gpc_dist.tracking import process as exporter_process
+from gpc_dist.tracking.credentials import check_server
 from gpc_dist.tracking.process import ExporterProcess
 from gpc_dist.tracking.store import tracking_uri, ui_command
 from gpc_dist.training.losses import check_class_weights
@@ -105,6 +107,8 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
 
 def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
     """Read what a run begins with, and hold its folder until `held` is closed."""
+    if config.tracking.enabled:
+        check_server(tracking_uri(config.tracking.uri, config.run.folder))
     task = make_task(config.task, config.data)
     check_class_weights(config.train, task)
     training = read_part(task, config.data, "train", config.run.seed)
@@ -233,14 +237,15 @@ def _record_outcome(inputs: _Inputs, exporter: ExporterProcess | None, outcome: 
         exporter.finish(timeout_s)
     print(f"run folder: {folder}")
     if config.tracking.enabled:
-        print(f"compare runs: {ui_command(tracking_uri(config.tracking, folder.path))}")
+        print(f"compare runs: {ui_command(tracking_uri(config.tracking.uri, folder.path))}")
 
 
 def _print_result(result: dict[str, Any]) -> None:
     name = result["main_metric"]
     best, baseline = result["metrics"]["best"].get(name), result["majority_baseline"][name]
+    task = shown(result["task"])
     print(
-        f"{result['task']} with {result['method']}: best {name} {best:.4f} at step "
+        f"{task} with {result['method']}: best {name} {best:.4f} at step "
         f"{result['metrics']['best_step']} (majority baseline {baseline:.4f}), "
         f"{result['trainable_parameters']:,} parameters trained, {result['frozen_parameters']:,} frozen"
     )

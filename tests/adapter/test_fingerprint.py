@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from gpc_dist.adapter.fingerprint import fingerprint_files, fingerprint_tensors, identify
+from gpc_dist.adapter.fingerprint import fingerprint_files, fingerprint_tensors, identify, shards
+from gpc_dist.errors import UserError
 
 from .encoders import saved_encoder, tiny
 
@@ -24,6 +26,14 @@ def test_shards_and_dtype_make_no_other_encoder(tmp_path: Path) -> None:
     assert identify(shards).sha256 == whole.sha256
     half = AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     assert identify(half).sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/tmp/model.safetensors", "..", "-x", ""])
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_names_files_beside_it(tmp_path: Path, index: str, name: str) -> None:
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=rf"{index}: the file '{name}' (begins|is)"):
+        shards(tmp_path / index)
 
 
 @pytest.mark.parametrize("change", ["values", "name", "shape"])

@@ -341,6 +341,35 @@ def test_a_record_of_something_else_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "job/job.json is not the record of a job: restore or remove it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["--me", "-u root", "7;reboot", "7\n8", "\u0661", "", 7, ["7"]])
+def test_a_file_names_a_job_and_no_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: object
+) -> None:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm, "call", lambda *words: calls.append(words) or "")
+    record = {"log": "", "submitted_s": 2e9, "command": [], "sbatch": [], "code": {}}
+    submitted, started = tmp_path / "submitted", tmp_path / "started"
+    files.write_json(submitted / "job/job.json", record | {"job_id": number})
+    files.write_json(started / "status.json", {"state": "running"})
+    files.write_json(started / "facts.json", {"slurm_job_id": number})
+    for folder, file in ((submitted, "job/job.json"), (started, "facts.json")):
+        for command in ("cancel", "jobs"):
+            assert gpc(command, folder) == EXIT_USAGE
+            assert f"{folder / file} names the Slurm job" in capsys.readouterr().err
+    assert calls == []
+    files.write_json(started / "facts.json", {"slurm_array_job_id": "5", "slurm_array_task_id": "0 --me"})
+    assert gpc("cancel", started) == EXIT_USAGE
+    files.write_json(started / "facts.json", {"slurm_array_job_id": "5", "slurm_array_task_id": "0"})
+    assert gpc("cancel", started) == 0
+    assert calls == [("scancel", "5_0")]
+
+
+def test_a_list_of_numbers_has_a_limit() -> None:
+    assert slurm.numbers("0-999999") == list(range(10**6))
+    for text in ("0-1000000", "0-999999,5", "0-99999999999", "1" * 19):
+        assert slurm.numbers(text) is None
+
+
 def test_pace_counts_from_the_latest_start() -> None:
     now = time.time()
     lines = [

@@ -15,10 +15,10 @@ import pytest
 from mlflow import MlflowClient
 
 from gpc_dist import files
-from gpc_dist.config import TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import MetricLog
+from gpc_dist.tracking.credentials import named_by_user
 from gpc_dist.tracking.exporter import ArtifactError
 from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.search_exporter import SearchExporter
@@ -136,14 +136,14 @@ def test_sync_waits_for_the_exporter_of_a_run_that_has_ended(make_run: MakeRun) 
 def test_the_variable_of_mlflow_names_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     beside = f"sqlite:///{tmp_path}/mlflow.db"
     run, server = tmp_path / "run", "http://mlflow:5000"
-    assert tracking_uri(TrackingConfig(), run) == beside
-    assert tracking_uri(TrackingConfig(), run, last=server) == server
-    assert tracking_uri(TrackingConfig(), run, last="sqlite:////old/place/mlflow.db") == beside
+    assert tracking_uri(None, run) == beside
+    assert tracking_uri(None, run, last=server) == server
+    assert tracking_uri(None, run, last="sqlite:////old/place/mlflow.db") == beside
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking")
-    assert tracking_uri(TrackingConfig(), run, last=server) == "https://tracking"
-    assert tracking_uri(TrackingConfig(uri=server), run) == server
+    assert tracking_uri(None, run, last=server) == "https://tracking"
+    assert tracking_uri(server, run) == server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert tracking_uri(TrackingConfig(), run) == beside
+    assert tracking_uri(None, run) == beside
 
 
 @pytest.fixture
@@ -201,6 +201,9 @@ def test_a_server_without_models_keeps_the_adapter_as_artifacts(
     listed = {item.path for item in client.list_artifacts(found.info.run_id, "adapter")}
     assert listed == {"adapter/adapter_config.json"}
     assert "secret" not in "".join(path.read_text() for path in run.path.rglob("*.json"))
-    # a shell without the variable still finds the run
+    # in a shell without the variable, the run's folder alone says who gets the password
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert sync(run.path).run_id == state.run_id
+    with pytest.raises(UserError, match="is named by a file alone"):
+        sync(run.path)
+    with named_by_user(old_server):
+        assert sync(run.path).run_id == state.run_id

@@ -25,6 +25,12 @@ from .conftest import MakeRun, Start
 pytestmark = pytest.mark.slow
 
 
+def with_password(run: RunFolder) -> None:
+    """Give the store of a run a password, as recipes once could."""
+    run.config.write_text(run.config.read_text().replace("uri: http://", "uri: http://me:hunter2@"))
+    assert "hunter2" in run.config.read_text()
+
+
 def value_of(run: RunFolder, key: str) -> object:
     return files.read_json(run.tracking).get(key)
 
@@ -105,7 +111,8 @@ def test_killed_trainer_is_recorded_as_killed(make_run: MakeRun, trainer: Start)
 def test_server_that_is_down_is_the_exporter_processs_business_only(
     make_run: MakeRun, trainer: Start, server_uri: str
 ) -> None:
-    run = make_run(tracking__uri=f"http://me:hunter2@127.0.0.1:{free_port()}")
+    run = make_run(tracking__uri=f"http://127.0.0.1:{free_port()}")
+    with_password(run)
     process = trainer(
         run,
         "log.append(1, {'train/loss': 1.0})\n"
@@ -197,3 +204,37 @@ def test_what_is_no_run_folder_is_not_touched(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="not the folder of a run"):
             command(tmp_path / "typo")
     assert os.listdir(tmp_path) == []
+
+
+def test_nothing_that_tracking_finds_decides_how_a_run_ends(make_run: MakeRun, trainer: Start) -> None:
+    run, zeros = make_run(), "\0" * 200
+    run.tracking.write_text(zeros)
+    ended = trainer(
+        run,
+        "log.append(1, {'train/loss': 1.0})\n"
+        "run_id = exporter.wait_for_run_id(300)\n"
+        "files.write_json(run.result, {'steps': 1, 'mlflow_run_id': run_id})\n"
+        "run.write_status('finished')\n"
+        f"state = exporter.finish({TIMEOUT_S})\n"
+        "print(state.complete, run.read_status().state)\n",
+    )
+    wait_until(lambda: run.tracking_log.exists() and "an attempt failed" in run.tracking_log.read_text())
+    (exporter,) = psutil.Process(ended.pid).children()
+    exporter.kill()  # it would try on for a while
+    said, _ = ended.communicate(timeout=TIMEOUT_S)
+    assert said.splitlines()[-1] == "False finished"
+    assert f"complete it with: gpc-dist sync {run}" in said
+    assert files.read_json(run.result) == {"steps": 1, "mlflow_run_id": None}
+    assert run.tracking.read_text() == zeros, "what is broken is left for its owner to look at"
+    with pytest.raises(UserError, match=r"tracking\.json.*restore or remove it"):
+        sync_run(run.path)
+
+
+def test_an_exporter_that_cannot_start_is_a_warning(make_run: MakeRun, trainer: Start) -> None:
+    run = make_run()
+    run.tracking_log.mkdir()
+    ended = trainer(run, "print(exporter)\n")
+    said, _ = ended.communicate(timeout=TIMEOUT_S)
+    assert ended.returncode == 0
+    assert said.splitlines()[-1] == "None"
+    assert f"record this later with: gpc-dist sync {run}" in said

@@ -247,7 +247,10 @@ def test_many_metrics_and_odd_names(make_run: MakeRun) -> None:
 
 def test_credentials_stay_in_the_folder(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = "https://me:hunter2@mlflow.example.org"
-    run = make_run(tracking__uri=uri, data__path=f"{uri}/rte")
+    run = make_run(data__path=f"{uri}/rte")
+    tree = run.read_config()
+    tree["tracking"]["uri"] = uri  # as recipes once could
+    run.config.write_text(yaml.safe_dump(tree))
     facts = files.read_json(run.facts) | {"command": f"gpc-dist train --tracking.uri {uri}"}
     files.write_json(run.facts, facts | {"dataset": facts["dataset"] | {"source": f"{uri}/rte"}})
     exporter = RunExporter(run, uri=store_of(run))

@@ -193,6 +193,20 @@ def test_trials_that_ended_are_left_alone(
     assert child.data.metrics["final/best"] == 0.7
 
 
+def test_trials_in_the_note_are_known_by_their_folders(make_search: MakeSearch, add_trial: AddTrial) -> None:
+    """Ray Tune's ids, which a trial's record has, are no names of folders."""
+    search = make_search()
+    for number in (0, 1):
+        trial = add_trial(search, number, {1: 0.5})
+        files.write_json(trial.trial, files.read_json(trial.trial) | {"trial": f"../../3f_{number}"})
+    for exporter in (SearchExporter(search), SearchExporter(search)):
+        exporter.update()
+        note = parent_of(search).data.tags["mlflow.note.content"]
+        assert "| 0.001" in note
+        assert "| 0.002" in note
+        (search.path / "facts.json").touch()
+
+
 def test_broken_trial_does_not_hold_up_the_others(make_search: MakeSearch, add_trial: AddTrial) -> None:
     search = make_search()
     broken = add_trial(search, 0, {1: 0.5})

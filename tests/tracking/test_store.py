@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from gpc_dist.config import TrackingConfig
-from gpc_dist.tracking.store import redact, tracking_uri, ui_command, ui_page
+from gpc_dist.errors import UserError
+from gpc_dist.runs.folder import RunFolder
+from gpc_dist.tracking.state import ExportState
+from gpc_dist.tracking.store import tracking_uri, ui_command, ui_page
 from gpc_dist.tracking.sync import sync_run
 from tests.processes import start_call
 
@@ -27,7 +29,7 @@ from .conftest import MakeRun
 )
 def test_tracking_uri(configured: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getcwd", lambda: "/here")
-    assert tracking_uri(TrackingConfig(uri=configured), "/home/user/runs/rte") == expected
+    assert tracking_uri(configured, "/home/user/runs/rte") == expected
 
 
 def test_ui_command() -> None:
@@ -40,11 +42,6 @@ def test_ui_page() -> None:
     assert ui_page("sqlite:////r/mlflow.db", "/#/e/1") == f"{command} and then http://127.0.0.1:5000/#/e/1"
     assert ui_page("https://u:p@mlflow.org/", "/#/e/1") == "https://***@mlflow.org/#/e/1"
     assert ui_page("databricks", "/#/e/1") == "databricks"  # whose address only its users know
-
-
-def test_redact() -> None:
-    text = "postgresql://gpc:pw@db/mlflow and https://host/a@b"
-    assert redact(text) == "postgresql://***@db/mlflow and https://host/a@b"
 
 
 @pytest.mark.slow
@@ -60,3 +57,28 @@ def test_four_runs_share_the_first_use_of_a_store(tmp_path: Path, make_run: Make
     assert experiment.artifact_location == f"file://{tmp_path}/runs/mlartifacts"
     found = client.search_runs([experiment.experiment_id])
     assert sorted(run.info.run_name for run in found) == [f"seed{seed}" for seed in range(4)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\0" * 200, "{", "[]", '{"steps": 3}', '{"run_id": {"a": 1}}', '{"run_id": "a", "run_id": "b"}'],
+)
+def test_a_state_that_cannot_be_read_is_an_error_and_to_watchers_only_news(
+    tmp_path: Path, content: str
+) -> None:
+    run = RunFolder(tmp_path)
+    run.tracking.write_text(content)
+    with pytest.raises(UserError, match=r"tracking\.json.* restore or remove it"):
+        ExportState.load(run)
+    found = ExportState.peek(run)
+    assert (found.run_id, found.complete) == (None, False)
+    assert "restore or remove it" in str(found.error)
+    run.tracking.unlink()
+    run.tracking.mkdir()
+    assert "directory" in str(ExportState.peek(run).error)
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = ExportState("uri", "key", "1", "2", "finished", {"a": 1}, {"b": "c"}, "m", "why")
+    written.save(RunFolder(tmp_path))
+    assert ExportState.load(RunFolder(tmp_path)) == written
