@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpc_dist.errors import UserError
+from gpc_dist.parsing import parse_json
 from gpc_dist.tasks.delimited import DELIMITERS, Quoting, read_delimited, refuse_repeated
 
 Row = dict[str, Any]
@@ -102,6 +103,8 @@ def _load_json(text: str, source: str, line: int = 1) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise UserError(f"line {line} of {source} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
         line += getattr(error, "lineno", 1) - 1
         raise UserError(
@@ -129,13 +132,13 @@ def _read_parquet(path: Path) -> list[Row]:
                 "column '%s' of %s cannot be read and is left out: %s", name, path, _first_line(error)
             )
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    names = _class_names(table.schema.metadata or {})
+    names = _class_names(table.schema.metadata or {}, f"{path} (its metadata of datasets)")
     return name_classes(rows, {column: names[column] for column in columns if column in names})
 
 
-def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+def _class_names(metadata: Mapping[bytes, bytes], source: str) -> dict[str, list[str]]:
     """Names of the classes by column, where `datasets` wrote the file and with it that a column holds their numbers."""
-    described = json.loads(metadata.get(b"huggingface", b"{}"))
+    described = parse_json(metadata.get(b"huggingface", b"{}"), source)
     features = described.get("info", {}).get("features") or {}
     return {
         column: feature["names"]

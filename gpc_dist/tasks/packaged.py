@@ -12,6 +12,7 @@ from gpc_dist.tasks.example import Example, Split
 from gpc_dist.tasks.formats import Row
 from gpc_dist.tasks.read import Source, read_rows, the_input
 from gpc_dist.tasks.task import Task
+from gpc_dist.tasks.values import is_null
 
 _SPECS = superglue.SPECS | glue.SPECS
 
@@ -58,16 +59,39 @@ def adapt_rows(name: str, rows: list[Row], source: Source) -> list[Example]:
     """The examples of a packaged task's source rows.
 
     Raises:
-        UserError: a row does not have the task's columns; the message gives its number in `source`.
+        UserError: a row does not have the task's columns, or has nothing in one of them; the message gives its number
+            in `source`.
     """
     adapt = _SPECS[name].adapt
     examples: list[Example] = []
     for number, row in enumerate(rows):
         with source.at(number):
             try:
+                _check_texts(name, row)
                 examples += adapt({"idx": number} | row)
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"this is not a row of task {name} ({error!r}); it has: {', '.join(row)}"
                 ) from None
     return examples
+
+
+_NESTED = ("passage", "qas", "target")
+"""Where the rows of the official files have their texts."""
+
+
+def _check_texts(name: str, row: Row) -> None:
+    for column in (*_SPECS[name].columns, *_NESTED):
+        if column in row and (place := _null_in(row[column], column)):
+            raise UserError(f"column '{place}' is empty: drop the row or fill it in")
+
+
+def _null_in(value: Any, place: str) -> str | None:
+    """The place of the first null; None if there is none. A label may be one, which is withheld then."""
+    if is_null(value):
+        return place
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items() if key != "label"]
+    else:
+        items = [(str(number), item) for number, item in enumerate(value)] if isinstance(value, list) else []
+    return next((found for key, item in items if (found := _null_in(item, f"{place}.{key}"))), None)

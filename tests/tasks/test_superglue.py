@@ -356,6 +356,22 @@ def test_labels_words_and_metrics() -> None:
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
+        (
+            "rte",
+            {"premise": None, "hypothesis": "h"},
+            "row 2 of the input: column 'premise' is empty: drop the row",
+        ),
+        (
+            "rte",
+            {"premise": float("nan"), "hypothesis": "h"},
+            "row 2 of the input: column 'premise' is empty",
+        ),
+        ("boolq", {"question": "q", "passage": None}, "row 2 of the input: column 'passage' is empty"),
+        ("copa", HUB_ROWS["copa"][0] | {"choice2": None}, "column 'choice2' is empty"),
+        ("wic", HUB_ROWS["wic"][0] | {"word": None}, "column 'word' is empty"),
+        ("multirc", HUB_ROWS["multirc"][0] | {"answer": None}, "column 'answer' is empty"),
+        ("multirc", {"idx": 1, "passage": {"text": None, "questions": []}}, "column 'passage.text' is empty"),
+        ("record", HUB_ROWS["record"][0] | {"entities": ["a", None]}, "column 'entities.1' is empty"),
         ("rte", {"premise": "p", "label": 0}, r"row 2 of .*'hypothesis'.*has: premise, label"),
         ("copa", {"premise": "p", "choice1": "a"}, "row 2 of the input: this is not a row of task copa"),
         ("cb", {"premise": "p", "hypothesis": "h", "label": "yes"}, "row 2 of the input: label 'yes'"),
