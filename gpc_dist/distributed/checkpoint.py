@@ -34,7 +34,7 @@ _MARKER = "COMPLETE"
 _TRAINED, _RNG, _STATE = "trained.safetensors", "rng.safetensors", "state.json"
 _FILES = (_TRAINED, _RNG, _STATE)
 _NAMES = (*_FILES, _MARKER)
-_FOLDER = re.compile(r"\.?(step-\d{8,})(?:\..*)?")
+_FOLDER = re.compile(r"\.?(step-[0-9]{8,})(?:\..*)?")
 """Names of a checkpoint's folder, and of what `files.new_folder` puts beside it for a while."""
 
 

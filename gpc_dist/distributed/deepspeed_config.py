@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from gpc_dist.config import Config, EngineConfig
 from gpc_dist.errors import UserError
 from gpc_dist.files import read_text
+from gpc_dist.parsing import parse_json
 from gpc_dist.shipped import shipped_folder
 
 
@@ -66,10 +66,7 @@ def read(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".json") else shipped_folder("ds_configs") / f"{name}.json"
     if not path.is_file():
         raise UserError(f"engine.ds_config '{name}' is neither a JSON file nor one of {', '.join(regimes())}")
-    try:
-        values = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"engine.ds_config {path} is not valid JSON: {error}") from None
+    values = parse_json(read_text(path), f"engine.ds_config {path}")
     if not isinstance(values, dict):
         raise UserError(f"engine.ds_config {path} is not a JSON object, as DeepSpeed's configuration is")
     return values
