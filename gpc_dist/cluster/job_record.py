@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpc_dist import files
 from gpc_dist.cluster.slurm import is_job_id
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder, SearchFolder
+from gpc_dist.typed import read_as
 
 RECIPE, SEARCH = "recipe.yaml", "search.yaml"
 """Files in the folder `job/`: the recipe or the search that the job runs."""
@@ -42,15 +43,7 @@ def read_record(folder: RunFolder) -> JobRecord | None:
     Raises:
         UserError: the file is not a record.
     """
-    values = files.read_json(_path(folder))
-    known = {field.name for field in fields(JobRecord)}
-    try:
-        record = (
-            JobRecord(**{key: value for key, value in values.items() if key in known}) if values else None
-        )
-        return record and replace(record, submitted_s=float(record.submitted_s))
-    except (TypeError, ValueError):
-        raise UserError(f"{_path(folder)} is not the record of a job: restore or remove it") from None
+    return read_as(JobRecord, _path(folder))
 
 
 def _path(folder: RunFolder) -> Path:

@@ -10,13 +10,14 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gpc_dist import files
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.job_record import job_id, run_folders
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder, SearchFolder, Status
-from gpc_dist.runs.metrics import TIME
+from gpc_dist.runs.metrics import TIME, read_metrics
+from gpc_dist.runs.result import SearchResult
 from gpc_dist.shown import shown_cells
+from gpc_dist.typed import is_number, read_as
 
 _PROGRESS = "train/progress_pct"
 
@@ -71,7 +72,9 @@ def pace(lines: Sequence[dict[str, Any]], since_s: float) -> tuple[float | None,
         lines: lines of `metrics.jsonl`.
         since_s: unix time of the latest start.
     """
-    steps = [(line[TIME], line[_PROGRESS]) for line in lines if line.get(_PROGRESS) is not None]
+    steps = [
+        (line[TIME], line[_PROGRESS]) for line in lines if TIME in line and is_number(line.get(_PROGRESS))
+    ]
     if not steps:
         return None, None
     (last_s, progress), mine = steps[-1], [step for step in steps if step[0] >= since_s]
@@ -87,21 +90,23 @@ def _done(folder: RunFolder, status: Status) -> tuple[str, float | None]:
         begun = folder.begun_trials()
         ended = sum(trial.read_status().state != "running" for trial in begun)
         return f"{ended} of {len(begun)} trials", None
-    progress, left_s = pace(files.read_lines(folder.metrics)[0], status.started_s)
+    progress, left_s = pace(read_metrics(folder.metrics), status.started_s)
     return "" if progress is None else f"{progress:.0f} %", left_s
 
 
 def _metrics(folder: RunFolder) -> str:
     """Metrics of the newest evaluation without the loss; for a search that has ended, the best trial's metric."""
-    result = files.read_json(folder.result)
-    if best := result.get("best_trial"):
-        return f"{result['metric']} {result['best']:.4g} (trial {best})"
-    for line in reversed(files.read_lines(folder.metrics)[0]):
+    if isinstance(folder, SearchFolder):
+        found = read_as(SearchResult, folder.result)
+        if found is None or found.best_trial is None or found.best is None:
+            return ""
+        return f"{found.metric} {found.best:.4g} (trial {found.best_trial})"
+    for line in reversed(read_metrics(folder.metrics)):
         values = {
             key[4:]: value for key, value in line.items() if key.startswith("val/") and key != "val/loss"
         }
         if values:
-            return ", ".join(f"{key} {value:.4g}" for key, value in values.items() if value is not None)
+            return ", ".join(f"{key} {value:.4g}" for key, value in values.items() if is_number(value))
     return ""
 
 

@@ -23,6 +23,7 @@ from gpc_dist.runs.records import Record, read_folder
 from gpc_dist.shown import shown
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER
 from gpc_dist.tracking.experiment import read_experiment
+from gpc_dist.typed import is_number
 
 _LONGEST = 28
 """Most characters of a value in a table or a plot."""
@@ -240,10 +241,6 @@ class Column:
         """Whether all known values of the column are numbers."""
         known = [value for c in configurations if (value := self.order(c)) is not None]
         return bool(known) and all(map(is_number, known))
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def columns(comparison: Comparison) -> list[Column]:

@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gpc_dist.reports.comparison import is_number, shorten
+from gpc_dist.reports.comparison import shorten
 from gpc_dist.reports.plots import Plot, to_svg
+from gpc_dist.typed import is_number
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from gpc_dist import files
 from gpc_dist.errors import UserError
+from gpc_dist.runs.result import RunResult
 from gpc_dist.shown import shown_cells
+from gpc_dist.typed import is_number, read_as
 
 log = logging.getLogger(__name__)
 
@@ -67,19 +68,21 @@ def _read(folder: Path) -> _Result:
         raise UserError(f"{folder} is not a folder")
     if not path.is_file():
         raise UserError(f"{folder} holds no finished run: result.json is missing")
-    found = files.read_json(path)
-    try:
-        metric = found["main_metric"]
-        return _Result(
-            name=folder.name,
-            task=found["task"],
-            method=found["method"],
-            metric=metric,
-            best=found["metrics"]["best"].get(metric),
-            baseline=found["majority_baseline"].get(metric),
-            trainable=found["trainable_parameters"],
-            frozen=found["frozen_parameters"],
-            wall_s=found["wall_s"],
-        )
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not the result of a run") from None
+    found = read_as(RunResult, path)
+    if found is None or not found.main_metric:
+        raise UserError(f"{path} is not the result of a run")
+    best, baseline = (
+        value if is_number(value := values.get(found.main_metric)) else None
+        for values in (found.metrics.best, found.majority_baseline)
+    )
+    return _Result(
+        name=folder.name,
+        task=found.task,
+        method=found.method,
+        metric=found.main_metric,
+        best=best,
+        baseline=baseline,
+        trainable=found.trainable_parameters,
+        frozen=found.frozen_parameters,
+        wall_s=found.wall_s,
+    )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gpc_dist.reports.comparison import is_number, shorten, show
+from gpc_dist.reports.comparison import shorten, show
+from gpc_dist.typed import is_number
 
 _LOG_RATIO = 8.0
 _MOST_TICKS = 6

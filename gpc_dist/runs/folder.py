@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from gpc_dist import files, locks
 from gpc_dist.errors import UserError
 from gpc_dist.names import check_name, inside
 from gpc_dist.parsing import parse_yaml
+from gpc_dist.typed import read_as
 
 _LOCK, _TRACKING_LOCK = ".lock", ".tracking.lock"
 _OWN = ("status.json", "trial.json", "job/job.sh")
@@ -106,9 +107,7 @@ class RunFolder:
 
     def read_status(self) -> Status:
         """The last status written; `running` since the epoch if there is none yet."""
-        known = {field.name for field in fields(Status)}
-        values = files.read_json(self.status)
-        return Status(**{"state": "running"} | {k: v for k, v in values.items() if k in known})
+        return read_as(Status, self.status) or Status("running")
 
     def mark_killed(self, reason: str) -> None:
         """Write the state `killed` for a trainer that wrote no end state, with the time of its last heartbeat."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from gpc_dist import files
+from gpc_dist.typed import is_number
 
 STEP = "step"
 TIME = "time_s"
@@ -72,8 +73,15 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file in order, without a torn last line; empty if the file is absent."""
-    return [line for line in files.read_lines(path)[0] if STEP in line]
+    """The lines of a metrics file in order, without a torn last line, and without those that no `MetricLog` wrote;
+    empty if the file is absent."""
+    lines, _ = files.read_lines(path)
+    return [line for line in lines if is_step(line.get(STEP)) and is_number(line.get(TIME, 0.0))]
+
+
+def is_step(value: Any) -> bool:
+    """Whether a value can be the number of a step."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _json_number(value: SupportsFloat) -> float | None:

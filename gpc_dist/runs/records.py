@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,9 @@ from gpc_dist import files
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import STEP, TIME, read_metrics
+from gpc_dist.runs.result import RunResult
 from gpc_dist.tasks.metrics import LOWER_IS_BETTER
+from gpc_dist.typed import is_number, read_as
 
 TRAIN_LOSS = "train/loss"
 EVALUATION = "val/"
@@ -82,7 +83,7 @@ def read_folder(place: Path) -> list[Record]:
 
 def _read_run(folder: RunFolder) -> Record:
     status, trial = folder.read_status(), files.read_json(folder.path / "trial.json")
-    result = files.read_json(folder.result)
+    result = read_as(RunResult, folder.result)
     state: str = "finished" if result else status.state
     if decision := trial.get("decision"):
         state = f"{state} ({decision})"
@@ -115,7 +116,7 @@ def make_record(
     name: str,
     *,
     config: Mapping[str, Any],
-    result: Mapping[str, Any],
+    result: RunResult | None,
     facts: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
     state: str,
@@ -124,26 +125,26 @@ def make_record(
     again: Sequence[str],
 ) -> Record:
     keys = flatten(config)
-    main = result.get("main_metric") or keys.get("task.metric") or _guessed_metric(lines)
-    metrics = result.get("metrics", {})
+    known = result or RunResult()
+    main = known.main_metric or keys.get("task.metric") or _guessed_metric(lines)
     last_s = max((line[TIME] for line in lines if TIME in line), default=0.0)
     return Record(
         name=name,
-        task=str(result.get("task") or keys.get("task.name") or "unknown"),
+        task=str(known.task or keys.get("task.name") or "unknown"),
         seed=int(keys.get("run.seed") or 0),
         settings={key: value for key, value in keys.items() if not key.startswith(_NO_SETTINGS)},
         main_metric=main,
-        best=_finite(metrics.get("best") or {}) if result else _best_evaluation(lines, main),
-        baseline=_finite(result.get("majority_baseline") or {}),
+        best=_finite(known.metrics.best) if result else _best_evaluation(lines, main),
+        baseline=_finite(known.majority_baseline),
         curves=_curves(lines),
         state=state,
         reason=reason,
         started_s=started_s,
-        wall_s=result.get("wall_s") or (last_s - started_s if 0 < started_s < last_s else None),
-        share_s=result.get("share_s"),
-        ranks=result.get("world_size") or _configured_ranks(keys, facts),
+        wall_s=known.wall_s or (last_s - started_s if 0 < started_s < last_s else None),
+        share_s=known.share_s,
+        ranks=known.world_size or _configured_ranks(keys, facts),
         on_gpu="gpu" in facts and keys.get("engine.device") != "cpu",
-        energy_j=result.get("energy_j"),
+        energy_j=known.energy_j,
         command=str(facts.get("command", "")),
         again=again,
     )
@@ -178,7 +179,7 @@ def _guessed_metric(lines: Iterable[Mapping[str, Any]]) -> str | None:
 
 def _best_evaluation(lines: Iterable[Mapping[str, Any]], main: str | None) -> dict[str, float]:
     key = f"{EVALUATION}{main}"
-    evaluations = [line for line in lines if _is_finite(line.get(key))]
+    evaluations = [line for line in lines if is_number(line.get(key))]
     if not evaluations:
         return {}
     choose = min if main in LOWER_IS_BETTER else max
@@ -192,14 +193,10 @@ def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for line in lines:
         for key, value in line.items():
-            if (key == TRAIN_LOSS or key.startswith(EVALUATION)) and _is_finite(value):
+            if (key == TRAIN_LOSS or key.startswith(EVALUATION)) and is_number(value):
                 curves.setdefault(key, []).append((int(line[STEP]), float(value)))
     return curves
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if _is_finite(value)}
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return {name: float(value) for name, value in values.items() if is_number(value)}

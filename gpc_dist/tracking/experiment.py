@@ -13,8 +13,10 @@ from gpc_dist.errors import MachineError, UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import STEP, TIME
 from gpc_dist.runs.records import EVALUATION, TRAIN_LOSS, Record, make_record, new_folder
+from gpc_dist.runs.result import RunResult
 from gpc_dist.shown import redact
 from gpc_dist.tracking.store import open_client
+from gpc_dist.typed import read_as
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,7 +95,7 @@ def _read_mlflow_run(client: MlflowClient, run: MlflowRun) -> Record | None:
             return None
         config, result, facts = (
             folder.read_config(),
-            files.read_json(folder.result),
+            read_as(RunResult, folder.result),
             files.read_json(folder.facts),
         )
     config_file = f"mlflow-{run_id}/config.yaml"

@@ -167,7 +167,7 @@ class RunExporter(Exporter):
         lines, end = files.read_lines(path, offset)
         points: list[translate.Point] = []
         for number, line in enumerate(lines, start=count):
-            if host is None and metrics.STEP in line:
+            if host is None and metrics.is_step(line.get(metrics.STEP)):
                 points += translate.points(line, step=line[metrics.STEP])
             elif host is not None:
                 # A resume appends to the same file and numbers its samples from 0 again, so the

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import asdict, dataclass, field, fields
-
-from pydantic import TypeAdapter, ValidationError
+from dataclasses import asdict, dataclass, field
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
+from gpc_dist.typed import read_as
 
 
 @dataclass
@@ -46,15 +45,7 @@ class ExportState:
         Raises:
             UserError: `tracking.json` is broken.
         """
-        known = {f.name for f in fields(cls)}
-        values = {name: value for name, value in files.read_json(folder.tracking).items() if name in known}
-        try:
-            return _SHAPE.validate_python(values)
-        except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UserError(
-                f"{folder.tracking} has another type of '{where}': restore or remove it"
-            ) from None
+        return read_as(cls, folder.tracking) or cls()
 
     @classmethod
     def peek(cls, folder: RunFolder) -> ExportState:
@@ -66,6 +57,3 @@ class ExportState:
 
     def save(self, folder: RunFolder) -> None:
         files.write_json(folder.tracking, asdict(self))
-
-
-_SHAPE = TypeAdapter(ExportState)

@@ -1,0 +1,36 @@
+"""What a run or a search came to (`result.json`), as far as other parts of the program read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metrics:
+    best: dict[str, Any] = field(default_factory=dict)
+    """Of the best evaluation: numbers by name, None where one is not finite, and figures that are no numbers."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    task: str = ""
+    method: str = ""
+    main_metric: str = ""
+    metrics: Metrics = field(default_factory=Metrics)
+    majority_baseline: dict[str, Any] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    frozen_parameters: int = 0
+    wall_s: float = 0.0
+    share_s: float | None = None
+    """Seconds of the run's share in a pack."""
+    world_size: int | None = None
+    energy_j: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    metric: str = ""
+    best_trial: str | None = None
+    """Name of the trial with the best adapter; None if no trial was evaluated."""
+    best: float | None = None
