@@ -30,7 +30,7 @@ _VARIABLES = {
     ),
     "postgresql": ("PGPASSWORD",),
 }
-"""What is sent to a host, by the beginning of the URI's scheme."""
+"""What is sent to a host, by the beginning of a URI's scheme."""
 
 
 @contextmanager
@@ -66,8 +66,8 @@ def check_server(uri: str) -> None:
     Raises:
         UserError: the user has credentials for a tracking server, and MLFLOW_TRACKING_URI does not name this one.
     """
-    held = _credentials(uri)
-    if held and _server(uri) != _server(os.environ.get(URI, "")):
+    held, given = _credentials(uri), os.environ.get(URI, "")
+    if held and uri != given and (_server(uri) is None or _server(uri) != _server(given)):
         raise UserError(
             f"the tracking store {redact(uri)} is named by a file alone, and would get your credentials ({held}): if "
             f"it is yours, say so with {URI}, --tracking.uri, or --uri of gpc-dist sync; if not, unset them"
@@ -76,17 +76,31 @@ def check_server(uri: str) -> None:
 
 def _credentials(uri: str) -> str:
     """What of this user's would be sent to a URI's server; empty if nothing."""
-    names = next((names for scheme, names in _VARIABLES.items() if uri.startswith(scheme)), ())
-    found = [name for name in names if os.environ.get(name)]
-    if uri.startswith("http") and Path(_FILE).expanduser().is_file():
+    try:
+        scheme = urlsplit(uri).scheme  # as MLflow finds it
+    except ValueError:
+        scheme = "http"
+    found = [name for start, names in _VARIABLES.items() if scheme.startswith(start) for name in names]
+    found = [name for name in found if os.environ.get(name)]
+    if scheme.startswith("http") and Path(_FILE).expanduser().is_file():
         found.append(_FILE)
     return ", ".join(found)
 
 
-def _server(uri: str) -> tuple[str, str | None, int | None]:
-    """What tells servers apart. A token that went over TLS must not go without it, so the scheme is a part."""
+def _server(uri: str) -> tuple[str, str, int] | None:
+    """What tells tracking servers apart: scheme (a token that goes over TLS must not go without it), host and port.
+
+    Returns:
+        None for what is no address of one. Of databases there is no telling: options of a URI can name another host.
+    """
+    # the parser of the library that sends the requests: another one may find another host, as in https://a\@b
+    from urllib3.exceptions import LocationParseError
+    from urllib3.util import parse_url
+
     try:
-        parts = urlsplit(uri)
-        return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
-    except ValueError:  # no port, such as in user:pass/word@host
-        return "", None, None
+        parts = parse_url(uri)
+    except LocationParseError:
+        return None
+    if parts.scheme not in _PORTS or not parts.host:
+        return None
+    return parts.scheme, parts.host, parts.port or _PORTS[parts.scheme]

@@ -99,6 +99,16 @@ def test_credentials_go_to_a_server_that_the_user_named(
         ("https://h", "https://h.evil.org", False),
         ("https://h", "https://h@evil.org", False),
         ("", "https://h", False),
+        ("", "HTTPS://h", False),
+        ("", " https://h", False),
+        ("", "https://u:pa/ss@h", False),
+        ("", "https://", False),
+        ("", "https://[::1", False),
+        ("", "ht\ntps://h", False),
+        ("https://h", "https://evil\\@h", False),
+        ("https://h", "https://h:443@evil", False),
+        ("https://h", "https://evil#@h", False),
+        ("https://h", "https://evil?@h", False),
     ],
 )
 def test_servers(given: str, asked: str, same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +137,8 @@ def test_a_password_of_a_database_stays_with_its_server(monkeypatch: pytest.Monk
         credentials.check_server("postgresql+psycopg2://evil/db")
     with credentials.named_by_user("postgresql://mine/db"):
         credentials.check_server("postgresql://mine/db")
+        with pytest.raises(UserError, match=r"\(PGPASSWORD\)"):
+            credentials.check_server("postgresql://mine/db?host=evil")
 
 
 def test_training_and_searches_refuse_before_they_begin(
