@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,18 +28,19 @@ def read_as(kind: type[T], path: Path) -> T | None:
     return check_as(kind, values, str(path)) if values else None
 
 
-def check_as(kind: type[T], values: Mapping[str, Any], source: str) -> T:
+def check_as(kind: type[T], values: Any, source: str) -> T:
     """A mapping as a dataclass.
 
     Raises:
-        UserError: it lacks a key, or has another type of value under one; `source` is what to call it.
+        UserError: it is none, lacks a key, or has another type of value under one; `source` is what to call it.
     """
     try:
-        return cast(T, _adapter(kind).validate_python(dict(values)))  # type: ignore[arg-type]
+        return cast(T, _adapter(kind).validate_python(values))  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{source}: {where}: {first['msg'].lower()}: restore or remove it") from None
+        at = f"{where}: " if where else ""
+        raise UserError(f"{source}: {at}{first['msg'].lower()}: restore or remove it") from None
 
 
 def is_number(value: Any) -> bool:

@@ -7,18 +7,26 @@ import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpc_dist.errors import UserError
 from gpc_dist.parsing import parse_json
 from gpc_dist.tasks.delimited import DELIMITERS, Quoting, read_delimited, refuse_repeated
+from gpc_dist.typed import check_as
 
 Row = dict[str, Any]
 
 _TEXT = (".jsonl", ".json", *DELIMITERS)
 SUFFIXES = (*_TEXT, ".parquet", *(f"{suffix}.gz" for suffix in _TEXT))
 """Endings of the names of files that can be read."""
+
+_SMALL_BYTES = 16 * 2**20
+_MOST_PACKED = 100
+"""A file may hold as many times its own size, beyond a small one; text is packed to a tenth at best, and a bomb to a
+thousandth or less."""
+_TOO_MUCH = f"holds more than {_MOST_PACKED} times its own size"
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +54,7 @@ def read_file(path: Path, quoting: Quoting = "auto") -> list[Row]:
             return _read_parquet(path)
         text = _read_text(path, packed=suffix.endswith(".gz"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
     kind = suffix.removesuffix(".gz")
     if kind in DELIMITERS:
         return read_delimited(text, str(path), DELIMITERS[kind], quoting)
@@ -56,12 +64,7 @@ def read_file(path: Path, quoting: Quoting = "auto") -> list[Row]:
 
 
 def _read_text(path: Path, packed: bool) -> str:
-    data = path.read_bytes()
-    if packed:
-        try:
-            data = gzip.decompress(data)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
+    data = _unpacked(path) if packed else path.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -69,6 +72,20 @@ def _read_text(path: Path, packed: bool) -> str:
         raise UserError(
             f"line {line} of {path} is not UTF-8 text ({error.reason}): convert it first"
         ) from None
+
+
+def _unpacked(path: Path) -> bytes:
+    most = _SMALL_BYTES + _MOST_PACKED * path.stat().st_size
+    try:
+        with gzip.open(path) as file:
+            data = file.read(most + 1)
+        if not data and not path.stat().st_size:
+            raise EOFError("it is empty")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
+    if len(data) > most:
+        raise UserError(f"{path} {_TOO_MUCH}: unpack it first, if it is to be so")
+    return data
 
 
 def _parse_json_array(text: str, source: str) -> list[Row]:
@@ -118,10 +135,14 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         # not `read_table`, which makes columns of folders that are named `key=value`
-        table = pyarrow.parquet.ParquetFile(path).read()
-    except pyarrow.ArrowException as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        cells = file.metadata.num_rows * max(1, file.metadata.num_columns)
+        if cells > _SMALL_BYTES + _MOST_PACKED * path.stat().st_size:
+            raise UserError(f"{path} {_TOO_MUCH}: write it as CSV or JSON Lines, if it is to be so")
+        table = file.read()
+        refuse_repeated(table.column_names, str(path))
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a Parquet file: {_first_line(error)}") from None
-    refuse_repeated(table.column_names, str(path))
     columns = {}
     for name in table.column_names:
         try:
@@ -136,15 +157,31 @@ def _read_parquet(path: Path) -> list[Row]:
     return name_classes(rows, {column: names[column] for column in columns if column in names})
 
 
+@dataclass(frozen=True)
+class _Info:
+    features: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What `datasets` writes into a file's metadata."""
+
+    info: _Info = _Info()
+
+
 def _class_names(metadata: Mapping[bytes, bytes], source: str) -> dict[str, list[str]]:
     """Names of the classes by column, where `datasets` wrote the file and with it that a column holds their numbers."""
     described = parse_json(metadata.get(b"huggingface", b"{}"), source)
-    features = described.get("info", {}).get("features") or {}
-    return {
-        column: feature["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
+    features = check_as(_Described, described, source).info.features or {}
+    found: dict[str, list[str]] = {}
+    for column, feature in features.items():
+        if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
+            continue
+        names = feature.get("names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{source} does not name the classes of column '{column}': write the file again")
+        found[column] = names
+    return found
 
 
 def name_classes(rows: list[Row], names: Mapping[str, Sequence[str]]) -> list[Row]:
@@ -152,11 +189,19 @@ def name_classes(rows: list[Row], names: Mapping[str, Sequence[str]]) -> list[Ro
 
     Args:
         names: of the classes, for each column that holds numbers of classes.
+
+    Raises:
+        UserError: a value is no number of a class.
     """
-    return [
-        row | {c: names[c][row[c]] if row[c] is not None and row[c] >= 0 else None for c in names}
-        for row in rows
-    ]
+    return [row | {column: _name(row[column], names[column], column) for column in names} for row in rows]
+
+
+def _name(value: Any, names: Sequence[str], column: str) -> str | None:
+    if value is None or value == -1:
+        return None
+    if type(value) is not int or not 0 <= value < len(names):
+        raise UserError(f"column '{column}' holds {value!r}, which is no number of its {len(names)} classes")
+    return names[value]
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from gpc_dist.config import DataConfig
@@ -68,12 +70,27 @@ def adapt_rows(name: str, rows: list[Row], source: Source) -> list[Example]:
         with source.at(number):
             try:
                 _check_texts(name, row)
-                examples += adapt({"idx": number} | row)
-            except (KeyError, TypeError, RecursionError) as error:
+                made = list(adapt({"idx": number} | row))
+                _check_types(made)
+            except _NOT_SUCH_A_ROW as error:
                 raise UserError(
                     f"this is not a row of task {name} ({error!r}); it has: {', '.join(row)}"
                 ) from None
+            examples += made
     return examples
+
+
+_NOT_SUCH_A_ROW = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
+"""What comes of values of other types where a row is taken apart."""
+
+
+def _check_types(examples: Sequence[Example]) -> None:
+    """Raise TypeError for examples of other values than those of the task's files."""
+    for example in examples:
+        for text in chain.from_iterable(example.rows):
+            if not isinstance(text, str | None):
+                raise TypeError(f"{text!r} is no text")
+        hash((example.group, example.source))
 
 
 _NESTED = ("passage", "qas", "target")

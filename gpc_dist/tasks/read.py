@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gpc_dist.config import DataConfig
 from gpc_dist.errors import UserError
+from gpc_dist.shown import shown
 from gpc_dist.tasks.example import Split
 from gpc_dist.tasks.formats import Row, name_classes, read_file
 from gpc_dist.tasks.splits import split_files
@@ -35,7 +36,7 @@ class Source:
         try:
             yield
         except UserError as error:
-            raise UserError(f"{self._row(number)}: {error}") from None
+            raise UserError(shown(f"{self._row(number)}: {error}")) from None
 
     def _row(self, number: int) -> str:
         for name, count in self.parts:
