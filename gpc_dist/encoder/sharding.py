@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpc_dist import caches
+from gpc_dist import own_folders
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.weights import Stored
@@ -36,7 +36,7 @@ def shard(
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     offload = ds_config["zero_optimization"].get("offload_param", {})
     if world.device.type != "cpu" or offload.get("device") == "nvme":
-        caches.use_own_folders()  # of operators that are compiled
+        own_folders.name_caches()  # of operators that are compiled
     from gpc_dist.private import deepspeed as private
 
     private.say_less()
@@ -72,5 +72,5 @@ def _with_own_swap_folder(ds_config: dict[str, Any]) -> dict[str, Any]:
         return ds_config
     place = Path(offload["nvme_path"])
     place.mkdir(parents=True, exist_ok=True)
-    own = offload | {"nvme_path": str(caches.own_temporary_folder(place))}
+    own = offload | {"nvme_path": str(own_folders.temporary(place))}
     return ds_config | {"zero_optimization": zero | {"offload_param": own}}

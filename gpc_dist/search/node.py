@@ -7,16 +7,19 @@ All nodes start in one Slurm step and end together: the workers end when the hea
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from gpc_dist import own_folders
 from gpc_dist.distributed.launch import in_job_step
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
 from gpc_dist.interpreter import python
@@ -56,9 +59,8 @@ def run_node(spec: SearchSpec, arguments: Sequence[str], stop: StopRequest) -> i
 
 def _head(address: str, arguments: Sequence[str], stop: StopRequest) -> int:
     host, _, port = address.partition(":")
-    # the path of a Unix socket is limited to about 100 characters, and Ray's names are long
-    with tempfile.TemporaryDirectory(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp") as folder:
-        own = [f"--node-ip-address={host}", f"--port={port}", f"--temp-dir={folder}"]
+    with _own_folder() as folder:
+        own = [f"--node-ip-address={host}", f"--port={port}", f"--temp-dir={folder}/r"]
         ray = _start(["--head", "--include-dashboard=false", *own])
         try:
             if not _wait_for(address, ray):
@@ -91,13 +93,35 @@ def _worker(address: str) -> int:
     if not _wait_for(address):
         return EXIT_ENVIRONMENT
     own = socket.gethostbyname(socket.gethostname())
-    ray = _start([f"--address={address}", f"--node-ip-address={own}"])
-    try:
-        while ray.poll() is None and answers(address):
-            time.sleep(_PERIOD_S)
-    finally:
-        _stop(ray)
+    with _own_folder():
+        ray = _start([f"--address={address}", f"--node-ip-address={own}"])
+        try:
+            while ray.poll() is None and answers(address):
+                time.sleep(_PERIOD_S)
+        finally:
+            _stop(ray)
     return 0
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Where this node's Ray processes have their folder, to which Ray lets everybody write, and here nobody gets.
+
+    Ray wants one path on all nodes: it follows from what the job alone knows, so that nobody else is there first.
+    """
+    known = hashlib.sha256(os.environ.get("RAY_AUTH_TOKEN", "").encode()).hexdigest()[:8]
+    # the path of a Unix socket is limited to about 100 characters, and Ray's names are long
+    folder = Path(f"/tmp/ray-{os.environ['SLURM_JOB_ID']}-{known}")
+    first = not folder.exists()  # nodes that are one machine have one folder
+    if not own_folders.make(folder):
+        raise MachineError(
+            f"{folder}, for Ray's files, is not a folder of yours that nobody else can enter: remove it"
+        )
+    try:
+        yield folder
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(options: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -27,9 +27,9 @@ _OPTIONS: dict[str, Any] = {
 }
 _NODES_S = 120.0
 _POLL_S = 0.02
-_LONGEST_PATH = 24
+_LONGEST_PATH = 22
 """Characters of a folder in which Ray's folder may be: the path of a Unix socket has at most 107, and Ray's own
-`/gpc-ray-XXXXXXXX/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` takes the others."""
+`/gpc-ray-XXXXXXXX/r/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` takes the others."""
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer output cannot be replaced by a reporter of one's own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
@@ -100,7 +100,7 @@ def _own() -> Iterator[dict[str, Any]]:
             "address": "local",
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
-            "_temp_dir": folder,
+            "_temp_dir": f"{folder}/r",  # to which Ray lets everybody write: nobody gets there
         }
 
 

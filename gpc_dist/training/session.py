@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpc_dist import caches
+from gpc_dist import own_folders
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.adapter.fingerprint import EncoderIdentity, identify
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
@@ -172,7 +172,7 @@ def open_session(
     choose_kernels(base.parts.layers)
     model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in attached])
     if config.engine.compile:
-        caches.use_own_folders()
+        own_folders.name_caches()
         model.compile_layers()
     if config.engine.activation_checkpointing:
         model.checkpoint_activations()

@@ -147,7 +147,7 @@ def test_on_one_node_the_ranks_meet_at_the_loopback_interface(run: Run, tmp_path
 
 @both
 def test_no_folder_that_another_could_have_made_is_used(run: Run, tmp_path: Path, script: str) -> None:
-    """Each process of the job looks for its own (`caches`)."""
+    """Each process of the job looks for its own (`own_folders`)."""
     temporary = tmp_path / "local"
     planted = temporary / f"gpc-dist-{os.geteuid()}" / "inductor"
     planted.mkdir(parents=True)

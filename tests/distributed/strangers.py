@@ -42,21 +42,21 @@ def write_everywhere(port: int, trap: Path) -> None:
         store.set(name, pickled)
 
 
-def take_a_place(port: int, trap: Path, way: str) -> None:
-    """Join as rank 1 of two, and send pickles as PyTorch does (`pickles`), or in the form of this program's messages
+def take_a_place(port: int, trap: Path, rank: int, way: str) -> None:
+    """Join as a rank of two, and send pickles as PyTorch does (`pickles`), or in the form of this program's messages
     (`messages`). For the second, the names of the keys are listed."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    whole = store_of(port)
+    whole = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, timeout=WAIT, wait_for_workers=False)
+    begins = GUESSED
     if way == "messages":
         wait_until(whole.list_keys)
-        store: dist.Store = dist.PrefixStore(whole.list_keys()[0].rpartition("/")[0], whole)
-        store.set("rank-1", "")
-    else:
-        store = whole
-        for begin in GUESSED:
-            store.set(f"{begin}rank-1", "")
-    dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=WAIT)
+        begins = [whole.list_keys()[0].removesuffix(f"rank-{1 - rank}")]
+    for begin in begins:
+        for name in (f"rank-{rank}", "met"):
+            whole.set(f"{begin}{name}", "")
+    store = dist.PrefixStore(begins[0].removesuffix("/"), whole) if way == "messages" else whole
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=WAIT)
     if way == "messages":
-        Messages(1, 2, torch.device("cpu"), b"").gather(pickle.dumps(Trap(trap)))
+        Messages(rank, 2, torch.device("cpu"), b"").gather(pickle.dumps(Trap(trap)))
     else:
         dist.gather_object(Trap(trap))

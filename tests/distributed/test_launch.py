@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from gpc_dist import cli, logs
 from gpc_dist.distributed import launch, rendezvous
-from gpc_dist.errors import EXIT_ENVIRONMENT, UserError
+from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError, UserError
 from gpc_dist.search import node
 from tests.processes import free_port, start, start_call, wait_until
 
@@ -121,6 +122,25 @@ def test_a_shell_is_no_node_of_a_search(environment: pytest.MonkeyPatch) -> None
     assert node.is_one()
     os.environ.update(INTERACTIVE)
     assert not node.is_one()
+
+
+def test_all_nodes_of_a_search_have_a_folder_that_nobody_else_enters_at_one_path(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    os.environ.update(SLURM_JOB_ID=f"test{os.getpid()}", RAY_AUTH_TOKEN="known")
+    with node._own_folder() as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with node._own_folder() as again:  # a node that is the same machine
+            assert again == folder
+        assert folder.exists()
+        os.environ["RAY_AUTH_TOKEN"] = "another"
+        with node._own_folder() as other:
+            assert other != folder
+        os.environ["RAY_AUTH_TOKEN"] = "known"
+        folder.chmod(0o777)  # as if somebody else had made it
+        with pytest.raises(MachineError, match=f"{folder}, for Ray's files, is not a folder of yours"):
+            node._own_folder().__enter__()
+    assert not folder.exists()
 
 
 def test_a_command_without_ranks_takes_no_notice_of_them(

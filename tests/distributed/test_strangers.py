@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from gpc_dist import cli
@@ -22,6 +23,8 @@ from tests.distributed import strangers
 from tests.processes import Started, call_on_ranks, free_port, start, start_call, wait_until
 
 pytestmark = pytest.mark.slow
+
+FOREIGN = "does not have the signature of this job"
 
 
 def listening(port: int, host: str = "127.0.0.1") -> bool:
@@ -65,27 +68,43 @@ def test_what_a_stranger_writes_first_is_not_looked_at(
     assert not (tmp_path / "trap").exists()
 
 
+LISTED = pytest.mark.skipif(
+    not hasattr(dist.Store, "list_keys"), reason="this torch does not list the names in a store"
+)
+
+
 @pytest.mark.parametrize(
-    ("way", "message"),
+    ("rank", "way", "message"),
     [
-        ("pickles", "rank 1 did not come within 3 s"),
-        ("messages", "what came as a message of rank 1 does not have the signature of this job"),
+        (1, "pickles", "rank 1 did not come within 3 s"),
+        pytest.param(1, "messages", f"as a message of rank 1 {FOREIGN}", marks=LISTED),
+        pytest.param(0, "messages", f"as a message of rank 0 {FOREIGN}", marks=LISTED),
     ],
 )
 def test_a_stranger_in_a_ranks_place_is_refused(
-    start_rank: Any, tmp_path: Path, way: str, message: str
+    start_rank: Any, tmp_path: Path, rank: int, way: str, message: str
 ) -> None:
-    if way == "messages" and not hasattr(distributed_c10d.Store, "list_keys"):
-        pytest.skip("the names in the store cannot be listed")
-    # with a plan, the first thing that the ranks do is to tell rank 0 about their machines
-    main = start_rank(0, "--engine.timeout_s", 3, "--engine.plan", "auto")
-    wait_until(lambda: listening(start_rank.port) or main.returncode is not None, failed=lambda: main.stderr)
-    stranger = start_call(strangers.take_a_place, start_rank.port, tmp_path / "trap", way)
-    assert main.wait() == EXIT_ENVIRONMENT
-    assert not (tmp_path / "trap").exists()
-    assert message in main.stderr.splitlines()[-1]
-    assert "Traceback" not in main.stderr
+    def start_stranger() -> Started:
+        return start_call(strangers.take_a_place, start_rank.port, tmp_path / "trap", rank, way)
+
+    stranger = start_stranger() if rank == 0 else None
+    # with a plan, the first thing that ranks do is to tell rank 0 about their machines
+    own = start_rank(1 - rank, "--engine.timeout_s", 3, "--engine.plan", "auto")
+    wait_until(lambda: listening(start_rank.port) or own.returncode is not None, failed=lambda: own.stderr)
+    stranger = stranger or start_stranger()
+    assert own.wait() == EXIT_ENVIRONMENT
     stranger.kill()
+    assert message in own.stderr.splitlines()[-1]
+    assert "Traceback" not in own.stderr
+    assert not (tmp_path / "trap").exists()
+
+
+def test_where_somebody_listens_already_rank_0_says_so(start_rank: Any) -> None:
+    with socket.create_server(("127.0.0.1", start_rank.port)):
+        own = start_rank(0)
+        assert own.wait() == EXIT_ENVIRONMENT
+    assert f"rank 0 of 2 could not join at 127.0.0.1:{start_rank.port}: " in own.stderr.splitlines()[-1]
+    assert "Address already in use" in own.stderr
 
 
 def without_pickles(words: list[str]) -> int:
@@ -100,11 +119,10 @@ def without_pickles(words: list[str]) -> int:
 
 def test_ranks_pickle_nothing(tiny_recipe: Path, tmp_path: Path) -> None:
     """DeepSpeed neither."""
-    for more in (("--engine.zero_stage", "3"), ("--engine.plan", "auto")):
-        words = ["train", str(tiny_recipe), "--run.dir", str(tmp_path / more[1]), *more]
-        done = call_on_ranks(2, without_pickles, words)
-        assert done.returncode == 0, done.stderr
-        assert len(losses(tmp_path / more[1])) == 12
+    words = ["train", str(tiny_recipe), "--run.dir", str(tmp_path / "run"), "--engine.zero_stage", "3"]
+    done = call_on_ranks(2, without_pickles, words)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 12
 
 
 def exchange() -> None:
@@ -144,7 +162,7 @@ def refuse_each_other() -> None:
         own = messages.Messages(ranks[world.rank], 2, world.device, keys[world.rank])
         own._rank = world.rank if ranks == (0, 1) else own._rank
         own._count = calls[world.rank]
-        with pytest.raises(MachineError, match="does not have the signature of this job"):
+        with pytest.raises(MachineError, match=FOREIGN):
             own.gather(b"text")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def test_a_local_search_leaves_nothing_outside_its_folder(search: Path, tmp_path
     name, value = best.split(": ")[1].split(", accuracy ")
     assert f"best accuracy {value} by {name};" in done.stdout
     assert "2 of 2 trials ended" in done.stdout
+
+
+def test_the_folder_to_which_ray_lets_everybody_write_is_in_one_that_nobody_enters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "known")
+    with ray_cluster._own() as options:
+        own, inner = Path(options["_temp_dir"]).parent, Path(options["_temp_dir"]).name
+        assert stat.S_IMODE(own.stat().st_mode) == 0o700
+        assert len(f"{own}/{inner}/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store") <= 107
+    assert not own.exists()
 
 
 def test_nobody_at_the_address(

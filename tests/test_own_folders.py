@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist import caches
+from gpc_dist import own_folders
 from gpc_dist.encoder import sharding
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
@@ -33,7 +33,7 @@ def test_the_processes_of_a_user_share_a_folder_that_nobody_else_enters(place: P
     for _ in range(2):
         for name in NAMES:
             os.environ.pop(name, None)
-        caches.use_own_folders()
+        own_folders.name_caches()
         folders = [Path(os.environ[name]) for name in NAMES]
         assert folders == [shared(place) / name for name in ("inductor", "extensions", "triton")]
     assert stat.S_IMODE(shared(place).stat().st_mode) == 0o700
@@ -41,13 +41,13 @@ def test_the_processes_of_a_user_share_a_folder_that_nobody_else_enters(place: P
 
 def test_outside_of_a_job_home_folders_serve(place: Path) -> None:
     del os.environ["SLURM_JOB_ID"]
-    caches.use_own_folders()
+    own_folders.name_caches()
     assert os.environ.keys() & set(NAMES) == {"TORCHINDUCTOR_CACHE_DIR"}
 
 
 def test_a_folder_that_is_named_is_used(place: Path) -> None:
     os.environ.update(dict.fromkeys(NAMES, "/mine"))
-    caches.use_own_folders()
+    own_folders.name_caches()
     assert {os.environ[name] for name in NAMES} == {"/mine"}
     assert not shared(place).exists()
 
@@ -72,8 +72,8 @@ def another_users(planted: Path) -> None:
 COMPILE = """
 import os
 from pathlib import Path
-from gpc_dist import caches
-caches.use_own_folders()
+from gpc_dist import own_folders
+own_folders.name_caches()
 folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 folder.mkdir()
 print(oct(folder.parent.stat().st_mode)[-3:], folder.parent)
