@@ -169,7 +169,7 @@ def test_every_number_is_in_the_json() -> None:
 def test_the_report_names_the_machine_but_not_its_folders_and_servers() -> None:
     study = StudySpec.model_validate(
         STUDY.model_dump(mode="json")
-        | {"dir": "/home/me/s", "data_root": "/home/me", "tracking": {"uri": "http://me:secret@home:1"}}
+        | {"dir": "/home/me/s", "data_root": "/home/me", "tracking": {"uri": "http://home:1"}}
     )
     found = StudyResult(study, [EASY], [])
     shown = to_markdown("x", report.tables(found))
