@@ -38,7 +38,7 @@ def test_tables_errors_and_log_lines_are_plain(
     result["metrics"] = {"best": {f"accuracy{ATTACK}": 0.75}}
     (run / "result.json").write_text(json.dumps(result))
     (run / "config.yaml").write_text(json.dumps({"run": {"seed": 1}, "task": {"name": ATTACK}}))
-    (run / "status.json").write_text(json.dumps({"state": ATTACK, "reason": ATTACK}))
+    (run / "status.json").write_text(json.dumps({"state": "failed", "reason": ATTACK}))
     (run / "job" / "job.json").write_text(
         json.dumps({"job_id": "7", "log": "", "submitted_s": 2e9, "command": [], "sbatch": [], "code": {}})
     )
