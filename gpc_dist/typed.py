@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
+from gpc_dist.shown import shown
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ def check_as(kind: type[T], values: Any, source: str) -> T:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         at = f"{where}: " if where else ""
-        raise UserError(f"{source}: {at}{first['msg'].lower()}: restore or remove it") from None
+        raise UserError(shown(f"{source}: {at}{first['msg'].lower()}: restore or remove it")) from None
 
 
 def is_number(value: Any) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpc_dist.errors import MachineError, UserError
+from gpc_dist.shown import shown
 
 ENDED = {
     "BOOT_FAIL",
@@ -102,25 +103,35 @@ def call(*words: str) -> str:
 
 
 def partitions() -> list[Partition]:
-    """The cluster's partitions, in Slurm's order."""
+    """The cluster's partitions, in Slurm's order.
+
+    Raises:
+        MachineError: Slurm's answer has another form.
+    """
     found: dict[str, Partition] = {}
     for line in call("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines():
-        name, up, limit, nodes, cpus, memory, gres = line.split("|", 6)
-        gpus, gpu_type = _gpus(gres)
-        new = Partition(
-            name=name.rstrip("*"),
-            is_default=name.endswith("*"),
-            is_up=up == "up",
-            nodes=int(nodes),
-            max_s=seconds(limit),
-            cpus=int(cpus.rstrip("+")),
-            memory_mib=int(memory.rstrip("+")),
-            gpus=gpus,
-            gpu_type=gpu_type,
-        )
+        try:
+            new = _partition(*line.split("|", 6))
+        except (TypeError, ValueError, UserError):
+            raise MachineError(f"sinfo says of a partition what is not understood: {shown(line)}") from None
         old = found.get(new.name)
         found[new.name] = _together(old, new) if old else new
     return list(found.values())
+
+
+def _partition(name: str, up: str, limit: str, nodes: str, cpus: str, memory: str, gres: str) -> Partition:
+    gpus, gpu_type = _gpus(gres)
+    return Partition(
+        name=name.rstrip("*"),
+        is_default=name.endswith("*"),
+        is_up=up == "up",
+        nodes=int(nodes),
+        max_s=seconds(limit),
+        cpus=int(cpus.rstrip("+")),
+        memory_mib=int(memory.rstrip("+")),
+        gpus=gpus,
+        gpu_type=gpu_type,
+    )
 
 
 def _together(a: Partition, b: Partition) -> Partition:
@@ -143,7 +154,7 @@ def _gpus(gres: str) -> tuple[int, str]:
 
 def largest_array() -> int | None:
     """The most tasks that an array of this cluster can have; None if Slurm does not say."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d{1,9})\b", call("scontrol", "show", "config"), re.MULTILINE)
     return int(found[1]) if found else None
 
 
@@ -155,7 +166,7 @@ def seconds(limit: str) -> int | None:
     """
     if limit.lower() in ("infinite", "unlimited"):
         return None
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit)
     if match is None:
         raise UserError(f"'{limit}' is not a time limit: give minutes, H:MM:SS or D-HH:MM:SS")
     days, *parts = (int(part) if part else None for part in match.groups())
@@ -202,7 +213,7 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     lines = call("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%M|%N|%P|%r")
     for line in lines.splitlines():
         number, *fields = line.split("|", 5)
-        if number in wanted:  # false for the further lines of a reason
+        if number in wanted and len(fields) == 5:  # false for the further lines of a reason
             found[number] = Job(number, *fields)
     return found
 
