@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,17 @@ def make(folder: Path) -> bool:
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        found = folder.lstat()  # of a link itself, not of what it leads to
-        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-        return own and not stat.S_IMODE(found.st_mode) & 0o077
+        return _is_own(folder)
     return True
+
+
+def _is_own(folder: Path) -> bool:
+    try:
+        found = folder.lstat()  # of a link itself, not of what it leads to
+    except OSError:
+        return False
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return own and not stat.S_IMODE(found.st_mode) & 0o077
 
 
 def temporary(place: str | Path | None = None) -> Path:
@@ -44,13 +52,19 @@ def temporary(place: str | Path | None = None) -> Path:
     return Path(folder)
 
 
-def name_caches() -> None:
-    """Name folders for the code that libraries compile, and run, in the environment of this process and of those that
-    it starts, where they are not named yet."""
-    wanted = _INDUCTOR | (_IN_HOME if "SLURM_JOB_ID" in os.environ else {})
-    if missing := wanted.keys() - os.environ.keys():
-        folder = _cache()
-        os.environ.update({name: str(folder / wanted[name]) for name in missing})
+@cache
+def keep_compiled_code() -> None:
+    """From here on let libraries keep the code that they compile, and run, where nobody else could have put any.
+
+    Call it before something is compiled. Folders that the user has named stay.
+    """
+    folder = _cache()
+    for name, own in (_INDUCTOR | (_IN_HOME if "SLURM_JOB_ID" in os.environ else {})).items():
+        # torch puts its choice into the environment when it is imported
+        if not (given := os.environ.get(name)) or Path(given).name.startswith("torchinductor_"):
+            os.environ[name] = str(folder / own)
+    # inductor keeps a part in the folder for temporary files, whatever it is told
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
 def _cache() -> Path:

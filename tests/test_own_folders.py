@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from gpc_dist import own_folders
 from gpc_dist.encoder import sharding
+from tests.processes import start_call
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 
@@ -25,31 +27,59 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+keep_compiled_code = own_folders.keep_compiled_code.__wrapped__
+"""As in a process that has not called it."""
+
+
 def shared(place: Path) -> Path:
     return place / f"gpc-dist-cache-{os.geteuid()}"
 
 
 def test_the_processes_of_a_user_share_a_folder_that_nobody_else_enters(place: Path) -> None:
     for _ in range(2):
-        for name in NAMES:
-            os.environ.pop(name, None)
-        own_folders.name_caches()
+        os.environ.clear()
+        os.environ["SLURM_JOB_ID"] = "12"
+        tempfile.tempdir = str(place)
+        keep_compiled_code()
         folders = [Path(os.environ[name]) for name in NAMES]
         assert folders == [shared(place) / name for name in ("inductor", "extensions", "triton")]
+        assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(shared(place))
     assert stat.S_IMODE(shared(place).stat().st_mode) == 0o700
 
 
 def test_outside_of_a_job_home_folders_serve(place: Path) -> None:
     del os.environ["SLURM_JOB_ID"]
-    own_folders.name_caches()
+    keep_compiled_code()
     assert os.environ.keys() & set(NAMES) == {"TORCHINDUCTOR_CACHE_DIR"}
 
 
-def test_a_folder_that_is_named_is_used(place: Path) -> None:
+def test_a_folder_that_the_user_named_is_used(place: Path) -> None:
     os.environ.update(dict.fromkeys(NAMES, "/mine"))
-    own_folders.name_caches()
+    keep_compiled_code()
     assert {os.environ[name] for name in NAMES} == {"/mine"}
-    assert not shared(place).exists()
+
+
+def compile_in(place: Path) -> None:
+    """What inductor would use in a process that has imported torch already."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    tempfile.tempdir = None
+    os.environ["TMPDIR"] = str(place)
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    theirs = [cache_dir()]
+    own_folders.keep_compiled_code()
+    from torch._inductor.codecache import _HEADER_DIR
+
+    print(*theirs, cache_dir(), _HEADER_DIR)
+
+
+@pytest.mark.slow
+def test_torch_compiles_there(tmp_path: Path) -> None:
+    done = start_call(compile_in, tmp_path)
+    assert done.wait() == 0, done.stderr
+    before, *after = map(Path, done.stdout.split())
+    assert before.parent == tmp_path
+    assert all(path.is_relative_to(shared(tmp_path)) for path in after), after
 
 
 def open_to_others(planted: Path) -> None:
@@ -73,7 +103,7 @@ COMPILE = """
 import os
 from pathlib import Path
 from gpc_dist import own_folders
-own_folders.name_caches()
+own_folders.keep_compiled_code()
 folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 folder.mkdir()
 print(oct(folder.parent.stat().st_mode)[-3:], folder.parent)

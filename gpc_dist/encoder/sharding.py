@@ -36,7 +36,7 @@ def shard(
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     offload = ds_config["zero_optimization"].get("offload_param", {})
     if world.device.type != "cpu" or offload.get("device") == "nvme":
-        own_folders.name_caches()  # of operators that are compiled
+        own_folders.keep_compiled_code()  # of operators that are compiled
     from gpc_dist.private import deepspeed as private
 
     private.say_less()

@@ -172,7 +172,7 @@ def open_session(
     choose_kernels(base.parts.layers)
     model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in attached])
     if config.engine.compile:
-        own_folders.name_caches()
+        own_folders.keep_compiled_code()
         model.compile_layers()
     if config.engine.activation_checkpointing:
         model.checkpoint_activations()
