@@ -114,6 +114,12 @@ def remove_all(folder: Path) -> None:
         remove_folder(path, _NAMES)
 
 
+def replace_all(folder: Path, checkpoint: Checkpoint) -> None:
+    """Make this the only checkpoint: later ones of another course of the run would be taken for its newest."""
+    remove_all(folder)
+    save(folder, checkpoint)
+
+
 def rng_state() -> Tensor:
     """State of this rank's default generator, uint8."""
     import torch

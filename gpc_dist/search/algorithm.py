@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -16,22 +18,35 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import BasicVariantGenerator, Repeater, SearchAlgorithm, Searcher
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Repeater, SearchAlgorithm, Searcher
 
+from gpc_dist import files
 from gpc_dist.errors import UserError
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import space
+from gpc_dist.search.generators import Suggestions, Variants
+from gpc_dist.search.past import SPENT, Past, read_spent_s, spent_file
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import SAMPLE, SEED, STEP
 
 _LAST_STEP = 10**9
 """Upper bound of a run's steps, for schedulers that require one."""
+_NOTE_S = 10.0
 
 
-def param_space(spec: SearchSpec) -> dict[str, Any]:
-    """Return the space that Ray Tune draws trials from. A searcher (Optuna) draws its samples itself."""
+def param_space(spec: SearchSpec, past: Past) -> dict[str, Any]:
+    """Return the space that Ray Tune draws trials from. A searcher (Optuna) draws its samples itself.
+
+    Trials that have begun get what is recorded of them: population-based training may have changed what was drawn.
+    """
     if spec.algorithm == "optuna":
         return {}
-    return {SAMPLE: tune.grid_search(draw(spec)), SEED: tune.grid_search(list(spec.seeds))}
+    samples = [sample | {SEED: seed} for sample in draw(spec) for seed in spec.seeds]
+    for number, trial in past.items():
+        record, drawn = trial.record, samples[number]
+        recorded = {key: record.settings.get(key, space.NOT_SET) for key in drawn}
+        samples[number] = recorded | {SEED: drawn[SEED] if record.seed is None else record.seed}
+    return {SAMPLE: tune.grid_search(samples)}
 
 
 def draw(spec: SearchSpec) -> list[dict[str, Any]]:
@@ -69,21 +84,24 @@ def trials(spec: SearchSpec) -> int:
     return configurations * len(spec.seeds)
 
 
-def searcher(spec: SearchSpec, metric: str, mode: str, concurrent: int) -> Searcher | SearchAlgorithm:
-    """Return the part of Ray Tune that chooses the next trials.
+def searcher(spec: SearchSpec, metric: str, mode: str, concurrent: int, past: Past) -> SearchAlgorithm:
+    """Return the part of Ray Tune that chooses the next trials: first those that have begun, then new ones.
 
     Raises:
         UserError: the algorithm needs a package that is not installed.
     """
     if spec.algorithm != "optuna":
-        return BasicVariantGenerator(max_concurrent=concurrent)
+        return Variants(past, metric, concurrent)
     try:
         from ray.tune.search.optuna import OptunaSearch
 
-        found: Searcher = OptunaSearch(space.to_optuna(spec), metric=metric, mode=mode, seed=spec.seed)
-    except (ImportError, AssertionError):
+        from gpc_dist.search.sampler import Sampler
+    except ImportError:
         raise UserError("algorithm 'optuna' needs the extra: pip install 'gpc-dist[optuna]'") from None
-    return Repeater(found, repeat=len(spec.seeds)) if len(spec.seeds) > 1 else found
+    sampler, seeds = Sampler(spec.seed, past, len(spec.seeds)), len(spec.seeds)
+    found: Searcher = OptunaSearch(space.to_optuna(spec), metric=metric, mode=mode, sampler=sampler)
+    repeated = Repeater(found, repeat=seeds) if seeds > 1 else found
+    return Suggestions(past, metric, concurrent, ConcurrencyLimiter(repeated, concurrent))
 
 
 def make_scheduler(spec: SearchSpec) -> TrialScheduler:
@@ -112,16 +130,38 @@ def make_scheduler(spec: SearchSpec) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def stop_rules(spec: SearchSpec, metric: str, mode: str) -> list[stopper.Stopper]:
+def stop_rules(spec: SearchSpec, metric: str, mode: str, folder: SearchFolder) -> list[stopper.Stopper]:
     """Return the rules that end a whole search early. Ray Tune needs those that are callbacks too as both."""
     rules: list[stopper.Stopper] = []
     if spec.stop.max_s is not None:
-        rules.append(stopper.TimeoutStopper(spec.stop.max_s))
+        rules.append(_Timeout(spec.stop.max_s, read_spent_s(folder), spent_file(folder)))
     if spec.stop.threshold is not None:
         rules.append(_Threshold(metric, mode, spec.stop.threshold))
     if spec.stop.patience is not None:
         rules.append(_Patience(metric, mode, spec.stop.patience))
     return rules
+
+
+class _Timeout(stopper.Stopper):
+    """Ends the search after a time, which all its starts share: what is spent stands in a file."""
+
+    def __init__(self, limit_s: float, spent_s: float, file: Path):
+        self._limit_s, self._file = limit_s, file
+        self._spent_s = self._noted_s = spent_s
+        self._last_s: float | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        now_s = time.monotonic()
+        self._spent_s += now_s - (self._last_s or now_s)
+        self._last_s = now_s
+        over = self._spent_s >= self._limit_s
+        if over or self._spent_s - self._noted_s >= _NOTE_S:
+            files.write_json(self._file, {SPENT: self._spent_s})
+            self._noted_s = self._spent_s
+        return over
 
 
 class _Threshold(stopper.Stopper):

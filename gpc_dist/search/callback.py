@@ -4,75 +4,101 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
+from ray.tune import stopper
+from ray.tune.result import TRAINING_ITERATION
 from ray.tune.schedulers import MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 
 from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder
-from gpc_dist.runs.metrics import TIME
+from gpc_dist.search.past import Evaluation, evaluations
 from gpc_dist.search.trial import OVER, STEP
-from gpc_dist.search.trial_files import trial_folder
+from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, trial_folder
 from gpc_dist.training.stop import StopRequest
 
 
 class TrialCallback(tune.Callback):
     """Writes the decision on each trial to its `trial.json`.
 
-    When a search resumes, it first repeats the past evaluations to the scheduler: Ray Tune restores trials and
-    searchers, but not a scheduler's state (the rungs of ASHA).
+    When a search resumes, it first repeats the past evaluations to the scheduler and the stop rules.
 
     Args:
         metric: its name in results, `val/<metric>`.
         stop: passed on to Ray Tune, whose trials then save their state.
     """
 
-    def __init__(self, folder: SearchFolder, metric: str, scheduler: TrialScheduler, stop: StopRequest):
-        self._folder, self._metric, self._scheduler, self._stop = folder, metric, scheduler, stop
-        self._told = False
+    def __init__(
+        self,
+        folder: SearchFolder,
+        metric: str,
+        scheduler: TrialScheduler,
+        rules: Sequence[stopper.Stopper],
+        stop: StopRequest,
+    ):
+        self._folder, self._metric, self._scheduler = folder, metric, scheduler
+        self._rules, self._stop = rules, stop
+        self._known: set[str] = set()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._stop.signal and callable(signal.getsignal(signal.SIGUSR1)):
             os.kill(os.getpid(), signal.SIGUSR1)  # at which Tune stops; it removes its handler then
-        if not self._told:
-            replay(self._folder, trials, self._scheduler, self._metric)
-        self._told = True
+        # those that the last step added; none of them has been evaluated since
+        new = [trial for trial in trials if trial.trial_id not in self._known]
+        replay(self._folder, new, self._scheduler, self._metric, self._rules)
+        self._known |= {trial.trial_id for trial in new}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         over = bool((trial.last_result or {}).get(OVER))
-        self._decide(trial, "completed" if over else "stopped by scheduler")
+        self._decide(trial, COMPLETED if over else STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._decide(trial, "failed")
+        self._decide(trial, FAILED)
 
     def _decide(self, trial: Any, decision: str) -> None:
         file = trial_folder(self._folder, int(str(trial))).trial
         files.write_json(file, files.read_json(file) | {"decision": decision})
 
 
-def replay(folder: SearchFolder, trials: list[Any], scheduler: TrialScheduler, metric: str) -> int:
-    """Report the past evaluations of trials to a scheduler, in the order in which they were made.
+def replay(
+    folder: SearchFolder,
+    trials: Sequence[Any],
+    scheduler: TrialScheduler,
+    metric: str,
+    rules: Sequence[stopper.Stopper] = (),
+) -> int:
+    """Report the past evaluations of trials to a scheduler and to stop rules, in the order in which they were made.
 
     ASHA gets all of them. The median rule gets only those of finished trials: it fails when a trial that it stopped
     continues, which a trial does if its stop came too late for Ray Tune's records. PBT gets none, because it would
     copy trials during the replay; it compares them again at their next evaluation.
 
     Returns:
-        Number of evaluations reported.
+        Number of evaluations reported to the scheduler.
     """
-    past = []
+    past: list[tuple[Evaluation, Any, bool]] = []
     for trial in trials:
-        if isinstance(scheduler, PopulationBasedTraining):
-            continue
-        if isinstance(scheduler, MedianStoppingRule) and not trial.is_finished():
-            continue
-        lines, _ = files.read_lines(trial_folder(folder, int(str(trial))).metrics)
-        past += [(line[TIME], trial, line) for line in lines if line.get(metric) is not None]
-    for _, trial, line in sorted(past, key=lambda each: each[0]):
-        result = {metric: line[metric], STEP: line["step"], "training_iteration": 1}
-        scheduler.on_trial_result(_Past(), trial, result)  # type: ignore[arg-type]
-    return len(past)
+        found = evaluations(trial_folder(folder, int(str(trial))).metrics, metric)
+        past += [(each, trial, each is found[-1]) for each in found]
+    told = 0
+    for each, trial, last in sorted(past, key=lambda found: found[0].time_s):
+        result = {metric: each.value, STEP: each.step, TRAINING_ITERATION: 1}
+        if _can_hear(scheduler, trial):
+            scheduler.on_trial_result(_Past(), trial, dict(result))  # type: ignore[arg-type]
+            told += 1
+        for rule in rules:
+            rule(trial.trial_id, result)
+            if last and trial.is_finished() and isinstance(rule, tune.Callback):
+                rule.on_trial_complete(0, [], trial)
+    return told
+
+
+def _can_hear(scheduler: TrialScheduler, trial: Any) -> bool:
+    if isinstance(scheduler, MedianStoppingRule):
+        return bool(trial.is_finished())
+    return not isinstance(scheduler, PopulationBasedTraining)
 
 
 class _Past:

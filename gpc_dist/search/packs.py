@@ -107,7 +107,7 @@ class Packs:
         Args:
             key: packs take runs with equal keys only.
             tree: configuration of the run.
-            state: folder of another run's checkpoint to start from.
+            state: folder of another run's checkpoint to start from; it takes the place of the run's own.
 
         Raises:
             UserError: the run's configuration cannot be trained.

@@ -33,6 +33,7 @@ _LONGEST_PATH = 22
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer output cannot be replaced by a reporter of one's own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Ray Tune saves a state that nobody reads: only at the end, as it insists
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe start at the user's working folder
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `training.stop.StopRequest`
 }

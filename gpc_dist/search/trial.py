@@ -15,20 +15,31 @@ from ray import tune
 from ray.tune.search.repeater import TRIAL_INDEX
 
 from gpc_dist import config, files
+from gpc_dist.distributed import checkpoint
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
 from gpc_dist.search import space, spec
 from gpc_dist.search.packs import ACTOR
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.search.trial_files import TrialRecord, recipe_of, trial_folder, trial_name, write_trial
+from gpc_dist.search.trial_files import (
+    TrialRecord,
+    read_trial,
+    recipe_of,
+    trial_folder,
+    trial_name,
+    write_trial,
+)
 
 SAMPLE = "sample"
 """Key of a trial's configuration in Ray Tune that holds the drawn values; those of a searcher are top-level keys."""
 SEED = "run.seed"
+"""Beside the drawn values in `SAMPLE`."""
 STEP = "step"
 OVER = "over"
 """Key of a result: whether the run is complete."""
 
 _STATE, _ORIGIN = "state", "origin.json"
+_COPIED = "started-from"
+"""Subfolder of a run for the state of another trial that it starts from."""
 
 
 def name_for_tune(trial: Any) -> str:
@@ -46,8 +57,9 @@ def sample_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def seed_of(config: dict[str, Any], search: SearchSpec) -> int:
     """`run.seed` of a trial."""
+    sample = sample_of(config)
     # Optuna draws a configuration once, and Ray Tune's repeater numbers the trials of it
-    return int(config[SEED]) if SEED in config else search.seeds[config.get(TRIAL_INDEX, 0)]
+    return int(sample[SEED]) if SEED in sample else search.seeds[config.get(TRIAL_INDEX, 0)]
 
 
 class Trial(tune.Trainable):
@@ -79,8 +91,11 @@ class Trial(tune.Trainable):
         sample = sample_of(config)
         self._drawn = {key: sample[key] for key in self._spec.tried_keys if key in sample}
         self._number = int(self.trial_name)
-        self._start_from: str | None = None
         self._visit: int | None = None
+        record = read_trial(self._folder, self._number)
+        self._id = record.trial if record else self.trial_id
+        copied = checkpoint.newest(self._run.path / _COPIED) if record and record.copied else None
+        self._start_from = str(copied) if copied else None
 
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation.
@@ -99,8 +114,6 @@ class Trial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save the run's state and copy it, so that this or another trial can resume from it."""
-        from gpc_dist.distributed import checkpoint
-
         if self._visit is not None:
             ray.get(self._packs.save.remote(self._lane_name))
         newest = checkpoint.newest(self._run.checkpoints)
@@ -116,7 +129,7 @@ class Trial(tune.Trainable):
         states = list((folder / _STATE).glob("step-*"))
         if states:
             # Ray removes the checkpoint that it has passed
-            kept = self._run.path / "started-from"
+            kept = self._run.path / _COPIED
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(states[0], kept / states[0].name)
             self._start_from = str(kept / states[0].name)
@@ -138,10 +151,12 @@ class Trial(tune.Trainable):
         built = self._config()
         record = TrialRecord(
             self._spec.name,
-            self.trial_id,
+            self._id,
             self._number,
             seed_group(self._drawn),
             space.settings_of(self._drawn),
+            self._seed,
+            copied=self._start_from is not None,
         )
         write_trial(self._folder, record)
         key, tree = space.pack_key(built), built.dump()
@@ -160,7 +175,7 @@ class Trial(tune.Trainable):
             self._run.write_status("failed", str(getattr(error, "cause", None) or error))
             raise
         self._visit, self._start_from = place.visit, None
-        write_trial(self._folder, replace(record, lane=place.lane, host=place.host))
+        write_trial(self._folder, replace(record, copied=False, lane=place.lane, host=place.host))
 
     def _config(self) -> config.Config:
         run = self._run

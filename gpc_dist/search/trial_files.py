@@ -7,8 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gpc_dist import files
+from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
+
+COMPLETED, STOPPED, FAILED = "completed", "stopped by scheduler", "failed"
+"""Decisions on a trial that has ended."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +23,20 @@ class TrialRecord:
 
     search: str
     trial: str
-    """Ray Tune's id."""
+    """Ray Tune's id when the trial began."""
     number: int
     seed_group: str
     """Equal for the seeds of one configuration."""
     settings: Mapping[str, Any]
     """Dotted keys that the search drew, with their values."""
+    seed: int | None = None
+    """`run.seed`; None in records of earlier versions."""
+    copied: bool = False
+    """Whether the run is to start from another trial's state, and has not yet."""
     lane: int | None = None
     host: str = ""
     decision: str = "running"
-    """running, completed, stopped by scheduler, or failed."""
+    """running, or one of the above."""
 
 
 def recipe_of(search: SearchFolder) -> Path:
@@ -45,3 +55,27 @@ def trial_folder(search: SearchFolder, number: int) -> TrialFolder:
 
 def write_trial(search: SearchFolder, record: TrialRecord) -> None:
     files.write_json(trial_folder(search, record.number).trial, asdict(record))
+
+
+def read_trial(search: SearchFolder, number: int) -> TrialRecord | None:
+    """The record of a trial; None if it has not begun.
+
+    Raises:
+        UserError: the file is not the record of this trial.
+    """
+    file = trial_folder(search, number).trial
+    values = files.read_json(file)
+    if "settings" not in values:  # a trial that failed before it began has a decision only
+        return None
+    try:
+        record = _RECORD.validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: {where}: {first['msg']}: restore or remove it") from None
+    if record.number != number:
+        raise UserError(f"{file} is the record of trial {record.number}: restore or remove it")
+    return record
+
+
+_RECORD = TypeAdapter(TrialRecord)

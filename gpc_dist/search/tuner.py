@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -23,10 +26,11 @@ from gpc_dist.runs.folder import SearchFolder, State
 from gpc_dist.search import algorithm, ray_cluster, space
 from gpc_dist.search.callback import TrialCallback, best_trial
 from gpc_dist.search.packs import ACTOR, Packs, Shape
+from gpc_dist.search.past import Past, read_past, spent_file
 from gpc_dist.search.progress import SearchProgress
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import Trial, name_for_tune, sample_of, seed_of
-from gpc_dist.search.trial_files import recipe_of
+from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, recipe_of
 from gpc_dist.tracking.credentials import check_server
 from gpc_dist.tracking.search_exporter import start_exporter, view_in_ui
 from gpc_dist.tracking.store import tracking_uri
@@ -34,8 +38,8 @@ from gpc_dist.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-_RAY = "ray"
-"""Subfolder of a search's folder for Ray Tune's own files."""
+_RAY = ".ray-"
+"""Beginning of the names of folders for Ray Tune's own files."""
 
 
 def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: StopRequest) -> int:
@@ -60,19 +64,20 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: Sto
         check_server(tracking_uri(spec.tracking.uri, folder.path))
     _check(folder, spec, resume)
     with folder.hold():
+        past = read_past(folder, algorithm.trials(spec), f"val/{goal[0]}") if resume else {}
         _open(folder, spec, command, resume)
         with stop:
-            return _search(spec, folder, goal, resume, stop)
+            return _search(spec, folder, goal, past, stop)
 
 
 def _search(
-    spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], resume: bool, stop: StopRequest
+    spec: SearchSpec, folder: SearchFolder, goal: tuple[str, str], past: Past, stop: StopRequest
 ) -> int:
     recording = start_exporter(folder.path) if spec.tracking.enabled else None
     start_s, begun = time.time(), _saved_steps(folder)
     try:
-        with ray_cluster.connected(folder.path, stop):
-            trials = 0 if stop.signal else _tune(spec, folder, *goal, resume, stop)
+        with _place_for_ray(folder) as place, ray_cluster.connected(folder.path, stop):
+            trials = 0 if stop.signal else _tune(spec, folder, *goal, past, place, stop)
         if stop.signal:
             folder.write_status("stopped", stop.signal)
             # but for the step in which a trial sees the request
@@ -97,8 +102,18 @@ def _saved_steps(folder: SearchFolder) -> dict[str, int]:
     return {name: checkpoint.step_of(path) for name, path in newest.items() if path is not None}
 
 
+@contextmanager
+def _place_for_ray(folder: SearchFolder) -> Iterator[Path]:
+    """A new folder for Ray Tune's files while the block runs, where all nodes see it. Nothing in it outlives the
+    search, and nothing that was there before is read: Ray unpickles what it finds in its folder."""
+    for left in folder.path.glob(f"{_RAY}*"):  # by a search that was killed
+        shutil.rmtree(left, ignore_errors=True)  # which goes through no link
+    with TemporaryDirectory(prefix=_RAY, dir=folder.path, ignore_cleanup_errors=True) as place:
+        yield Path(place)
+
+
 def _tune(
-    spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, resume: bool, stop: StopRequest
+    spec: SearchSpec, folder: SearchFolder, metric: str, mode: str, past: Past, place: Path, stop: StopRequest
 ) -> int:
     """Run Ray Tune; returns the number of trials."""
     metric = f"val/{metric}"
@@ -106,30 +121,27 @@ def _tune(
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     base = space.base_config(spec)
     packs.warm.remote(space.pack_key(base), base.dump())
-    rules = algorithm.stop_rules(spec, metric, mode)
+    rules = algorithm.stop_rules(spec, metric, mode, folder)
     scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
         tune.with_parameters(Trial, search=str(folder.path), place=str(Path.cwd())),
-        name=_RAY,
-        storage_path=str(folder.path),
+        name="trials",
+        storage_path=str(place),
         metric=metric,
         mode=mode,
-        config=algorithm.param_space(spec),
+        config=algorithm.param_space(spec, past),
         num_samples=algorithm.samples(spec),
-        search_alg=algorithm.searcher(spec, metric, mode, concurrent),
+        search_alg=algorithm.searcher(spec, metric, mode, concurrent, past),
         scheduler=scheduler,
         stop=CombinedStopper(*rules) if rules else None,
         # a trial's process only waits; the ranks that train its run request their own resources
         resources_per_trial=tune.PlacementGroupFactory([{"CPU": 0.001}]),
-        # Tune applies this limit to searchers only
-        max_concurrent_trials=concurrent if spec.algorithm == "optuna" else None,
         max_failures=spec.retries,
         raise_on_failed_trial=False,
-        resume="AUTO+ERRORED" if resume else None,
         verbose=1,
         progress_reporter=_progress(spec, metric, mode),
         callbacks=[
-            TrialCallback(folder, metric, scheduler, stop),
+            TrialCallback(folder, metric, scheduler, rules, stop),
             *(r for r in rules if isinstance(r, tune.Callback)),
         ],
         keep_checkpoints_num=2,
@@ -170,6 +182,7 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
     if not resume:
         recipe = to_yaml(config.recipe_tree(spec.recipe))
         files.write_text(recipe_of(folder), recipe)
+        spent_file(folder).unlink(missing_ok=True)
     files.write_json(folder.facts, collect_facts(command))
 
 
@@ -226,7 +239,7 @@ def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: f
     for trial in folder.begun_trials():
         decision = files.read_json(trial.trial).get("decision")
         decisions[decision] += 1
-        if decision == "failed":
+        if decision == FAILED:
             log.warning("trial %s failed: %s", trial.path.name, trial.read_status().reason)
     best = best_trial(folder, metric, mode)
     result = {
@@ -235,9 +248,9 @@ def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: f
         "best_trial": None if best is None else best[0],
         "best": None if best is None else best[1],
         "trials": trials,
-        "finished": decisions["completed"],
-        "stopped": decisions["stopped by scheduler"],
-        "failed": decisions["failed"],
+        "finished": decisions[COMPLETED],
+        "stopped": decisions[STOPPED],
+        "failed": decisions[FAILED],
         "wall_s": time.time() - start_s,
     }
     files.write_json(folder.result, result)

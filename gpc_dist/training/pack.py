@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from gpc_dist import files
 from gpc_dist.config import Config
+from gpc_dist.distributed import checkpoint
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.memory import peak_memory_mib
 from gpc_dist.distributed.world import World
@@ -55,7 +56,7 @@ class Pack:
 
         Args:
             command: command line that reproduces the run.
-            start_from: checkpoint of another run to start from instead.
+            start_from: checkpoint of another run to start from instead; it replaces those in the folder.
 
         Raises:
             UserError: for the same reasons as in `gpc-dist train`; the pack stays usable without this run.
@@ -70,6 +71,8 @@ class Pack:
             adapter = session.new_adapter(config)
             examples = training.examples, validation.examples
             session.world.on_main(lambda: open_folder(folder, config, command, session.task, *examples))
+            if start_from:
+                session.world.on_main(lambda: checkpoint.replace_all(folder.checkpoints, start_from))
             self._runs[name] = Run(
                 name,
                 session,
