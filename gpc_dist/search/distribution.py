@@ -34,6 +34,15 @@ class Distribution(Section):
     def is_list(self) -> bool:
         return self.kind in ("choice", "grid")
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value can have been drawn; the ends of a range up to rounding."""
+        if self.is_list:
+            return value in self.values
+        if not is_number(value):
+            return False
+        low, high = self.values
+        return low <= value <= high or math.isclose(value, low) or math.isclose(value, high)
+
     def probes(self) -> tuple[Any, ...]:
         """Return values that represent the distribution in checks: all of a list; the ends of a range, and a number
         with decimals between them if the range has such numbers."""
@@ -74,9 +83,7 @@ class Distribution(Section):
             return self
         whole = self.kind in ("int", "logint")
         allowed = int if whole else int | float
-        numbers = [
-            v for v in self.values if isinstance(v, allowed) and not isinstance(v, bool) and math.isfinite(v)
-        ]
+        numbers = [v for v in self.values if isinstance(v, allowed) and is_number(v)]
         if len(self.values) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
             raise ValueError(
                 f"{self.kind} needs two {'whole ' if whole else ''}numbers, the lower one first "
@@ -90,6 +97,10 @@ class Distribution(Section):
     def _write(self) -> dict[str, Any]:
         when = {key: list(values) for key, values in self.when.items()}
         return {self.kind: list(self.values)} | ({"when": when} if when else {})
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _number(value: Any) -> Any:

@@ -46,7 +46,6 @@ class _GoesOn(SearchAlgorithm):
         for each in past.evaluations if past else ():
             trial.update_last_result({self._value: each.value, STEP: each.step, TRAINING_ITERATION: 1})
         if past and past.ended:
-            trial.init_local_path()
             trial.set_status(Trial.TERMINATED)
             last = {self._value: past.evaluations[-1].value} if past.evaluations else None
             self.on_trial_complete(trial.trial_id, result=last)

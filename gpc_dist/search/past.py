@@ -7,7 +7,6 @@ scheduler, the searcher and the stop rules are told of the past.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from gpc_dist import files
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.runs.metrics import STEP, TIME, read_metrics
+from gpc_dist.search.distribution import is_number
 from gpc_dist.search.trial_files import COMPLETED, STOPPED, TrialRecord, read_trial, trial_folder
 
 
@@ -70,7 +70,7 @@ def read_past(folder: SearchFolder, trials: int, metric: str) -> Past:
 def evaluations(file: Path, metric: str) -> list[Evaluation]:
     """The evaluations in a run's `metrics.jsonl` that measured the metric."""
     found: Any = ([line.get(key) for key in (TIME, STEP, metric)] for line in read_metrics(file))
-    return [Evaluation(*values) for values in found if all(map(_is_number, values))]
+    return [Evaluation(*values) for values in found if all(map(is_number, values))]
 
 
 def spent_file(folder: SearchFolder) -> Path:
@@ -86,10 +86,6 @@ def read_spent_s(folder: SearchFolder) -> float:
     """
     file = spent_file(folder)
     spent_s = files.read_json(file).get(SPENT, 0.0)
-    if not _is_number(spent_s) or spent_s < 0:
+    if not is_number(spent_s) or spent_s < 0:
         raise UserError(f"{file}: {SPENT} is {spent_s!r}, and no number of seconds: restore or remove it")
     return float(spent_s)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -10,7 +10,6 @@ from optuna.samplers import TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from gpc_dist.errors import UserError
 from gpc_dist.search.past import Past
 
 
@@ -26,27 +25,15 @@ class Sampler(TPESampler):
 
     def __init__(self, seed: int, past: Past, seeds: int):
         super().__init__(seed=seed)
-        self._recorded = {number // seeds: trial.record for number, trial in past.items()}
+        self._recorded = {number // seeds: trial.record.settings for number, trial in past.items()}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         drawn = super().sample_independent(study, trial, param_name, param_distribution)
-        record = self._recorded.get(trial.number)
-        if record is None:
+        recorded = self._recorded.get(trial.number, {})
+        if param_name not in recorded:
             return drawn
-        value = record.settings.get(param_name)
-        if isinstance(param_distribution, CategoricalDistribution):
-            value = json.dumps(value)  # see `space.to_optuna`
-        if not _holds(param_distribution, value):
-            raise UserError(
-                f"{param_name} {value!r} in the {record.number:03d}/trial.json of the search is not in its space: "
-                "restore it, or remove the trial's folder"
-            )
-        return value
-
-
-def _holds(distribution: Any, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    return isinstance(value, int | float) and distribution.low <= value <= distribution.high
+        value = recorded[param_name]
+        # see `space.to_optuna`
+        return json.dumps(value) if isinstance(param_distribution, CategoricalDistribution) else value

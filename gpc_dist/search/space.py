@@ -17,7 +17,7 @@ from typing import Any, Literal
 from gpc_dist import config
 from gpc_dist.config import Config
 from gpc_dist.errors import UserError
-from gpc_dist.search.distribution import Distribution
+from gpc_dist.search.distribution import Distribution, is_number
 from gpc_dist.search.spec import SearchSpec
 
 NOT_SET = "not set"
@@ -238,6 +238,48 @@ def count(spec: SearchSpec) -> int:
         return sum(1 for _ in _combinations(_live(spec)))
     grids = [len(held.values) for held in spec.space.values() if held.kind == "grid"]
     return (spec.trials or 0) * math.prod(grids)
+
+
+def check_recorded(spec: SearchSpec, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check the settings that a search has recorded of its trials.
+
+    Args:
+        recorded: settings by the names of the files that they stand in.
+
+    Raises:
+        UserError: no trial of the search can have had them.
+    """
+    if spec.configurations is not None:
+        listed = [settings_of(each) for each in spec.configurations]
+        wrong = {file: "settings are in no configuration of the search" for file in recorded}
+        wrong = {file: said for file, said in wrong.items() if recorded[file] not in listed}
+    else:
+        live, moved = _live(spec), _mutated(spec) if spec.scheduler.name == "pbt" else {}
+        wrong = {file: _unlike(live, moved, settings) for file, settings in recorded.items()}
+    for file, said in wrong.items():
+        if said:
+            raise UserError(f"{file}: {said}: restore or remove it")
+
+
+def _unlike(
+    live: dict[str, Distribution], moved: dict[str, Distribution], settings: Mapping[str, Any]
+) -> str:
+    """Return in what settings differ from all that can be drawn; empty if they do not.
+
+    Args:
+        moved: those that population-based training may have moved out of their ranges.
+    """
+    if others := [key for key in settings if key not in live]:
+        return f"the space of the search has no {others[0]}"
+    for key, held in live.items():
+        if key not in settings:
+            if not held.when:
+                return f"{key} is missing"
+        elif not (
+            held.holds(settings[key]) or (key in moved and not held.is_list and is_number(settings[key]))
+        ):
+            return f"{key} {settings[key]!r} is not in the space of the search"
+    return ""
 
 
 def to_ray(spec: SearchSpec) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from gpc_dist.search.past import Past, read_past, spent_file
 from gpc_dist.search.progress import SearchProgress
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import Trial, name_for_tune, sample_of, seed_of
-from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, recipe_of
+from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, recipe_of, trial_folder
 from gpc_dist.tracking.credentials import check_server
 from gpc_dist.tracking.search_exporter import start_exporter, view_in_ui
 from gpc_dist.tracking.store import tracking_uri
@@ -64,10 +64,17 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: Sto
         check_server(tracking_uri(spec.tracking.uri, folder.path))
     _check(folder, spec, resume)
     with folder.hold():
-        past = read_past(folder, algorithm.trials(spec), f"val/{goal[0]}") if resume else {}
+        past = _past(spec, folder, f"val/{goal[0]}") if resume else {}
         _open(folder, spec, command, resume)
         with stop:
             return _search(spec, folder, goal, past, stop)
+
+
+def _past(spec: SearchSpec, folder: SearchFolder, metric: str) -> Past:
+    past = read_past(folder, algorithm.trials(spec), metric)
+    recorded = {str(trial_folder(folder, n).trial): trial.record.settings for n, trial in past.items()}
+    space.check_recorded(spec, recorded)
+    return past
 
 
 def _search(

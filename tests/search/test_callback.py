@@ -12,7 +12,7 @@ import pytest
 
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import spec
-from gpc_dist.search.algorithm import make_scheduler
+from gpc_dist.search.algorithm import make_scheduler, stop_rules
 from gpc_dist.search.callback import replay
 
 SETTINGS = {"scheduler.grace_steps": "20", "scheduler.perturb_every": "20"}
@@ -93,3 +93,28 @@ def test_each_scheduler_hears_what_it_can_bear(tmp_path: Path) -> None:
     assert replay(folder, trials[1:], scheduler("median", trials), "val/average") == count - running
     assert replay(folder, trials[:1], scheduler("median", trials), "val/average") == 0
     assert replay(folder, trials, scheduler("pbt", []), "val/average") == 0
+
+
+def test_stop_rules_count_what_was_before(tmp_path: Path) -> None:
+    """The best trial ended first; two others have ended since, and one goes on."""
+    folder = SearchFolder(tmp_path)
+    values = {0: [0.1, 0.9], 1: [0.5], 2: [0.2, 0.3], 3: [0.4]}
+    times = {0: [1, 2], 1: [4], 2: [3, 5], 3: [6]}
+    trials = [FakeTrial(f"x_{number:05d}", finished=number != 3) for number in values]
+    for number, measured in values.items():
+        file = folder.trial(f"{number:03d}").metrics
+        file.parent.mkdir(parents=True)
+        lines = [
+            {"step": step, "time_s": time_s, "val/average": value}
+            for step, (time_s, value) in enumerate(zip(times[number], measured, strict=True), start=1)
+        ]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def over(**stop: Any) -> bool:
+        search = spec.load("cb-asha", {f"stop.{key}": str(value) for key, value in stop.items()})
+        rules = stop_rules(search, "val/average", "max", folder)
+        replay(folder, trials, scheduler("fifo", []), "val/average", rules)
+        return any(rule.stop_all() for rule in rules)
+
+    assert [over(patience=count) for count in (1, 2, 3)] == [True, True, False]
+    assert [over(threshold=value) for value in (0.9, 0.91)] == [True, False]

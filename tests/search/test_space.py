@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,23 +39,14 @@ CHAIN: dict[str, Any] = {
 """Children stand before their parents on purpose."""
 
 
-def variants(generator: Any) -> Iterator[dict[str, Any]]:
-    while (trial := generator.next_trial()) is not None:
-        yield trial.config
-
-
-def generate(spec: SearchSpec, trials: int) -> Any:
+def from_ray(spec: SearchSpec, trials: int = 1) -> list[dict[str, Any]]:
     from ray.tune.experiment import Experiment
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     generator = BasicVariantGenerator(random_state=spec.seed)
     experiment = Experiment("x", run=lambda _: None, config=space.to_ray(spec), num_samples=trials)
     generator.add_configurations([experiment])
-    return generator
-
-
-def from_ray(spec: SearchSpec, trials: int = 1) -> list[dict[str, Any]]:
-    return list(variants(generate(spec, trials)))
+    return [trial.config for trial in iter(generator.next_trial, None)]
 
 
 def from_optuna(spec: SearchSpec, trials: int) -> list[dict[str, Any]]:
@@ -130,17 +120,6 @@ def test_the_same_seed_draws_the_same(algorithm: str) -> None:
     first, second, other = (make(EVERY_KIND | CHAIN, algorithm=algorithm, seed=seed) for seed in (1, 1, 2))
     assert draw(first, 8) == draw(second, 8)
     assert draw(first, 8) != draw(other, 8)
-
-
-def test_an_interrupted_generator_goes_on_with_the_same_samples(tmp_path: Path) -> None:
-    spec = make(EVERY_KIND | CHAIN)
-    whole = from_ray(spec, 6)
-    generator = generate(spec, 6)
-    start = [next(variants(generator)) for _ in range(3)]
-    generator.save_to_dir(str(tmp_path), "x")
-    again = generate(spec, 6)
-    again.restore_from_dir(str(tmp_path))
-    assert start + list(variants(again)) == whole
 
 
 def test_a_grid_has_every_combination_once() -> None:
@@ -341,3 +320,57 @@ def test_population_based_training_changes_what_a_run_can_change_on_its_way() ->
         space.trial_config(spec, sample)
     assert all(0 <= decay <= 0.1 for decay in decays)
     assert 0.1 in decays  # a step led out of the range
+
+
+PBT: dict[str, Any] = {"scheduler": {"name": "pbt", "perturb_every": 4}}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_what_was_drawn_is_taken_for_drawn(algorithm: str) -> None:
+    spec = make(EVERY_KIND | CHAIN, algorithm=algorithm)
+    drawn = draw(spec, 40)
+    recorded = {str(number): space.settings_of(each) for number, each in enumerate(drawn)}
+    assert len({len(each) for each in recorded.values()}) > 1
+    space.check_recorded(spec, json.loads(json.dumps(recorded)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "others", "said"),
+    [
+        ({"train.lr": 0.5}, {}, "train.lr 0.5 is not in the space of the search"),
+        ({"train.lr": None}, {}, "train.lr None is not in the space of the search"),
+        ({"train.lr": "0.01"}, PBT, "train.lr '0.01' is not in the space of the search"),
+        ({"train.lr": float("nan")}, PBT, "train.lr nan is not in the space of the search"),
+        ({"adapter.cell": "mine"}, {}, "adapter.cell 'mine' is not in the space of the search"),
+        ({"train.steps": 7}, {}, "the space of the search has no train.steps"),
+        ({"train.lr": 0.5}, PBT, ""),
+    ],
+)
+def test_what_cannot_have_been_drawn_is_refused(
+    changed: dict[str, Any], others: dict[str, Any], said: str
+) -> None:
+    spec = make({"train.lr": {"loguniform": [1e-3, 1e-1]}, "adapter.cell": ["residual", "gated"]}, **others)
+    settings = {"train.lr": 1e-3, "adapter.cell": "gated"}
+    space.check_recorded(spec, {"a": settings})
+    if not said:
+        space.check_recorded(spec, {"a": settings | changed})
+        return
+    with pytest.raises(UserError) as caught:
+        space.check_recorded(spec, {"a": settings, "b": settings | changed})
+    assert str(caught.value) == f"b: {said}: restore or remove it"
+
+
+def test_a_recorded_key_that_is_missing_is_refused() -> None:
+    spec = make({"train.lr": {"loguniform": [1e-3, 1e-1]}, "adapter.cell": ["residual", "gated"]})
+    with pytest.raises(UserError, match="^a: train.lr is missing: restore or remove it"):
+        space.check_recorded(spec, {"a": {"adapter.cell": "gated"}})
+
+
+def test_recorded_settings_are_those_of_a_configuration() -> None:
+    listed = [{"train.lr": 0.1}, {"train.lr": 0.2, "train.betas": [0.8, 0.9]}]
+    spec = SearchSpec.model_validate({"recipe": "demo", "configurations": listed})
+    space.check_recorded(spec, {"a": listed[0], "b": listed[1]})
+    with pytest.raises(
+        UserError, match="^b: settings are in no configuration of the search: restore or remove"
+    ):
+        space.check_recorded(spec, {"a": listed[0], "b": {"train.lr": 0.2}})

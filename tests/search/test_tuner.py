@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +214,35 @@ def test_a_trial_that_fails_does_not_end_the_search(place: Path, shared_ray: dic
     assert read(search / "result.json")["failed"] == 1
 
 
-def test_a_search_that_was_killed_goes_on(place: Path, shared_ray: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    note: Path
+
+    def __reduce__(self) -> Any:
+        return os.makedirs, (str(self.note),)
+
+    def write(self, folder: Path) -> None:
+        """Every file that Ray Tune has ever restored a search from."""
+        folder.mkdir()
+        pickled = pickle.dumps(self)
+        state = {"_type": "CLOUDPICKLE_FALLBACK", "value": pickled.hex()}
+        whole = {"runner_data": {"x": state}, "trial_data": [], "stats": {"start_time": 0}}
+        (folder / "experiment_state-2030-01-01_00-00-00.json").write_text(json.dumps(whole))
+        for name in (
+            "basic-variant-state-2030.json",
+            "search_gen_state-2030.json",
+            "searcher-state-2030.pkl",
+            "tuner.pkl",
+        ):
+            (folder / name).write_bytes(pickled)
+
+
+def test_a_search_that_was_killed_goes_on(
+    place: Path, shared_ray: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """And runs nothing that somebody has put into its folder."""
     path = write_search(
         place,
         settings={"train.steps": 24, "train.eval_every": 4, "train.log_every": 4},
@@ -229,9 +259,23 @@ def test_a_search_that_was_killed_goes_on(place: Path, shared_ray: dict[str, str
     done = command("tune", path, cwd=place)
     assert done.returncode == EXIT_USAGE
     assert "holds a search already: go on with it by --resume" in done.stderr
+    records = {number: read(path / "trial.json") for number, path in trials(search).items()}
+    planted, elsewhere = Planted(place / "ran"), tmp_path_factory.mktemp("elsewhere") / "ray"
+    planted.write(elsewhere)
+    (left,) = search.glob(".ray-*")  # by the one that was killed
+    for link in ("ray", ".ray-linked"):
+        (search / link).symlink_to(elsewhere)
+    planted.write(left / "again")
     tune(place, shared_ray, path, "--resume")
+    assert not planted.note.exists()
+    assert len(list(elsewhere.iterdir())) == 5
+    assert [each.name for each in search.glob(".ray-*")] == [".ray-linked"]
     found = trials(search)
     assert sorted(found) == [0, 1, 2, 3]
+    for number, record in records.items():
+        after = read(found[number] / "trial.json")
+        same = ("trial", "number", "seed", "seed_group", "settings")
+        assert [after[key] for key in same] == [record[key] for key in same]
     for number, step in before.items():
         assert reached(found[number]) >= step
     for path in found.values():

@@ -10,6 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpc_dist import config
+from gpc_dist.distributed import checkpoint
+from gpc_dist.distributed.world import World
+from gpc_dist.runs.folder import RunFolder
+from gpc_dist.training.pack import Pack
 from tests.conftest import gpc, losses
 from tests.processes import call_on_ranks, on_ranks
 from tests.training.packed import run_pack
@@ -174,3 +179,30 @@ def test_a_run_that_left_goes_on_alone_and_back_in_a_pack(tiny_recipe: Path, tmp
     )
     assert sorted(mine) == list(range(1, 25))
     torch.testing.assert_close(list(mine.values()), list(theirs.values()), rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_starts_from_another_forgets_its_own_course(tiny_recipe: Path, tmp_path: Path) -> None:
+    """It was further on: what it had saved would be taken for its newest state, should it be cut off now."""
+    folders = {name: RunFolder(tmp_path / name) for name in ("good", "bad")}
+    configs = {
+        name: config.load(
+            str(tiny_recipe), {"run.dir": str(folder), "train.steps": "12", "train.eval_every": "4"}
+        )
+        for name, folder in folders.items()
+    }
+    pack = Pack(configs["good"], World(0, 1, 0, torch.device("cpu")))
+
+    def train(name: str, step: int) -> None:
+        pack.add(name, configs[name], ["gpc-dist"])
+        while not any(event.step == step for event in pack.advance([name])):
+            pass
+        pack.leave(name)
+
+    train("good", 4)
+    train("bad", 8)
+    (saved,) = folders["good"].checkpoints.iterdir()
+    pack.add("bad", configs["bad"], ["gpc-dist"], checkpoint.load(saved))
+    assert [path.name for path in folders["bad"].checkpoints.iterdir()] == ["step-00000004"]
+    mine, theirs = checkpoint.load(folders["bad"].checkpoints / saved.name), checkpoint.load(saved)
+    assert mine.state == theirs.state
+    torch.testing.assert_close((mine.tensors, mine.rng), (theirs.tensors, theirs.rng), rtol=0, atol=0)

@@ -1,0 +1,79 @@
+"""A trial's process, without Ray: what it takes up, and what it leaves to the next one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from gpc_dist import files
+from gpc_dist.distributed import checkpoint
+from gpc_dist.runs.folder import SearchFolder
+from gpc_dist.search import spec
+from gpc_dist.search.packs import Place
+from gpc_dist.search.trial import SAMPLE, SEED, Trial
+from gpc_dist.search.trial_files import TrialRecord, read_trial, trial_folder, write_trial
+
+RECORD = TrialRecord("mine", "abcde_00003", 3, "12345678", {"train.lr": 0.02}, 5, lane=1, host="node")
+
+
+class Packs:
+    """As much of the actor as a trial calls; `ray.get` returns what it is given."""
+
+    def __init__(self, folder: SearchFolder):
+        self._folder = folder
+        self.asked: list[Any] = []
+        self.add = SimpleNamespace(remote=self._add)
+
+    def _add(self, name: str, key: Any, tree: Any, command: Any, state: str | None) -> Place:
+        self.asked.append(
+            (name, tree["train"]["lr"], tree["run"]["seed"], state, read_trial(self._folder, 3))
+        )
+        return Place(0, 2, 0, "other")
+
+
+def take_up(folder: SearchFolder, sample: dict[str, Any]) -> Trial:
+    """A trial in a new process of a search that goes on."""
+    trial = Trial.__new__(Trial)
+    trial._trial_info = SimpleNamespace(trial_name="003", trial_id="fedcb_00003")
+    trial._folder = folder
+    trial._spec = spec.load("cb-asha")
+    trial._packs = Packs(folder)
+    trial._take_up({SAMPLE: sample})
+    return trial
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_trial_goes_on_from_the_state_that_it_was_to_take_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
+    """Cut off after it got another trial's values, before or after its run began from that one's state."""
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    folder = SearchFolder(tmp_path)
+    state = trial_folder(folder, 3).path / "started-from"
+    checkpoint.save(state, checkpoint.Checkpoint(8, {}, [], {}))
+    before = replace(RECORD, copied=copied)
+    write_trial(folder, before)
+    trial = take_up(folder, {"train.lr": 0.02, SEED: 5})
+    trial._join()
+    ((name, rate, seed, start_from, written),) = trial._packs.asked
+    assert (name, rate, seed) == ("003", 0.02, 5)
+    assert start_from == (str(state / "step-00000008") if copied else None)
+    # it keeps its id in all records, and until its run has begun, that it is to take something over
+    assert (written.trial, written.seed, written.copied) == ("abcde_00003", 5, copied)
+    after = read_trial(folder, 3)
+    assert after is not None
+    assert (after.trial, after.copied, after.lane, after.host) == ("abcde_00003", False, 2, "other")
+
+
+def test_a_new_trial_has_the_id_that_ray_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    folder = SearchFolder(tmp_path)
+    trial = take_up(folder, {"train.lr": 0.02, SEED: 5})
+    trial._join()
+    assert files.read_json(trial_folder(folder, 3).trial)["trial"] == "fedcb_00003"
+    assert trial._packs.asked[0][3] is None
