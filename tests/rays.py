@@ -19,10 +19,15 @@ from tests.processes import Started, free_port, wait_until
 
 
 @contextmanager
-def ray_cluster() -> Iterator[dict[str, str]]:
-    """A Ray cluster with this machine's cores, which ends with the block: environment variables that lead to it."""
+def ray_cluster(asks: bool = True) -> Iterator[dict[str, str]]:
+    """A Ray cluster with this machine's cores, which ends with the block: environment variables that lead to it.
+
+    Args:
+        asks: whether it answers only those who know its token.
+    """
     port = free_port()
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    secret = secret if asks else {"RAY_AUTH_MODE": "disabled"}
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
         words += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--include-dashboard=false"]

@@ -24,6 +24,7 @@ from gpc_dist.distributed.launch import in_job_step
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
 from gpc_dist.interpreter import python
 from gpc_dist.runs.folder import SearchFolder
+from gpc_dist.search.ray_token import check_token
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.training.stop import SIGNALS, StopRequest
 
@@ -48,7 +49,11 @@ def run_node(spec: SearchSpec, arguments: Sequence[str], stop: StopRequest) -> i
         spec: of the search; a search that is already in its folder is resumed, as a job resumes a run.
         arguments: the command line, from `tune` on.
         stop: requests that have come already.
+
+    Raises:
+        MachineError: Ray does not start, or would answer everybody.
     """
+    check_token()
     address = f"{socket.gethostbyname(os.environ['MASTER_ADDR'])}:{os.environ['MASTER_PORT']}"
     if int(os.environ["SLURM_PROCID"]) > 0:
         return _worker(address)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import secrets
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from gpc_dist.errors import MachineError
+from gpc_dist.search import ray_token
 from gpc_dist.search.node import NODES, answers
 from gpc_dist.training.stop import SIGNALS, StopRequest
 
@@ -33,6 +34,7 @@ _LONGEST_PATH = 22
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer output cannot be replaced by a reporter of one's own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a worker that has lost its Ray would start one of its own
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Ray Tune saves a state that nobody reads: only at the end, as it insists
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe start at the user's working folder
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `training.stop.StopRequest`
@@ -48,7 +50,8 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
         stop: listens on, although Ray sets signal handlers of its own.
 
     Raises:
-        MachineError: nothing answers at RAY_ADDRESS, nodes are missing, or Ray does not start here.
+        MachineError: nothing answers at RAY_ADDRESS, or not to us; nodes are missing; Ray does not start here; or it
+            answers everybody, see `ray_token.check_nodes`.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -70,9 +73,14 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
                     wait([starting], timeout=_POLL_S)
             stop.listen(*SIGNALS)
             starting.result()
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RayError, RuntimeError, ValueError, OSError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise MachineError(f"Ray did not start, or cannot be entered: {reason}") from None
+            hint = (
+                f"; give the {ray_token.MODE} and {ray_token.TOKEN} that it was started with"
+                if address
+                else ""
+            )
+            raise MachineError(f"Ray did not start, or cannot be entered: {reason}{hint}") from None
         end.callback(ray.shutdown)
         _wait_for_nodes()
         yield
@@ -90,10 +98,7 @@ def _check(address: str) -> None:
 @contextmanager
 def _own() -> Iterator[dict[str, Any]]:
     """Options of `ray.init` for a cluster of this machine, which no other search joins and nobody else enters."""
-    # Ray wants a token, and would write one into the home folder, for all later clusters of this user. One for all
-    # searches of a process, because Ray reads it once.
-    if not os.environ.get("RAY_AUTH_TOKEN"):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray_token.make_token()
     given = tempfile.gettempdir()
     place = given if len(given) <= _LONGEST_PATH else "/tmp"
     with tempfile.TemporaryDirectory(prefix="gpc-ray-", dir=place, ignore_cleanup_errors=True) as folder:
@@ -111,3 +116,4 @@ def _wait_for_nodes() -> None:
         if time.monotonic() > deadline:
             raise MachineError(f"{count} of {wanted} nodes joined the Ray cluster within {_NODES_S:.0f} s")
         time.sleep(1.0)
+    ray_token.check_nodes(ray.nodes())

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import stat
+import subprocess
+import sys
 import time
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
+from packaging.requirements import Requirement
 
 from gpc_dist import cli
-from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED
-from gpc_dist.search import ray_cluster
-from tests.processes import command, free_port, start_call, wait_until
+from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
+from gpc_dist.search import node, ray_cluster, spec
+from gpc_dist.training.stop import StopRequest
+from tests import rays
+from tests.holds import Hold
+from tests.processes import TIMEOUT_S, command, free_port, start, start_call, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -40,8 +49,12 @@ def test_a_local_search_leaves_nothing_outside_its_folder(search: Path, tmp_path
     home.mkdir()
     temporary.mkdir()
     before = set(Path("/tmp").glob("gpc-ray-*"))
-    done = command("tune", search, cwd=tmp_path, HOME=str(home), TMPDIR=str(temporary))
-    assert done.returncode == 0, done.stdout + done.stderr
+    hold = Hold(tmp_path / "searches" / "mine" / "trials" / "000", 6)
+    done = start("tune", search, cwd=tmp_path, HOME=str(home), TMPDIR=str(temporary))
+    hold.wait(lambda: done.stdout + done.stderr)
+    refused_without_the_token(done.pid, tmp_path)
+    hold.release()
+    assert done.wait() == 0, done.stdout + done.stderr
     assert not [path for path in home.rglob("*") if "ray" in path.name or "token" in path.name]
     assert not list(temporary.iterdir())
     assert set(Path("/tmp").glob("gpc-ray-*")) <= before
@@ -61,6 +74,127 @@ def test_the_folder_to_which_ray_lets_everybody_write_is_in_one_that_nobody_ente
         assert stat.S_IMODE(own.stat().st_mode) == 0o700
         assert len(f"{own}/{inner}/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store") <= 107
     assert not own.exists()
+
+
+CLIENT = """
+import sys
+import ray
+from ray._raylet import GcsClient
+
+for enter in (lambda: GcsClient(address=sys.argv[1]).internal_kv_keys(b""), lambda: ray.init(address=sys.argv[1])):
+    try:
+        enter()
+        print("entered")
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+def refused_without_the_token(driver: int, home: Path) -> None:
+    """As any process of this machine: the cluster's store is asked, and a driver tries to enter."""
+    (store,) = [
+        each for each in psutil.Process(driver).children(recursive=True) if each.name() == "gcs_server"
+    ]
+    port = min(each.laddr.port for each in store.net_connections() if each.status == psutil.CONN_LISTEN)
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    without |= {"HOME": str(home), "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLIENT, f"127.0.0.1:{port}"],
+            env=without | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for more in ({}, wrong)
+    ]
+    said = [client.communicate(timeout=TIMEOUT_S)[0].split() for client in clients]
+    assert said == [["AuthenticationError", "ConnectionError"]] * 2
+
+
+def enter(folder: Path) -> int:
+    """What a search does first."""
+    with ray_cluster.connected(folder, StopRequest()):
+        print("entered")
+    return 0
+
+
+def test_a_ray_that_anybody_may_enter_is_refused(
+    search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless its user says that there is to be no token."""
+    told = "asks for no token: whoever reaches it can run code as its user"
+    with rays.ray_cluster(asks=False) as environment:
+        monkeypatch.setenv("RAY_ADDRESS", environment["RAY_ADDRESS"])
+        done = command("tune", search, cwd=tmp_path)
+        assert done.returncode == EXIT_ENVIRONMENT, done.stderr
+        assert f"{told}. Start it with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN" in done.stderr
+        assert not (tmp_path / "searches" / "mine" / "trials").exists()
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        done = start_call(enter, tmp_path)
+        assert done.wait() == 0, done.stderr
+        assert done.stdout == "entered\n"
+        assert f"{told}, as RAY_AUTH_MODE=disabled says" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("secret", "reason"),
+    [
+        ({}, "no authentication token was found"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "Failed to connect to Ray cluster"),
+    ],
+)
+def test_a_ray_that_knows_another_token_is_one_line(
+    search: Path, shared_ray: dict[str, str], tmp_path: Path, secret: dict[str, str], reason: str
+) -> None:
+    mine = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_ADDRESS": shared_ray["RAY_ADDRESS"],
+        "HOME": str(tmp_path),
+    } | secret
+    done = command("tune", search, cwd=tmp_path, **mine, RAY_NUM_REDIS_GET_RETRIES="1")
+    assert done.returncode == EXIT_ENVIRONMENT, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "cannot be entered" in line]
+    assert reason in line
+    assert line.endswith("; give the RAY_AUTH_MODE and RAY_AUTH_TOKEN that it was started with")
+
+
+def test_a_search_starts_no_ray_without_a_token(
+    search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert cli.main(["tune", str(search)]) == EXIT_ENVIRONMENT
+    assert (
+        "RAY_AUTH_MODE is 'disabled', and the Ray of a search answers nobody without"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"RAY_AUTH_TOKEN": "1"}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "no", "RAY_AUTH_TOKEN": "1"}],
+)
+def test_a_node_of_a_job_starts_no_ray_without_a_token(
+    search: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(
+        MachineError, match="start them by slurm/tune.sbatch, which makes one, or export RAY_AUTH_MODE"
+    ):
+        node.run_node(spec.load(str(search)), ["tune", str(search)], StopRequest())
+
+
+def test_versions_of_ray_without_tokens_are_out_of_range() -> None:
+    wanted = [Requirement(text) for text in requires("gpc-dist") or []]
+    (ray_of_ours,) = [each for each in wanted if each.name == "ray"]
+    assert not ray_of_ours.specifier.contains("2.58.0")
 
 
 def test_nobody_at_the_address(
