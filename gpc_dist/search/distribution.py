@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, model_serializer, model_validator
 
 from gpc_dist.schema import Section
+from gpc_dist.typed import is_number
 
 Kind = Literal["choice", "grid", "uniform", "loguniform", "int", "logint"]
 
@@ -97,10 +98,6 @@ class Distribution(Section):
     def _write(self) -> dict[str, Any]:
         when = {key: list(values) for key, values in self.when.items()}
         return {self.kind: list(self.values)} | ({"when": when} if when else {})
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _number(value: Any) -> Any:

@@ -24,7 +24,7 @@ from gpc_dist.distributed.launch import in_job_step
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
 from gpc_dist.interpreter import python
 from gpc_dist.runs.folder import SearchFolder
-from gpc_dist.search.ray_token import check_token
+from gpc_dist.search.ray_token import TOKEN, check_token
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.training.stop import SIGNALS, StopRequest
 
@@ -114,7 +114,7 @@ def _own_folder() -> Iterator[Path]:
 
     Ray wants one path on all nodes: it follows from what the job alone knows, so that nobody else is there first.
     """
-    known = hashlib.sha256(os.environ.get("RAY_AUTH_TOKEN", "").encode()).hexdigest()[:8]
+    known = hashlib.sha256(os.environ[TOKEN].encode()).hexdigest()[:8]
     # the path of a Unix socket is limited to about 100 characters, and Ray's names are long
     folder = Path(f"/tmp/ray-{os.environ['SLURM_JOB_ID']}-{known}")
     first = not folder.exists()  # nodes that are one machine have one folder

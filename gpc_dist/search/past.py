@@ -16,8 +16,8 @@ from gpc_dist import files
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.runs.metrics import STEP, TIME, read_metrics
-from gpc_dist.search.distribution import is_number
 from gpc_dist.search.trial_files import COMPLETED, STOPPED, TrialRecord, read_trial, trial_folder
+from gpc_dist.typed import is_number
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from gpc_dist.errors import MachineError
 
 log = logging.getLogger(__name__)
 
-MODE, TOKEN, _FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 _ANSWER_S = 10.0
 
 
@@ -46,7 +46,7 @@ def check_token() -> None:
         MachineError: there is none.
     """
     mode = os.environ.get(MODE, "")
-    if mode.lower() != "token" or not (os.environ.get(TOKEN) or os.environ.get(_FILE)):
+    if mode.lower() != "token" or not os.environ.get(TOKEN):
         raise MachineError(
             "the nodes of a search answer nobody without a token: start them by slurm/tune.sbatch, which makes one, "
             f"or export {MODE}=token and {TOKEN} before srun"

@@ -17,8 +17,9 @@ from typing import Any, Literal
 from gpc_dist import config
 from gpc_dist.config import Config
 from gpc_dist.errors import UserError
-from gpc_dist.search.distribution import Distribution, is_number
+from gpc_dist.search.distribution import Distribution
 from gpc_dist.search.spec import SearchSpec
+from gpc_dist.typed import is_number
 
 NOT_SET = "not set"
 """Value in Ray's samples of a key whose condition does not hold."""

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from gpc_dist import files
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
+from gpc_dist.typed import check_as
 
 COMPLETED, STOPPED, FAILED = "completed", "stopped by scheduler", "failed"
 """Decisions on a trial that has ended."""
@@ -67,15 +66,7 @@ def read_trial(search: SearchFolder, number: int) -> TrialRecord | None:
     values = files.read_json(file)
     if "settings" not in values:  # a trial that failed before it began has a decision only
         return None
-    try:
-        record = _RECORD.validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {where}: {first['msg']}: restore or remove it") from None
+    record = check_as(TrialRecord, values, str(file))
     if record.number != number:
         raise UserError(f"{file} is the record of trial {record.number}: restore or remove it")
     return record
-
-
-_RECORD = TypeAdapter(TrialRecord)

@@ -59,9 +59,9 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"settings": [1]}, "settings: Input should be a valid dictionary"),
-        ({"seed": "three"}, "seed: Input should be a valid integer"),
-        ({"decision": None}, "decision: Input should be a valid string"),
+        ({"settings": [1]}, "settings: input should be a valid dictionary"),
+        ({"seed": "three"}, "seed: input should be a valid integer"),
+        ({"decision": None}, "decision: input should be a valid string"),
         ({"number": 1}, "is the record of trial 1"),
     ],
 )

@@ -180,7 +180,7 @@ def test_a_search_starts_no_ray_without_a_token(
 def test_a_node_of_a_job_starts_no_ray_without_a_token(
     search: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
 ) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
