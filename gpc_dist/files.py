@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import hashlib
 import json
 import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,10 @@ from gpc_dist.errors import UserError
 from gpc_dist.parsing import parse_json
 
 log = logging.getLogger(__name__)
+
+SMALL_BYTES = 8 * 2**20
+"""What is read as a whole before it is known to be good, because nobody writes that much: an adapter's card, the state
+of a run, an index of weights, a header of tensors. As JSON it can take some twenty times as much memory."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -42,6 +50,35 @@ def read_text(path: Path) -> str:
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Open a file for reading; it must be one, because a pipe would keep its reader waiting.
+
+    Raises:
+        OSError: it is something else, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_small_json(path: Path) -> Any:
+    """The JSON value in a file of at most `SMALL_BYTES`.
+
+    Raises:
+        UserError: it is no JSON, is larger, or cannot be read.
+    """
+    try:
+        with open_plain(path) as file:
+            content = file.read(SMALL_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(content) > SMALL_BYTES:
+        raise UserError(f"{path} is larger than {SMALL_BYTES // 2**20} MiB")
+    return parse_json(content, str(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -173,14 +210,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: it is no file, or cannot be read.
+    """
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def version(path: Path) -> str:
     """What tells apart the contents a file has had, as far as can be said without reading it; empty
     when it is absent."""
     try:
-        stat = path.stat()
+        found = path.stat()
     except FileNotFoundError:
         return ""
-    return f"{stat.st_mtime_ns}-{stat.st_size}"
+    return f"{found.st_mtime_ns}-{found.st_size}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def check_name(name: object, what: str) -> str:
         UserError: there is a fault.
     """
     if fault := fault_of(name):
-        raise UserError(f"{what} '{name}' {fault}: {_REMEDY}")
+        raise UserError(f"{what} '{shown(str(name))}' {fault}: {_REMEDY}")
     return str(name)
 
 

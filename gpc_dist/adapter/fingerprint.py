@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gpc_dist.errors import UserError
+from gpc_dist.files import few, read_small_json
 from gpc_dist.names import check_name
+from gpc_dist.tensors import read_headers
 
-SAFETENSORS = "model.safetensors"
-"""File of a checkpoint in one file."""
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+"""Files of a checkpoint in one file, in the order in which they are looked for."""
 _HEAD_BYTES = 4096
 
 
@@ -37,21 +40,25 @@ class EncoderIdentity:
         return asdict(self)
 
 
-def identify(encoder: nn.Module, folder: Path | None = None) -> EncoderIdentity:
+def identify(encoder: nn.Module, files: Sequence[Path] | None = None) -> EncoderIdentity:
     """Identity of an encoder.
 
     Args:
-        folder: folder of its weight files. When not given, the folder or Hub id that the encoder names; of a Hub id
-            the main branch in the cache, because a model does not know its revision.
+        files: those its weights were read from, see `weight_files`. When not given, those of the folder or Hub id that
+            the encoder names; of a Hub id the main branch in the cache, because a model does not know its revision.
+
+    Raises:
+        UserError: a file cannot be read.
     """
     config: Any = encoder.config
     path = getattr(encoder, "name_or_path", "")
-    if folder is None and path:
-        folder = _folder_of(path)
-    files = _weight_files(folder) if folder else []
+    if files is None:
+        folder = _folder_of(path) if path else None
+        files = weight_files(str(folder), None) if folder else []
+    snapshot = files[0].parent if files and files[0].parent.parent.name == "snapshots" else None
     return EncoderIdentity(
         path=path or config.model_type,
-        revision=folder.name if folder and folder.parent.name == "snapshots" else None,
+        revision=snapshot.name if snapshot else None,
         model_type=config.model_type,
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -59,22 +66,48 @@ def identify(encoder: nn.Module, folder: Path | None = None) -> EncoderIdentity:
     )
 
 
-def fingerprint_files(files: list[Path]) -> str:
+def weight_files(path: str, revision: str | None) -> list[Path]:
+    """The files of the weights in a folder or under a Hub id (downloaded if need be); empty if there are none.
+
+    An encoder is loaded from these files, and known by them. What else lies beside them is not looked at.
+
+    Raises:
+        UserError: an index that cannot be read, or names a file that is missing.
+    """
+    from gpc_dist.private.transformers import find_file
+
+    for name in (SAFETENSORS, PICKLED):
+        if single := find_file(path, name, revision):
+            return [single]
+        if index := find_file(path, f"{name}.index.json", revision):
+            files = {shard: find_file(path, shard, revision) for shard in shards(index)}
+            if missing := [shard for shard, file in files.items() if file is None]:
+                raise UserError(
+                    f"{index} names {few(missing)}, which are not there: fetch the checkpoint again"
+                )
+            return [file for file in files.values() if file is not None]
+    return []
+
+
+def fingerprint_files(files: Sequence[Path]) -> str:
     """SHA-256 over name, dtype, shape and first 4 KiB of every tensor.
 
     Reads a few hundred KiB of a checkpoint of any size, and never unpickles: for a `.bin` file it
     uses the checksums in the zip directory, or if it is none (PyTorch before 1.6) all its bytes.
+
+    Raises:
+        UserError: a file is damaged or cannot be read, or a name stands in it, or in two files, twice.
     """
     entries: list[tuple[str, bytes]] = []
     for file in files:
-        if file.suffix == ".safetensors":
-            entries += _safetensors_entries(file)
-        elif not zipfile.is_zipfile(file):
-            with file.open("rb") as handle:
-                entries.append((file.name, hashlib.file_digest(handle, "sha256").digest()))
-        else:
-            with zipfile.ZipFile(file) as archive:
-                entries += [(i.filename, f"{i.CRC} {i.file_size}".encode()) for i in archive.infolist()]
+        if file.suffix != ".safetensors":
+            entries += _pickled_entries(file)
+    stored = read_headers(file for file in files if file.suffix == ".safetensors")
+    for name, place in stored.items():
+        head = torch.empty(min(place.numel, _HEAD_BYTES // place.dtype.itemsize), dtype=place.dtype)
+        place.read(0, head)
+        content = head.view(torch.uint8).numpy().tobytes()
+        entries.append((f"{name} {place.type_name} {list(place.shape)}", content))
     return _digest(entries)
 
 
@@ -95,18 +128,18 @@ def _digest(entries: list[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
-def _safetensors_entries(file: Path) -> list[tuple[str, bytes]]:
-    with file.open("rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(size))
-        header.pop("__metadata__", None)
-        entries = []
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            handle.seek(8 + size + start)
-            head = handle.read(min(end - start, _HEAD_BYTES))
-            entries.append((f"{name} {entry['dtype']} {entry['shape']}", head))
-    return entries
+def _pickled_entries(file: Path) -> list[tuple[str, bytes]]:
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as handle:
+            return [(file.name, hashlib.file_digest(handle, "sha256").digest())]
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [(i.filename, f"{i.CRC} {i.file_size}".encode()) for i in archive.infolist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise UserError(f"{file} is damaged ({error}): fetch it again") from None
+    if len({name for name, _ in found}) < len(found):
+        raise UserError(f"{file} is damaged (it has a name twice): fetch it again")
+    return found
 
 
 def _folder_of(path: str) -> Path | None:
@@ -123,24 +156,17 @@ def _folder_of(path: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint, in the order in which `transformers` looks for them; others may lie beside them."""
-    for single in (SAFETENSORS, "pytorch_model.bin"):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (index := folder / f"{single}.index.json").is_file():
-            return [folder / name for name in shards(index)]
-    return []
-
-
 def shards(index: Path) -> list[str]:
     """Names of the files of a checkpoint in several files, sorted.
 
     Raises:
-        UserError: the index cannot be read, or names a file that is not beside it.
+        UserError: the index cannot be read, or names none, or a file that is not beside it.
     """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weights ({error!r}): fetch the checkpoint again") from None
-    return sorted(check_name(name, f"{index}: the file") for name in names)
+        found = read_small_json(index)
+    except UserError as error:
+        raise UserError(f"{error}: fetch the checkpoint again") from None
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not (isinstance(names, dict) and names):
+        raise UserError(f"{index} is no index of weights (weight_map): fetch the checkpoint again")
+    return sorted({check_name(name, f"{index}: the file") for name in names.values()})

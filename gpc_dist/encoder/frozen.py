@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
+from gpc_dist.adapter.fingerprint import PICKLED, SAFETENSORS, weight_files
 from gpc_dist.config import EncoderConfig, EngineConfig
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.sharding import shard
 from gpc_dist.encoder.skeleton import auto_class, freeze, give_values, skeleton_model
-from gpc_dist.encoder.weights import Stored, check_sums, match, read_headers, weight_files
+from gpc_dist.encoder.weights import check_sums, match
 from gpc_dist.errors import UserError
+from gpc_dist.files import few
+from gpc_dist.tensors import Stored, read_headers
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +73,8 @@ class Encoder:
     parts: EncoderParts
     places: dict[nn.Parameter, Stored] | None
     """Places in files of the weights that are still to be read; None if all are in memory."""
-    folder: Path | None = None
-    """Folder of its files; for a Hub id, the snapshot of the revision in the cache."""
+    files: Sequence[Path] = ()
+    """Those its weights come from; for a Hub id, in the snapshot of the revision in the cache."""
 
 
 def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Encoder:
@@ -83,21 +87,22 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
             a prompt.
     """
     from transformers import AutoConfig
-    from transformers.utils import cached_file, logging
+    from transformers.utils import logging
 
     path = encoder_path(config)
     logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-        folder = Path(str(cached_file(path, "config.json", revision=config.revision))).parent
         files = weight_files(path, config.revision)
+        if not files:
+            raise FileNotFoundError(f"it holds no {SAFETENSORS} and no {PICKLED}")
         if config.checksum and world.local_rank == 0:
             check_sums(files)
-        if not files or model_config.model_type not in TESTED:
-            parts = locate(_load_whole(path, config.revision, model_config, dtype))
+        if model_config.model_type not in TESTED or not _are_safetensors(files):
+            parts = locate(_load_whole(files, model_config, dtype))
             if model_config.model_type not in TESTED:
                 probe(parts)
-            return Encoder(parts, None, folder)
+            return Encoder(parts, None, files)
         model = skeleton_model(model_config, dtype)
     except UserError:
         raise
@@ -107,18 +112,30 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
     parts = locate(model)
     table: Any = parts.token_embeddings.weight
     _materialise(table, places.pop(table), torch.device("cpu"))
-    return Encoder(parts, places, folder)
+    return Encoder(parts, places, files)
 
 
-def _load_whole(path: str, revision: str | None, model_config: Any, dtype: torch.dtype) -> Any:
-    auto = auto_class(model_config)
-    model, found = auto.from_pretrained(
-        path, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False
+def _are_safetensors(files: Sequence[Path]) -> bool:
+    return all(file.suffix == ".safetensors" for file in files)
+
+
+def _load_whole(files: Sequence[Path], model_config: Any, dtype: torch.dtype) -> Any:
+    from gpc_dist.private.transformers import model_class
+
+    # not from the folder, where transformers takes other files for weights too, such as an adapter's of PEFT
+    if _are_safetensors(files):
+        tensors = {name: place.mapped() for name, place in read_headers(files).items()}
+    else:
+        tensors = {}
+        for file in files:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    model, found = model_class(auto_class(model_config), model_config).from_pretrained(
+        None, config=model_config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     freeze(model)
     used = dict(model.named_parameters())
     if missing := sorted(name for name in found["missing_keys"] if name in used):
-        raise UserError(f"the checkpoint in {path} lacks {', '.join(missing)} of the encoder")
+        raise UserError(f"the checkpoint in {files[0].parent} lacks {few(missing)} of the encoder")
     return model
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gpc_dist import own_folders
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.distributed.world import World
-from gpc_dist.encoder.weights import Stored
 from gpc_dist.errors import UserError
+from gpc_dist.tensors import Stored
 
 
 def shard(

@@ -16,15 +16,17 @@ from gpc_dist.private import checked, require
 from gpc_dist.private.torch import copy_without_hooks
 
 with checked("transformers"):
-    from transformers import PreTrainedModel
+    from transformers import AutoModel, PreTrainedModel
     from transformers.activations import NewGELUActivation
     from transformers.initialization import no_init_weights
+    from transformers.models.auto.auto_factory import _get_model_class
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
     from transformers.models.mt5.modeling_mt5 import MT5Attention, MT5LayerNorm
     from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
     from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
     from transformers.utils import cached_file
 
+    require(AutoModel, "_model_mapping")
     require(PreTrainedModel, "_keys_to_ignore_on_load_unexpected")
     for _attention in (T5Attention, MT5Attention):
         require(_attention, "compute_bias")
@@ -38,6 +40,7 @@ __all__ = [
     "find_file",
     "has_encoder_class",
     "ignored_keys",
+    "model_class",
     "new_gelus",
     "no_init_weights",
     "replace_t5_attention",
@@ -55,6 +58,11 @@ def find_file(path: str, name: str, revision: str | None) -> Path | None:
 def has_encoder_class(family: str) -> bool:
     """Whether `AutoModelForTextEncoding` makes the encoder half of a family's encoder-decoder."""
     return family in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+
+def model_class(auto: Any, model_config: Any) -> Any:
+    """The class that an auto class, such as `AutoModel`, takes for a configuration."""
+    return _get_model_class(model_config, auto._model_mapping)
 
 
 def ignored_keys(model: nn.Module) -> list[str]:

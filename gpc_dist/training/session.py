@@ -154,7 +154,7 @@ def load_base(config: Config, world: World) -> Base:
     dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
     encoder = frozen.load_encoder(config.encoder, dtype, world)
     # the path is the one that the user gave, not the folder on this machine
-    identity = replace(identify(encoder.parts.encoder, encoder.folder), path=config.encoder.path)
+    identity = replace(identify(encoder.parts.encoder, encoder.files or None), path=config.encoder.path)
     parameters = frozen.count_parameters(encoder.parts)
     return Base(encoder, identity, tokenizer, parameters, time.monotonic() - start)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from gpc_dist.adapter.fingerprint import fingerprint_files, fingerprint_tensors, identify, shards
+from gpc_dist.adapter.fingerprint import (
+    fingerprint_files,
+    fingerprint_tensors,
+    identify,
+    shards,
+    weight_files,
+)
 from gpc_dist.errors import UserError
 
 from .encoders import saved_encoder, tiny
@@ -99,12 +107,16 @@ def test_an_encoder_of_the_hub_is_known_by_its_files_in_the_cache(
     assert (found.revision, unknown.revision) == (commit, None)
 
 
-def test_the_files_of_a_given_folder_come_before_those_the_encoder_names(tmp_path: Path) -> None:
+def test_given_files_come_before_those_the_encoder_names(tmp_path: Path) -> None:
     encoder = saved_encoder(tmp_path / "one")
     saved_encoder(tmp_path / "two", seed=1)
     two = identify(AutoModel.from_pretrained(tmp_path / "two"))
-    assert identify(encoder, tmp_path / "two").sha256 == two.sha256 != identify(encoder).sha256
-    assert identify(encoder, tmp_path / "two").path == str(tmp_path / "one")
+    assert (
+        identify(encoder, weight_files(str(tmp_path / "two"), None)).sha256
+        == two.sha256
+        != identify(encoder).sha256
+    )
+    assert identify(encoder, weight_files(str(tmp_path / "two"), None)).path == str(tmp_path / "one")
     assert two.revision is None
 
 
@@ -121,7 +133,9 @@ def test_pickled_weights_are_told_apart_without_being_unpickled(tmp_path: Path) 
 def test_a_folder_of_pickled_weights_is_known_by_its_files(tmp_path: Path) -> None:
     encoder = tiny("bert")
     torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
-    assert identify(encoder, tmp_path).sha256 == fingerprint_files([tmp_path / "pytorch_model.bin"])
+    files = weight_files(str(tmp_path), None)
+    assert files == [tmp_path / "pytorch_model.bin"]
+    assert identify(encoder, files).sha256 == fingerprint_files(files)
     saved = saved_encoder(tmp_path)  # safetensors files come first
     assert identify(saved).sha256 == fingerprint_files([tmp_path / "model.safetensors"])
 
@@ -137,6 +151,43 @@ def test_files_that_only_lie_beside_the_weights_make_no_other_encoder(tmp_path: 
     assert identify(encoder).sha256 == identify(shards).sha256 == known
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"null", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"weight_map": {}}', b'{"weight_map": {"a": 3}}']
+    + [
+        b'{"weight_map": {"a": ["x"]}}',
+        b'{"weight_map": {"a": "x", "b": 3}}',
+        b'{"weight_map": {}, "weight_map": {}}',
+    ],
+)
+def test_an_index_of_other_things_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"index\.json") as caught:
+        shards(tmp_path / "index.json")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_damaged_file_has_no_fingerprint(tmp_path: Path) -> None:
+    save_file({"w": torch.arange(4.0)}, tmp_path / "a.safetensors")
+    save_file({"w": torch.arange(4.0) + 1}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="both hold 'w'"):
+        fingerprint_files([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"a\.safetensors is damaged"):
+        fingerprint_files([tmp_path / "a.safetensors"])
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "c.bin")
+    content = (tmp_path / "c.bin").read_bytes()
+    directory = content.rfind(b"PK\x01\x02")
+    (tmp_path / "c.bin").write_bytes(content[:directory] + b"PK\x01\x03" + content[directory + 4 :])
+    with pytest.raises(UserError, match=r"c\.bin is damaged .*: fetch it again"):
+        fingerprint_files([tmp_path / "c.bin"])
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(tmp_path / "d.bin", "w") as archive:
+        archive.writestr("data", b"one")
+        archive.writestr("data", b"two")
+    with pytest.raises(UserError, match="has a name twice"):
+        fingerprint_files([tmp_path / "d.bin"])
+
+
 def test_pickled_weights_of_old_versions_are_told_apart(tmp_path: Path) -> None:
     encoder = tiny("bert")
     for value in (1.0, 2.0):
@@ -145,7 +196,7 @@ def test_pickled_weights_of_old_versions_are_told_apart(tmp_path: Path) -> None:
     first, second = (fingerprint_files([tmp_path / f"{value}.bin"]) for value in (1.0, 2.0))
     assert first != second
     (tmp_path / "1.0.bin").rename(tmp_path / "pytorch_model.bin")
-    assert identify(encoder, tmp_path).sha256 != identify(encoder).sha256
+    assert identify(encoder, weight_files(str(tmp_path), None)).sha256 != identify(encoder).sha256
 
 
 def test_random_weights_are_known_by_their_values_whatever_folders_lie_around(

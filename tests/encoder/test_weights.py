@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
 
-from gpc_dist.adapter.fingerprint import fingerprint_files
+from gpc_dist.adapter.fingerprint import fingerprint_files, identify
 from gpc_dist.config import Config, EncoderConfig, EngineConfig
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder import frozen, weights
 from gpc_dist.encoder.frozen import load_encoder, place
 from gpc_dist.errors import UserError
+from gpc_dist.tensors import Stored
 from gpc_dist.training.session import load_base
 from tests.adapter.encoders import FAMILIES, tiny
 
@@ -157,26 +158,67 @@ def test_a_checkpoint_without_safetensors_is_loaded_whole(tmp_path: Path) -> Non
     assert torch.equal(values(found)["encoder.layer.1.output.dense.weight"], expected)
 
 
-@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float64])
-def test_any_flat_part_is_read_in_any_type(
-    target: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def name_another_file(folder: Path) -> None:
+    """A key of config.json that `transformers` follows."""
+    save_file({"w": torch.zeros(2)}, folder / "other.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+
+
+def add_an_adapter_of_peft(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    get_peft_model(BertModel.from_pretrained(folder), lora).save_pretrained(folder)
+
+
+def add_other_forms(folder: Path) -> None:
+    other = {"encoder.layer.1.output.dense.weight": torch.zeros(2)}
+    torch.save(other, folder / "pytorch_model.bin")
+    save_file(other, folder / "model_old.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model_old.safetensors"}}')
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("decoy", [name_another_file, add_an_adapter_of_peft, add_other_forms])
+def test_what_is_loaded_is_what_is_hashed_whatever_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoy: Any, whole: bool
 ) -> None:
-    monkeypatch.setattr(weights, "_CHUNK_BYTES", 64)  # several chunks, the last one short
-    matrix = torch.randn(7, 19)
-    save_file({"a": torch.zeros(3), "b": matrix}, tmp_path / "x.safetensors")
-    stored = weights.read_headers([tmp_path / "x.safetensors"])["b"]
-    for start, length in ((0, 133), (5, 60), (132, 1), (40, 0)):
-        part = torch.empty(length, dtype=target)
-        stored.read(start, part)
-        assert torch.equal(part, matrix.flatten()[start : start + length].to(target))
+    model = small_bert(tmp_path)
+    expected = fingerprint_files([tmp_path / "model.safetensors"])
+    decoy(tmp_path)
+    if whole:
+        monkeypatch.setattr(frozen, "TESTED", frozenset())
+    found = load(tmp_path)
+    assert (found.places is None) is whole
+    assert found.files == [tmp_path / "model.safetensors"]
+    assert identify(found.parts.encoder, found.files).sha256 == expected
+    for name, parameter in found.parts.encoder.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_a_tensor_at_an_odd_place_is_read(tmp_path: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]}}).encode()
-    data = b"\0" + torch.tensor([1.5, -2.0]).numpy().tobytes()
-    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + data)
-    found = weights.read_headers([tmp_path / "x"])["a"]
-    assert found.mapped().tolist() == [1.5, -2.0]
+def test_a_checkpoint_in_pickled_parts_is_loaded_and_hashed(tmp_path: Path) -> None:
+    model = small_bert(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    names, state = ("pytorch_model-1.bin", "pytorch_model-2.bin"), model.state_dict()
+    for part, name in enumerate(names):
+        torch.save(dict(list(state.items())[part::2]), tmp_path / name)
+    index = {"weight_map": {key: names[place % 2] for place, key in enumerate(state)}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    found = load(tmp_path)
+    assert found.files == [tmp_path / name for name in names]
+    assert identify(found.parts.encoder, found.files).sha256 == fingerprint_files(found.files)
+    for name, parameter in found.parts.encoder.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def both_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"embeddings.LayerNorm.gamma": torch.zeros(16)}
+
+
+def eighths(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    name = "encoder.layer.0.output.dense.weight"
+    return tensors | {name: tensors[name].to(torch.float8_e4m3fn)}
 
 
 def fewer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,6 +244,8 @@ def integers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (fewer, "lacks 'encoder.layer.1.output.dense.weight'"),
         (deeper, "holds 'encoder.layer.2.output.dense.weight'"),
         (wider, r"'embeddings.LayerNorm.weight' has shape \[17\].*\[16\]"),
+        (both_names, "'embeddings.LayerNorm.weight' is there under its old name too"),
+        (eighths, "float8_e4m3fn: give a checkpoint that is not quantised"),
         (integers, "int8: give a checkpoint that is not quantised"),
     ],
 )
@@ -212,7 +256,9 @@ def test_weights_that_do_not_fit_are_named(change: Any, message: str, tmp_path: 
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("keep", "message"), [(4, "header is cut off"), (60, "header"), (-8, "is cut off")])
+@pytest.mark.parametrize(
+    ("keep", "message"), [(4, "header too small"), (60, "header length"), (-8, "not fully covered")]
+)
 def test_a_damaged_file_is_named(keep: int, message: str, tmp_path: Path) -> None:
     small_bert(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -227,13 +273,6 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     missing.unlink()
     with pytest.raises(UserError, match=missing.name):
         load(tmp_path / "parts")
-
-
-def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        save_file({"x": torch.zeros(2)}, tmp_path / name)
-    with pytest.raises(UserError, match="both hold 'x'"):
-        weights.read_headers(sorted(tmp_path.iterdir()))
 
 
 def test_checksums(tmp_path: Path) -> None:
@@ -273,7 +312,7 @@ def test_prefixes_are_chosen_by_most_matches() -> None:
     names = [f"{p}.block.0.{m}" for p, ms in (("decoder", ("q",)), ("encoder", ("q", "ff"))) for m in ms]
     shapes = {f"{n}.weight": (2, 2) for n in names} | {f"{n}.bias": (2,) for n in names}
     stored = {
-        name: weights.Stored(Path("x"), place, torch.float32, shape)
+        name: Stored(Path("x"), place, torch.float32, shape)
         for place, (name, shape) in enumerate(shapes.items())
     }
     found = weights.match(model, stored)

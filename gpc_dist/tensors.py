@@ -1,0 +1,203 @@
+"""Tensors of safetensors files: where each is stored, and reading any flat part of it.
+
+A safetensors file is a table of names, types, shapes and byte ranges, followed by the tensors as flat row-major
+bytes. So a rank can read its own part of a tensor and nothing else, without unpickling and without a whole tensor
+in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpc_dist.errors import UserError
+from gpc_dist.files import SMALL_BYTES, open_plain
+from gpc_dist.parsing import parse_json
+
+_CHUNK_BYTES = 8 * 2**20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_TYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Place of a tensor in a file."""
+
+    file: Path
+    offset: int
+    """Bytes from the start of the file."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def type_name(self) -> str:
+        """The dtype as safetensors names it."""
+        return _TYPE_NAMES[self.dtype]
+
+    def mapped(self) -> Tensor:
+        """The tensor as a view of the file, in memory of the page cache, which all processes share.
+
+        Writing to it does not reach the file. A tensor whose bytes do not start at a multiple of its
+        type's size cannot be a view and is read.
+        """
+        if self.offset % self.dtype.itemsize:
+            return self.loaded()
+        storage = _map_file(self.file)
+        values = torch.empty(0, dtype=self.dtype)
+        strides = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        return values.set_(storage, self.offset // self.dtype.itemsize, self.shape, strides)  # type: ignore[call-overload]
+
+    def loaded(self) -> Tensor:
+        """The tensor in memory of its own.
+
+        Raises:
+            UserError: the file became shorter.
+        """
+        values = torch.empty(self.shape, dtype=self.dtype)
+        self.read(0, values.view(-1))
+        return values
+
+    def read(self, start: int, target: Tensor) -> None:
+        """Read the elements from `start` (of the flattened tensor) into `target`.
+
+        Args:
+            target: one-dimensional and contiguous, on any device, of the file's dtype or any floating-point one.
+
+        Raises:
+            UserError: the file became shorter.
+        """
+        size = self.dtype.itemsize
+        begin, end = self.offset + start * size, self.offset + (start + len(target)) * size
+        with self.file.open("rb", buffering=0) as handle:
+            if target.dtype == self.dtype and target.device.type == "cpu":
+                _read_bytes(handle.fileno(), begin, target)
+                return
+            chunk = torch.empty(min(len(target), _CHUNK_BYTES // size), dtype=self.dtype)
+            for place in range(begin, end, _CHUNK_BYTES // size * size):
+                piece = chunk[: (end - place) // size]
+                _read_bytes(handle.fileno(), place, piece)
+                first = (place - begin) // size
+                target[first : first + len(piece)].copy_(piece)
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
+    """Name -> place of every tensor of safetensors files.
+
+    Raises:
+        UserError: see `read_header`; or a name that two files hold.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in read_header(file).items():
+            if name in found:
+                raise UserError(
+                    f"{file} and {found[name].file} both hold '{name}': remove the file that does not belong to "
+                    "the checkpoint"
+                )
+            found[name] = stored
+    return found
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Name -> place of every tensor of a safetensors file, in the order in which they are stored.
+
+    Raises:
+        UserError: the file is damaged or truncated, cannot be read, or has a name twice or an unknown type.
+    """
+    try:
+        with open_plain(file) as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            if size > SMALL_BYTES:
+                raise UserError(f"its header would take {size} bytes")
+            header = handle.read(size)
+        # the library refuses sizes that are not the shapes', and tensors that do not fill the file one after another:
+        # so the place of each follows from those before it
+        with safe_open(file, framework="numpy") as opened:
+            entries = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            listed = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries.items()}
+        parse_json(header, "its header")  # of two entries of one name the library takes the last
+    except (UserError, SafetensorError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise UserError(f"{file} is damaged ({reason}): fetch it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+    found, place = {}, 8 + size
+    for name, (kind, shape) in listed.items():
+        if kind not in _DTYPES:
+            raise UserError(f"{file}: '{name}' has type {kind}, which is not supported: give plain weights")
+        found[name] = Stored(file, place, _DTYPES[kind], shape)
+        place += found[name].numel * found[name].dtype.itemsize
+    return found
+
+
+def check_like(found: Mapping[str, Stored | Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Compare names and shapes of floating-point tensors with what they should be; scalars may be of any type.
+
+    Args:
+        wanted: name -> shape.
+
+    Raises:
+        UserError: names the first tensor that differs, but no file.
+    """
+    for name in sorted(found.keys() ^ wanted.keys()):
+        raise UserError(f"it {'holds' if name in found else 'lacks'} '{name}'")
+    for name, tensor in found.items():
+        shape, right = list(tensor.shape), list(wanted[name])
+        if shape != right:
+            raise UserError(f"'{name}' has shape {shape}, not {right}")
+        if shape and not tensor.dtype.is_floating_point:
+            raise UserError(f"'{name}' holds {tensor.dtype}, not floating-point numbers")
+
+
+def _map_file(file: Path) -> Any:
+    found = file.stat()
+    return _mapping(str(file), found.st_size, (found.st_ino, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _mapping(file: str, size: int, version: tuple[int, int]) -> Any:
+    """One memory map of a file for all its tensors, until the file changes."""
+    return torch.UntypedStorage.from_file(file, shared=False, nbytes=size)
+
+
+def _read_bytes(descriptor: int, place: int, target: Tensor) -> None:
+    view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while view:
+        count = os.preadv(descriptor, [view[: 2**30]], place)
+        if count == 0:
+            raise UserError("a weight file became shorter while it was read: fetch the checkpoint again")
+        view, place = view[count:], place + count
