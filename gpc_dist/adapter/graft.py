@@ -233,7 +233,7 @@ class GraftedEncoder(nn.Module):
         adapter, card = load_adapter(folder)
         _refuse_training_the_encoder(card.adapter)
         parts = locate(encoder)
-        card.check_encoder(identify(parts.encoder))
+        card.check_encoder(identify(parts.encoder), parts.shape)
         return cls(parts, [adapter.to(next(parts.token_embeddings.parameters()).device)])
 
 

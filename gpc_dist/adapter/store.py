@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from gpc_dist import __version__
 from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
-from gpc_dist.files import new_folder
+from gpc_dist.files import new_folder, read_small_json, sha256
+from gpc_dist.schema import explain
+from gpc_dist.tensors import Stored, check_like, read_header
 
 WEIGHTS = "adapter.safetensors"
 CARD = "adapter_config.json"
@@ -25,6 +29,8 @@ NAMES = (WEIGHTS, CARD)
 _FORMAT = 1
 _ENCODER = "encoder."
 """Prefix of the names of a fine-tuned encoder's tensors."""
+_MOST_LAYERS = 1000
+"""Of an encoder; a card that names more would have as many cells made before one is compared with a tensor."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,22 @@ class AdapterCard:
     encoder: EncoderIdentity
     task: dict[str, Any] = field(default_factory=dict)
     """The task of the training, in the form that the writer chose; this module does not read it."""
+    weights_sha256: str | None = None
+    """SHA-256 of `adapter.safetensors`; None in a folder that was written before cards had it."""
 
-    def check_encoder(self, found: EncoderIdentity) -> None:
-        """Raise UserError if `found` is not the encoder on which the adapter was trained."""
+    def check_encoder(self, found: EncoderIdentity, shape: EncoderShape) -> None:
+        """Raise UserError if an encoder is not the one on which the adapter was trained, or has other sizes than the
+        card says."""
         if found.sha256 != self.encoder.sha256:
             raise UserError(
                 f"this adapter was trained on encoder '{self.encoder.path}' "
                 f"(sha256 {self.encoder.sha256[:12]}), not on '{found.path}' "
                 f"(sha256 {found.sha256[:12]}): load the encoder it names"
+            )
+        if shape != self.shape:
+            raise UserError(
+                f"this adapter's card gives its encoder {_sizes(self.shape)}, and '{found.path}' has {_sizes(shape)}: "
+                f"{CARD} was changed after it was written, fetch the adapter again"
             )
 
 
@@ -71,48 +85,63 @@ def save_adapter(
     tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.named_parameters()}
     with new_folder(Path(folder), NAMES) as temporary:
         save_file(tensors, temporary / WEIGHTS)
+        card["weights_sha256"] = sha256(temporary / WEIGHTS)
         (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def read_card(folder: str | Path) -> AdapterCard:
-    """Read the card of an adapter folder; raises UserError if it has none that this version can read."""
+    """Read the card of an adapter folder.
+
+    Raises:
+        UserError: there is none, or none that this version can read.
+    """
     path = Path(folder) / CARD
     if not path.is_file():
         raise UserError(f"no adapter in {folder}: {CARD} is missing")
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        if card["format"] != _FORMAT:
-            raise UserError(f"{path} has format {card['format']}; this version reads {_FORMAT}")
-        if missing := AdapterConfig.model_fields.keys() - card["adapter"].keys():
-            raise KeyError(*sorted(missing))
-        return AdapterCard(
-            AdapterConfig.model_validate(card["adapter"]),
-            EncoderShape(**card["shape"]),
-            card["outputs"],
-            EncoderIdentity(**card["encoder"]),
-            card["task"],
-        )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a valid adapter card: {error!r}") from None
+        card = read_small_json(path)
+        if not isinstance(card, dict):
+            raise UserError("it holds no JSON object")
+        if card.get("format") != _FORMAT:
+            raise UserError(f"it has format {card.get('format')}; this version reads {_FORMAT}")
+        # their defaults may change, and would then change what the adapter computes
+        given = card.get("adapter")
+        if missing := AdapterConfig.model_fields.keys() - (given.keys() if isinstance(given, dict) else {}):
+            raise UserError(f"adapter lacks {', '.join(sorted(missing))}")
+        found = TypeAdapter(AdapterCard).validate_python({"task": None} | card)
+        if found.shape.layers > _MOST_LAYERS:
+            raise UserError(f"shape.layers is {found.shape.layers}")
+    except ValidationError as error:
+        raise UserError(f"{path} is not a valid adapter card: {_line(explain(error, ()))}") from None
+    except UserError as error:
+        raise UserError(f"{path} is not a valid adapter card: {_line(error)}") from None
+    return found
 
 
 def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
     """Load the adapter of a folder (float32, on the CPU) and its card, without the weights of a fine-tuned
     encoder: see `load_tuned_encoder`.
 
+    Nothing is made of the card's sizes before the file's header has been found to have the same. The file must have
+    the SHA-256 that the card gives; a card without one is from an older version, and its tensors are only looked at
+    for names, shapes, dtypes and values that are not finite.
+
     Raises:
-        UserError: the folder has no adapter, a file is corrupt, or the tensors do not match the card.
+        UserError: the folder has no adapter, a file is damaged, the tensors do not match the card, or a value is not
+            finite.
     """
     card = read_card(folder)
     path = Path(folder) / WEIGHTS
     try:
-        adapter = Adapter(card.adapter, card.shape, card.outputs)
-        tensors = load_file(path)
-        if card.adapter.trains_encoder:
-            tensors = {name: t for name, t in tensors.items() if not name.startswith(_ENCODER)}
-        adapter.load_state_dict(tensors)
-    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} cannot be loaded into its adapter: {error}") from None
+        with torch.device("meta"):
+            adapter = Adapter(card.adapter, card.shape, card.outputs)
+        stored = _stored(path, tuned=False) if card.adapter.trains_encoder else read_header(path)
+        check_like(stored, {name: p.shape for name, p in adapter.named_parameters()})
+        if card.weights_sha256 not in (None, sha256(path)):
+            raise UserError(f"it is not the file that {CARD} was written for: fetch the adapter again")
+        adapter.load_state_dict(_finite(stored), assign=True)
+    except (UserError, OSError, RuntimeError, TypeError, OverflowError) as error:
+        raise UserError(f"{path} cannot be loaded into its adapter: {_line(error)}") from None
     return adapter, card
 
 
@@ -120,17 +149,42 @@ def load_tuned_encoder(folder: str | Path, adapter: Adapter) -> None:
     """Load fine-tuned weights into the encoder that an adapter has taken (see `Adapter.take_encoder`).
 
     Raises:
-        UserError: the file is corrupt, or its tensors are not those of this encoder.
+        UserError: the file is damaged, its tensors are not those of this encoder, or a value is not finite.
     """
     path = Path(folder) / WEIGHTS
     # by name, because load_state_dict would expect weights that layers share once for each layer
     named = {n: p for n, p in adapter.named_parameters() if n.startswith(_ENCODER)}
     try:
-        tensors = {n: t for n, t in load_file(path).items() if n.startswith(_ENCODER)}
-        if differing := sorted(named.keys() ^ tensors.keys()):
-            raise RuntimeError(f"{', '.join(differing[:3])} stands on one side only")
+        stored = _stored(path, tuned=True)
+        check_like(stored, {name: p.shape for name, p in named.items()})
         with torch.no_grad():
             for name, parameter in named.items():
-                parameter.copy_(tensors[name])
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded into its encoder: {error}") from None
+                parameter.copy_(_finite({name: stored[name]})[name])
+    except (UserError, OSError) as error:
+        raise UserError(f"{path} cannot be loaded into its encoder: {_line(error)}") from None
+
+
+def _stored(path: Path, tuned: bool) -> dict[str, Stored]:
+    """The tensors of a fine-tuned encoder, or those of the adapter beside it."""
+    return {name: place for name, place in read_header(path).items() if name.startswith(_ENCODER) is tuned}
+
+
+def _finite(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """The values of tensors, float32."""
+    found = {}
+    for name, place in stored.items():
+        found[name] = place.loaded().float()
+        if not found[name].isfinite().all():
+            raise UserError(
+                f"'{name}' holds values that are not finite: fetch it again, or train it with a lower train.lr"
+            )
+    return found
+
+
+def _sizes(shape: EncoderShape) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(shape).items())
+
+
+def _line(error: object) -> str:
+    """What an error says, in one line of a readable length."""
+    return " ".join(str(error).split())[:500]

@@ -39,12 +39,18 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
     """Open a session that runs a saved adapter.
 
     Raises:
-        UserError: the folder has no adapter, or one that belongs to another encoder.
+        UserError: the folder has no adapter, or one that belongs to another encoder or task.
     """
     adapter, card = load_adapter(folder)
     base = load_base(config, world)
-    card.check_encoder(base.identity)
-    session = open_session(config, world, make_task(config.task, config.data), base, [adapter])
+    card.check_encoder(base.identity, base.parts.shape)
+    task = make_task(config.task, config.data)
+    if adapter.outputs != task.outputs:
+        raise UserError(
+            f"the adapter in {folder} has {adapter.outputs} outputs, and task '{task.name}' needs {task.outputs}: "
+            "evaluate it on the task and the labels it was trained for"
+        )
+    session = open_session(config, world, task, base, [adapter])
     if config.adapter.trains_encoder:
         load_tuned_encoder(folder, adapter)
     return session

@@ -52,7 +52,7 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
         else:
             session = replace(session, config=settings)
             adapter, card = load_adapter(run.adapter)
-            card.check_encoder(session.base.identity)
+            card.check_encoder(session.base.identity, session.base.parts.shape)
             adapter = adapter.to(session.world.device)
         task = session.task
         examples = task.read("validation")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gpc_dist
 from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach, store
@@ -18,6 +19,7 @@ from gpc_dist.adapter.families import locate
 from gpc_dist.adapter.fingerprint import identify
 from gpc_dist.adapter.store import CARD, WEIGHTS, load_adapter, load_tuned_encoder, read_card, save_adapter
 from gpc_dist.errors import UserError
+from gpc_dist.files import sha256
 
 from .encoders import FAMILIES, batch_for, saved_encoder, tiny, tiny_config
 from .grafts import METHODS, grafted, options, trained
@@ -85,7 +87,7 @@ def test_a_card_that_lacks_a_key_is_refused_rather_than_guessed(tmp_path: Path) 
     card = json.loads((tmp_path / "adapter" / CARD).read_text())
     del card["adapter"]["cell_norm"]
     (tmp_path / "adapter" / CARD).write_text(json.dumps(card))
-    with pytest.raises(UserError, match=r"not a valid adapter card: KeyError\('cell_norm'\)"):
+    with pytest.raises(UserError, match=r"not a valid adapter card: adapter lacks cell_norm"):
         load_adapter(tmp_path / "adapter")
 
 
@@ -124,7 +126,10 @@ def test_a_fine_tuned_encoder_is_saved_and_given_to_another_one_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("sizes", "name"),
-    [({"num_hidden_layers": 2}, "layer.2.attention"), ({"hidden_size": 16}, "size mismatch|must match")],
+    [
+        ({"num_hidden_layers": 2}, "layer.2.attention"),
+        ({"hidden_size": 16}, r"has shape \[32\], not \[16\]"),
+    ],
 )
 def test_weights_of_another_encoder_are_refused_by_name(
     tmp_path: Path, sizes: dict[str, int], name: str
@@ -218,6 +223,14 @@ def cut(name: str, size: int) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, size)
 
 
+ENCODER = {
+    "path": "bert",
+    "revision": None,
+    "model_type": "bert",
+    "hidden_size": 32,
+    "layers": 3,
+    "sha256": "",
+}
 SHAPE = {"layers": 3, "hidden_size": 32, "embedding_size": 32}
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
@@ -232,7 +245,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown method": (edit_card(adapter={"method": "lora"}), "not a valid adapter card"),
     "no encoder": (edit_card(encoder={}), "not a valid adapter card"),
     "other outputs": (edit_card(outputs=7), f"{WEIGHTS} cannot be loaded"),
-    "outputs that are no number": (edit_card(outputs="three"), f"{WEIGHTS} cannot be loaded"),
+    "outputs that are no number": (
+        edit_card(outputs="three"),
+        f"{CARD} is not a valid adapter card: outputs",
+    ),
     "other method": (
         edit_card(adapter=AdapterConfig(method="prompt-tuning", prompt_tokens=4).model_dump(mode="json")),
         "cannot be loaded",
@@ -240,7 +256,28 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "other width": (edit_card(shape=SHAPE | {"hidden_size": 64}), f"{WEIGHTS} cannot be loaded"),
     "width that is no number": (
         edit_card(shape=SHAPE | {"hidden_size": None}),
-        f"{WEIGHTS} cannot be loaded",
+        f"{CARD} is not a valid adapter card: shape.hidden_size",
+    ),
+}
+
+
+BROKEN |= {
+    "card of brackets": (lambda f: (f / CARD).write_text("[" * 100_000), f"{CARD} .*nested too deeply"),
+    "card with a key twice": (lambda f: (f / CARD).write_text('{"a": 1, "a": 2}'), "duplicate key 'a'"),
+    "adapter that is a list": (edit_card(adapter=[]), f"{CARD} is not a valid adapter card: adapter lacks"),
+    "task that is a list": (edit_card(task=[1]), f"{CARD} is not a valid adapter card: task"),
+    "no task": (edit_card(task=None), f"{CARD} is not a valid adapter card: task"),
+    "path that is a number": (edit_card(encoder=ENCODER | {"path": 3}), "valid adapter card: encoder.path"),
+    # none of these may be made before it is compared
+    "width of terabytes": (
+        edit_card(shape=SHAPE | {"hidden_size": 10**6}),
+        r"has shape \[.*, not \[.*1000000",
+    ),
+    "outputs of terabytes": (edit_card(outputs=10**12), r"has shape \[3\], not \[1000000000000\]"),
+    "outputs beyond 64 bits": (edit_card(outputs=2**70), f"{WEIGHTS} cannot be loaded"),
+    "layers beyond counting": (
+        edit_card(shape=SHAPE | {"layers": 10**9}),
+        f"{CARD} is not a valid adapter card: shape.layers is 1000000000",
     ),
 }
 
@@ -254,6 +291,81 @@ def test_a_damaged_folder_gives_one_clear_message(tmp_path: Path, damage: str) -
     with pytest.raises(UserError, match=message) as caught:
         load_adapter(folder)
     assert str(folder) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the saved tensors of an adapter whose card has no SHA-256, as older versions wrote it."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    card = json.loads((folder / CARD).read_text())
+    del card["weights_sha256"]
+    (folder / CARD).write_text(json.dumps(card))
+
+
+def test_a_file_that_the_card_was_not_written_for_is_refused(tmp_path: Path) -> None:
+    """One bit of one value; and what comes out of it is as good a number as the one before."""
+    grafted("bert", options("residual")).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / WEIGHTS
+    content = bytearray(path.read_bytes())
+    assert json.loads((tmp_path / "adapter" / CARD).read_text())["weights_sha256"] == sha256(path)
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=f"{WEIGHTS} cannot be loaded .*not the file that {CARD} was written for"
+    ):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_an_adapter_of_an_older_version_is_loaded(tmp_path: Path) -> None:
+    graft = grafted("bert", options("residual"))
+    graft.save_pretrained(tmp_path / "adapter")
+    rewritten(tmp_path / "adapter", lambda tensors: None)
+    assert read_card(tmp_path / "adapter").weights_sha256 is None
+    assert_loads(tmp_path / "adapter", trained(graft))
+
+
+def int8(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["prompt.start"] = tensors["prompt.start"].to(torch.int8)
+
+
+def half(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["prompt.start"] = tensors["prompt.start"].half()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: str) -> None:
+    graft = grafted("bert", options("residual"))
+    with torch.no_grad():
+        graft.adapter.head.linear.bias[1] = float(value)
+    graft.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"'head\.linear\.bias' holds values that are not finite"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_types_are_those_of_numbers_with_a_fraction(tmp_path: Path) -> None:
+    graft = grafted("bert", options("residual"))
+    graft.save_pretrained(tmp_path / "adapter")
+    rewritten(tmp_path / "adapter", half)
+    found = load_adapter(tmp_path / "adapter")[0].prompt.start
+    assert found.dtype == torch.float32
+    assert found.requires_grad
+    assert torch.equal(found, graft.adapter.prompt.start.half().float())
+    graft.save_pretrained(tmp_path / "adapter")
+    rewritten(tmp_path / "adapter", int8)
+    with pytest.raises(UserError, match=r"'prompt\.start' holds torch\.int8"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_a_card_that_names_other_sizes_than_the_encoders_is_refused(tmp_path: Path) -> None:
+    """The cell is one for all layers, so that no tensor tells how many there are."""
+    grafted("bert", options("residual")).save_pretrained(tmp_path / "adapter")
+    edit_card(shape=SHAPE | {"layers": 2})(tmp_path / "adapter")
+    with pytest.raises(
+        UserError, match="card gives its encoder layers 2, .*'bert' has layers 3, hidden size 32"
+    ):
+        GraftedEncoder.from_pretrained(tmp_path / "adapter", tiny("bert"))
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:

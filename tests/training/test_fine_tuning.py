@@ -240,8 +240,14 @@ def test_a_damaged_folder_is_refused(
     tensors = weights(runs[1, 0])
     del tensors["encoder.embeddings.weight"]
     save_file(tensors, tmp_path / "adapter" / "adapter.safetensors")
+    card = tmp_path / "adapter" / "adapter_config.json"
+    written = json.loads(card.read_text())
     assert gpc("evaluate", tmp_path / "adapter", "--engine.device", "cpu") == EXIT_USAGE
-    assert "encoder.embeddings.weight stands on one side only" in capsys.readouterr().err
+    assert "it is not the file that adapter_config.json was written for" in capsys.readouterr().err
+    del written["weights_sha256"]  # as older versions wrote it
+    card.write_text(json.dumps(written))
+    assert gpc("evaluate", tmp_path / "adapter", "--engine.device", "cpu") == EXIT_USAGE
+    assert "into its encoder: it lacks 'encoder.embeddings.weight'" in capsys.readouterr().err
 
 
 def test_it_learns_and_leaves_the_checkpoint_and_what_others_read_of_it_as_they_were(
