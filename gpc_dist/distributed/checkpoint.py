@@ -14,7 +14,6 @@ files of other names are not touched.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpc_dist.errors import UserError
-from gpc_dist.files import new_folder, recover_folder, remove_folder, write_text
+from gpc_dist.files import new_folder, read_small_json, recover_folder, remove_folder, sha256, write_text
 
 # torch is imported on use: the processes of a search that only look for checkpoints do without it
 if TYPE_CHECKING:
@@ -49,6 +48,11 @@ class Checkpoint:
     """Generator state of each rank that saved."""
     state: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return _name(self.step)
+
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `folder/step-<n>` atomically."""
@@ -60,7 +64,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, temporary / _RNG)
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
         (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        digests = {name: _sha256(temporary / name) for name in _FILES}
+        digests = {name: sha256(temporary / name) for name in _FILES}
     write_text(path / _MARKER, json.dumps(digests, indent=2) + "\n")
 
 
@@ -75,25 +79,37 @@ def load(path: Path) -> Checkpoint:
     Raises:
         UserError: incomplete, damaged or of another format; the message names the file and the remedy.
     """
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
 
     try:
-        digests = json.loads((path / _MARKER).read_text(encoding="utf-8"))
-        damaged = [name for name in _FILES if _sha256(path / name) != digests.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(_remedy(path, str(error))) from None
-    if damaged:
-        raise UserError(_remedy(path, f"{', '.join(damaged)} changed after it was written"))
+        digests = _json_object(path / _MARKER)
+        if changed := [name for name in _FILES if sha256(path / name) != digests.get(name)]:
+            raise UserError(f"{', '.join(changed)} changed after it was written")
+        state = _json_object(path / _STATE)
+        if (found := state.pop("format", None)) == FORMAT:
+            return _content(path, state)
+    except (UserError, SafetensorError, OSError, RuntimeError, OverflowError) as error:
+        raise damaged(str(path), str(error)) from None
+    raise UserError(
+        f"checkpoint {path} has format {found}; this version reads {FORMAT}: go on with the version of gpc-dist that "
+        "wrote it, or give --train.resume false to start again"
+    )
+
+
+def _content(path: Path, state: dict[str, Any]) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    from gpc_dist.tensors import read_header
+
+    step = state.pop("step", None)
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise UserError(f"{_STATE} has step {step!r}")
+    places = {name: read_header(path / name) for name in (_TRAINED, _RNG)}
+    ranks = [str(rank) for rank in range(len(places[_RNG]))]
+    if sorted(places[_RNG]) != sorted(ranks):
+        raise UserError(f"{_RNG} does not hold the ranks from 0 on")
     rng = load_file(path / _RNG)
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    if (found := state.pop("format", None)) != FORMAT:
-        raise UserError(
-            f"checkpoint {path} has format {found}; this version reads {FORMAT}: go on with the version of gpc-dist "
-            "that wrote it, or give --train.resume false to start again"
-        )
-    step = state.pop("step")
-    tensors = load_file(path / _TRAINED)
-    return Checkpoint(step, tensors, [rng[str(r)] for r in range(len(rng))], state)
+    return Checkpoint(step, load_file(path / _TRAINED), [rng[rank] for rank in ranks], state)
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
@@ -127,11 +143,19 @@ def rng_state() -> Tensor:
     return torch.get_rng_state()
 
 
-def _remedy(path: Path, reason: str) -> str:
-    return (
-        f"checkpoint {path} is damaged ({reason}): delete this folder to go on from the checkpoint before it, or give "
-        "--train.resume false to start again"
+def damaged(name: str, reason: str) -> UserError:
+    """What to say about a checkpoint that cannot be resumed from."""
+    return UserError(
+        f"checkpoint {name} is damaged ({' '.join(reason.split())[:500]}): delete this folder to go on from the "
+        "checkpoint before it, or give --train.resume false to start again"
     )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    found = read_small_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name} holds no JSON object")
+    return found
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -153,8 +177,3 @@ def _name(step: int) -> str:
 def step_of(path: Path) -> int:
     """The step a checkpoint's folder is named after."""
     return int(path.name.removeprefix("step-"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ al. 2020, sections 5.1 and 5.2) is by whole tensors here:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from torch import Tensor
 from gpc_dist.adapter.lane import PARTS, Adapter
 from gpc_dist.config import TrainConfig
 from gpc_dist.distributed.world import World
+from gpc_dist.errors import UserError
+from gpc_dist.tensors import check_like
 
 
 class LaneOptimizer:
@@ -51,6 +53,7 @@ class LaneOptimizer:
             owned = [p for n, p in self.named.items() if n.split(".")[0] == part and self._owns(n)]
             if owned:
                 groups.append({"params": owned, "lr": rates[part]})
+        self.kind = config.optimizer
         # a rank can own nothing when there are more ranks than tensors
         self.inner = _make(groups, config) if groups else None
         self._peak = [group["lr"] for group in groups]
@@ -102,7 +105,12 @@ class LaneOptimizer:
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Load the result of `state`, of any number of ranks and any stage."""
+        """Load the result of `state`, of any number of ranks and any stage.
+
+        Raises:
+            UserError: the tensors are not those of this adapter and optimizer.
+        """
+        self._check(tensors)
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(tensors[f"param/{name}"])
@@ -115,6 +123,20 @@ class LaneOptimizer:
                     key: _as_kept(key, value, parameter, self.inner)
                     for key, value in state.items()
                 }
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse what `copy_` would broadcast, and what would fail, or work otherwise, in a later step."""
+        wanted: dict[str, Sequence[int]] = {}
+        for name, parameter in self.named.items():
+            wanted[f"param/{name}"] = parameter.shape
+            # a parameter that has not had a gradient yet has no state
+            if f"state/{name}/step" in tensors:
+                moments = _moments(self.kind, parameter.shape)
+                wanted |= {f"state/{name}/{key}": shape for key, shape in moments.items()}
+        check_like(tensors, wanted)
+        for name, tensor in tensors.items():
+            if tensor.dim() and tensor.dtype != torch.float32:
+                raise UserError(f"'{name}' holds {tensor.dtype}, not float32")
 
 
 @dataclass(frozen=True)
@@ -248,6 +270,16 @@ def _make(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Opti
         decay_rate=-0.8,
         weight_decay=config.weight_decay,
     )
+
+
+def _moments(optimizer: str, shape: Sequence[int]) -> dict[str, Sequence[int]]:
+    """Names and shapes of what an optimizer keeps of a parameter."""
+    if optimizer == "adamw":
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if len(shape) < 2:
+        return {"step": (), "RMS": (), "exp_avg_sq": shape}
+    rows, columns = shape[:-1], (*shape[:-2], shape[-1])
+    return {"step": (), "RMS": (), "exp_avg_sq_row": rows, "exp_avg_sq_col": columns}
 
 
 def _as_kept(

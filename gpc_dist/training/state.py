@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.config import Config
@@ -15,12 +16,14 @@ from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.optimizer import LaneOptimizer
 from gpc_dist.distributed.world import World
 from gpc_dist.errors import UserError
+from gpc_dist.schema import explain
 
 
 @dataclass
 class Position:
     """Progress of a run, as its checkpoints hold it."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """Metrics of the best evaluation so far."""
@@ -49,7 +52,9 @@ def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
     if path is None:
         return None
     saved = checkpoint.load(path)
-    mine, theirs = identity(config), saved.state["identity"]
+    mine, theirs = identity(config), saved.state.get("identity")
+    if not isinstance(theirs, dict):
+        raise checkpoint.damaged(str(path), "its state names no run")
     if differing := [key for key in mine if mine[key] != theirs.get(key)]:
         raise UserError(
             f"{path} belongs to a run with another {', '.join(differing)}: give this run its own --run.name, "
@@ -86,18 +91,27 @@ def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOp
     This rank's random generator is restored if the number of ranks is the same.
 
     Raises:
-        UserError: the encoder's weights have changed since the checkpoint was saved.
+        UserError: the encoder's weights have changed since the checkpoint was saved; or it is damaged, or of another
+            adapter.
     """
-    if saved.state["encoder_sha256"] != encoder.sha256:
+    if saved.state.get("encoder_sha256") != encoder.sha256:
         raise UserError(
             f"the weights of encoder '{encoder.path}' have changed since step {saved.step} was saved: restore them, "
             "or give --train.resume false to start again"
         )
     world: World = optimizer.world
-    optimizer.load(saved.tensors)
-    if len(saved.rng) == world.size:
-        torch.set_rng_state(saved.rng[world.rank])
-    return Position(**saved.state["position"])
+    try:
+        position = TypeAdapter(Position).validate_python(saved.state.get("position"))
+        if position.step != saved.step:
+            raise UserError(f"its position is step {position.step}")
+        optimizer.load(saved.tensors)
+        if len(saved.rng) == world.size:
+            torch.set_rng_state(saved.rng[world.rank])
+    except ValidationError as error:
+        raise checkpoint.damaged(saved.name, explain(error, ())) from None
+    except (UserError, RuntimeError, TypeError) as error:
+        raise checkpoint.damaged(saved.name, str(error)) from None
+    return position
 
 
 def identity(config: Config) -> dict[str, Any]:
