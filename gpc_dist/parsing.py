@@ -129,7 +129,7 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     line = key.start_mark.line + 1
-                    raise UserError(f"duplicate key '{key.value}' in line {line}: keep one of them")
+                    raise UserError(f"duplicate key {key.value!r} in line {line}: keep one of them")
                 seen.add(key.value)
             yield from (key, value)
     elif isinstance(node, yaml.SequenceNode):
@@ -141,7 +141,7 @@ def _without_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise UserError(f"duplicate key '{twice}': keep one of them")
+        raise UserError(f"duplicate key {twice!r}: keep one of them")
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpc_dist.errors import UserError
+from gpc_dist.errors import UserError, one_line
 from gpc_dist.files import SMALL_BYTES, open_plain
 from gpc_dist.parsing import parse_json
 
@@ -125,7 +125,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
         for name, stored in read_header(file).items():
             if name in found:
                 raise UserError(
-                    f"{file} and {found[name].file} both hold '{name}': remove the file that does not belong to "
+                    f"{file} and {found[name].file} both hold {name!r}: remove the file that does not belong to "
                     "the checkpoint"
                 )
             found[name] = stored
@@ -151,14 +151,16 @@ def read_header(file: Path) -> dict[str, Stored]:
             listed = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries.items()}
         parse_json(header, "its header")  # of two entries of one name the library takes the last
     except (UserError, SafetensorError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
+        reason = one_line(error).removeprefix("Error while deserializing header: ")
         raise UserError(f"{file} is damaged ({reason}): fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-    found, place = {}, 8 + size
+    found, place = dict[str, Stored](), 8 + size
     for name, (kind, shape) in listed.items():
         if kind not in _DTYPES:
-            raise UserError(f"{file}: '{name}' has type {kind}, which is not supported: give plain weights")
+            raise UserError(f"{file}: {name!r} has type {kind}, which is not supported: give plain weights")
+        if prod(max(1, size) for size in shape) >= 2**59:  # possible with a 0 in it
+            raise UserError(f"{file} is damaged (the shape of {name!r} is too large): fetch it again")
         found[name] = Stored(file, place, _DTYPES[kind], shape)
         place += found[name].numel * found[name].dtype.itemsize
     return found
@@ -174,13 +176,13 @@ def check_like(found: Mapping[str, Stored | Tensor], wanted: Mapping[str, Sequen
         UserError: names the first tensor that differs, but no file.
     """
     for name in sorted(found.keys() ^ wanted.keys()):
-        raise UserError(f"it {'holds' if name in found else 'lacks'} '{name}'")
+        raise UserError(f"it {'holds' if name in found else 'lacks'} {name!r}")
     for name, tensor in found.items():
         shape, right = list(tensor.shape), list(wanted[name])
         if shape != right:
-            raise UserError(f"'{name}' has shape {shape}, not {right}")
+            raise UserError(f"{name!r} has shape {shape}, not {right}")
         if shape and not tensor.dtype.is_floating_point:
-            raise UserError(f"'{name}' holds {tensor.dtype}, not floating-point numbers")
+            raise UserError(f"{name!r} holds {tensor.dtype}, not floating-point numbers")
 
 
 def _map_file(file: Path) -> Any:

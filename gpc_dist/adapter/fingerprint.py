@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpc_dist.errors import UserError
-from gpc_dist.files import few, read_small_json
+from gpc_dist.errors import UserError, one_line
+from gpc_dist.files import few, read_small_json, sha256
 from gpc_dist.names import check_name
 from gpc_dist.tensors import read_headers
 
@@ -129,14 +129,15 @@ def _digest(entries: list[tuple[str, bytes]]) -> str:
 
 
 def _pickled_entries(file: Path) -> list[tuple[str, bytes]]:
-    if not zipfile.is_zipfile(file):
-        with file.open("rb") as handle:
-            return [(file.name, hashlib.file_digest(handle, "sha256").digest())]
     try:
+        if not zipfile.is_zipfile(file):
+            return [(file.name, bytes.fromhex(sha256(file)))]
         with zipfile.ZipFile(file) as archive:
             found = [(i.filename, f"{i.CRC} {i.file_size}".encode()) for i in archive.infolist()]
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise UserError(f"{file} is damaged ({error}): fetch it again") from None
+        raise UserError(f"{file} is damaged ({one_line(error)}): fetch it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
     if len({name for name, _ in found}) < len(found):
         raise UserError(f"{file} is damaged (it has a name twice): fetch it again")
     return found

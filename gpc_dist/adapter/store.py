@@ -17,7 +17,7 @@ from gpc_dist import __version__
 from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.config import AdapterConfig
-from gpc_dist.errors import UserError
+from gpc_dist.errors import UserError, one_line
 from gpc_dist.files import new_folder, read_small_json, sha256
 from gpc_dist.schema import explain
 from gpc_dist.tensors import Stored, check_like, read_header
@@ -112,9 +112,9 @@ def read_card(folder: str | Path) -> AdapterCard:
         if found.shape.layers > _MOST_LAYERS:
             raise UserError(f"shape.layers is {found.shape.layers}")
     except ValidationError as error:
-        raise UserError(f"{path} is not a valid adapter card: {_line(explain(error, ()))}") from None
+        raise UserError(f"{path} is not a valid adapter card: {one_line(explain(error, ()))}") from None
     except UserError as error:
-        raise UserError(f"{path} is not a valid adapter card: {_line(error)}") from None
+        raise UserError(f"{path} is not a valid adapter card: {one_line(error)}") from None
     return found
 
 
@@ -130,10 +130,13 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
         UserError: the folder has no adapter, a file is damaged, the tensors do not match the card, or a value is not
             finite.
     """
+    from gpc_dist.private.transformers import no_init_weights
+
     card = read_card(folder)
     path = Path(folder) / WEIGHTS
     try:
-        with torch.device("meta"):
+        # without the latter, drawing initial values takes seconds even on the meta device
+        with torch.device("meta"), no_init_weights():
             adapter = Adapter(card.adapter, card.shape, card.outputs)
         stored = _stored(path, tuned=False) if card.adapter.trains_encoder else read_header(path)
         check_like(stored, {name: p.shape for name, p in adapter.named_parameters()})
@@ -141,7 +144,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
             raise UserError(f"it is not the file that {CARD} was written for: fetch the adapter again")
         adapter.load_state_dict(_finite(stored), assign=True)
     except (UserError, OSError, RuntimeError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} cannot be loaded into its adapter: {_line(error)}") from None
+        raise UserError(f"{path} cannot be loaded into its adapter: {one_line(error)}") from None
     return adapter, card
 
 
@@ -161,7 +164,7 @@ def load_tuned_encoder(folder: str | Path, adapter: Adapter) -> None:
             for name, parameter in named.items():
                 parameter.copy_(_finite({name: stored[name]})[name])
     except (UserError, OSError) as error:
-        raise UserError(f"{path} cannot be loaded into its encoder: {_line(error)}") from None
+        raise UserError(f"{path} cannot be loaded into its encoder: {one_line(error)}") from None
 
 
 def _stored(path: Path, tuned: bool) -> dict[str, Stored]:
@@ -176,15 +179,10 @@ def _finite(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
         found[name] = place.loaded().float()
         if not found[name].isfinite().all():
             raise UserError(
-                f"'{name}' holds values that are not finite: fetch it again, or train it with a lower train.lr"
+                f"{name!r} holds values that are not finite: fetch it again, or train it with a lower train.lr"
             )
     return found
 
 
 def _sizes(shape: EncoderShape) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(shape).items())
-
-
-def _line(error: object) -> str:
-    """What an error says, in one line of a readable length."""
-    return " ".join(str(error).split())[:500]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpc_dist.errors import UserError
+from gpc_dist.errors import UserError, one_line
 from gpc_dist.files import new_folder, read_small_json, recover_folder, remove_folder, sha256, write_text
 
 # torch is imported on use: the processes of a search that only look for checkpoints do without it
@@ -91,7 +91,7 @@ def load(path: Path) -> Checkpoint:
     except (UserError, SafetensorError, OSError, RuntimeError, OverflowError) as error:
         raise damaged(str(path), str(error)) from None
     raise UserError(
-        f"checkpoint {path} has format {found}; this version reads {FORMAT}: go on with the version of gpc-dist that "
+        f"checkpoint {path} has format {found!r}; this version reads {FORMAT}: go on with the version of gpc-dist that "
         "wrote it, or give --train.resume false to start again"
     )
 
@@ -146,8 +146,8 @@ def rng_state() -> Tensor:
 def damaged(name: str, reason: str) -> UserError:
     """What to say about a checkpoint that cannot be resumed from."""
     return UserError(
-        f"checkpoint {name} is damaged ({' '.join(reason.split())[:500]}): delete this folder to go on from the "
-        "checkpoint before it, or give --train.resume false to start again"
+        f"checkpoint {name} is damaged ({one_line(reason)}): delete this folder to go on from the checkpoint before "
+        "it, or give --train.resume false to start again"
     )
 
 

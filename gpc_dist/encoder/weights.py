@@ -94,7 +94,7 @@ def _with_new_names(stored: dict[str, Stored]) -> dict[str, Stored]:
     for old, place in stored.items():
         name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{new[m[1]]}", old)
         if name in found or (name != old and name in stored):
-            raise UserError(f"{place.file}: '{name}' is there under its old name too: remove one of them")
+            raise UserError(f"{place.file}: {name!r} is there under its old name too: remove one of them")
         found[name] = place
     return found
 
@@ -129,5 +129,5 @@ def _unexpected(
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:most])
+    shown = ", ".join(f"{name!r}" for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

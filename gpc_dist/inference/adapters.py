@@ -12,7 +12,7 @@ from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
 from gpc_dist.config import Config
 from gpc_dist.distributed.world import World, alone, init_world
-from gpc_dist.errors import UserError
+from gpc_dist.errors import UserError, one_line
 from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session
@@ -22,7 +22,7 @@ def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None
     """The configuration of an adapter: that of its card, with overrides on top.
 
     Raises:
-        UserError: a key is unknown, or its value is not valid; or the card names no task.
+        UserError: a key is unknown, or its value is not valid; or the card names no task, or none that is valid.
     """
     if not card.task.keys() >= {"task", "data"}:
         raise UserError("the adapter's card names no task: it was not written by gpc-dist train")
@@ -32,6 +32,12 @@ def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None
         "task": card.task["task"],
         "data": card.task["data"],
     }
+    try:
+        configuration.build(tree)
+    except UserError as error:
+        raise UserError(
+            f"the adapter's card is not valid, or from another version: {one_line(error)}"
+        ) from None
     return configuration.build(tree, dict(overrides or {}))
 
 
