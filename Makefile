@@ -8,10 +8,12 @@ READY := $(VENV)/.ready
 PYTEST := python -m pytest --no-loadscope-reorder -n
 # one worker more than there are cores: those that wait for Slurm or Ray leave theirs to another
 WORKERS := $(shell expr $$(nproc) + 1)
+# of each test of `make fuzz`: some 15 minutes
+EXAMPLES ?= 5000
 # no process groups, no Ray, no Slurm, no browser
 FAST := -m 'not (slow or ray or slurm or browser)'
 
-.PHONY: setup demo test test-fast test-lowest coverage lint audit check bench clean
+.PHONY: setup demo test test-fast test-lowest fuzz coverage lint audit check bench clean
 
 setup: $(READY)
 
@@ -47,6 +49,10 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py
 	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/pins.txt torch
 	DS_BUILD_OPS=0 $(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/pins.txt --editable '.[demo,dev]'
 	touch $@
+
+# the readers of files under hypothesis: EXAMPLES of each test, others each time
+fuzz: setup
+	GPC_DIST_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/fuzz
 
 # of all tests, in all their processes; MARKS='not slow' for fewer
 coverage: setup

@@ -16,8 +16,3 @@ class MachineError(UserError):
     """The machine, not the input, is at fault: a missing GPU, a full disk, an unreachable rank."""
 
     exit_code = EXIT_ENVIRONMENT
-
-
-def one_line(error: object) -> str:
-    """What an error of a library says, on a line of readable length; it may quote names from a file."""
-    return " ".join(str(error).split())[:500]

@@ -37,6 +37,12 @@ def shown(text: str) -> str:
     return _STEERING.sub(_written, re.sub(r"[\t\r\n]+", " ", text))
 
 
+def one_line(error: object) -> str:
+    """What an error says, as `shown` gives it, without what lies beyond a readable length: a library may quote all of a
+    file's names, or its own stack."""
+    return shown(" ".join(str(error).split()))[:500]
+
+
 def shown_lines(text: str) -> str:
     """Like `shown`, with line breaks and tabs as they are."""
     return _STEERING_LINES.sub(_written, text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -19,9 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpc_dist.errors import UserError, one_line
+from gpc_dist.errors import UserError
 from gpc_dist.files import SMALL_BYTES, open_plain
 from gpc_dist.parsing import parse_json
+from gpc_dist.shown import one_line
 
 _CHUNK_BYTES = 8 * 2**20
 

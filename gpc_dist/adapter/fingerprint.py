@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpc_dist.errors import UserError, one_line
+from gpc_dist.errors import UserError
 from gpc_dist.files import few, read_small_json, sha256
 from gpc_dist.names import check_name
+from gpc_dist.shown import one_line
 from gpc_dist.tensors import read_headers
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"

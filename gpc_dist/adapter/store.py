@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,10 +16,11 @@ from gpc_dist import __version__
 from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.config import AdapterConfig
-from gpc_dist.errors import UserError, one_line
+from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, read_small_json, sha256
-from gpc_dist.schema import explain
+from gpc_dist.shown import one_line
 from gpc_dist.tensors import Stored, check_like, read_header
+from gpc_dist.typed import check_as
 
 WEIGHTS = "adapter.safetensors"
 CARD = "adapter_config.json"
@@ -108,11 +108,9 @@ def read_card(folder: str | Path) -> AdapterCard:
         given = card.get("adapter")
         if missing := AdapterConfig.model_fields.keys() - (given.keys() if isinstance(given, dict) else {}):
             raise UserError(f"adapter lacks {', '.join(sorted(missing))}")
-        found = TypeAdapter(AdapterCard).validate_python({"task": None} | card)
+        found = check_as(AdapterCard, {"task": None} | card, CARD)
         if found.shape.layers > _MOST_LAYERS:
             raise UserError(f"shape.layers is {found.shape.layers}")
-    except ValidationError as error:
-        raise UserError(f"{path} is not a valid adapter card: {one_line(explain(error, ()))}") from None
     except UserError as error:
         raise UserError(f"{path} is not a valid adapter card: {one_line(error)}") from None
     return found

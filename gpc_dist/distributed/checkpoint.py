@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpc_dist.errors import UserError, one_line
+from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, read_small_json, recover_folder, remove_folder, sha256, write_text
+from gpc_dist.shown import one_line
 
 # torch is imported on use: the processes of a search that only look for checkpoints do without it
 if TYPE_CHECKING:

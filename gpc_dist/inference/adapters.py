@@ -12,7 +12,8 @@ from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
 from gpc_dist.config import Config
 from gpc_dist.distributed.world import World, alone, init_world
-from gpc_dist.errors import UserError, one_line
+from gpc_dist.errors import UserError
+from gpc_dist.shown import one_line
 from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session

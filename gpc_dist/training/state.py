@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.config import Config
@@ -16,7 +16,7 @@ from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.optimizer import LaneOptimizer
 from gpc_dist.distributed.world import World
 from gpc_dist.errors import UserError
-from gpc_dist.schema import explain
+from gpc_dist.typed import check_as
 
 
 @dataclass
@@ -101,14 +101,12 @@ def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOp
         )
     world: World = optimizer.world
     try:
-        position = TypeAdapter(Position).validate_python(saved.state.get("position"))
+        position = check_as(Position, saved.state.get("position"), "its position")
         if position.step != saved.step:
             raise UserError(f"its position is step {position.step}")
         optimizer.load(saved.tensors)
         if len(saved.rng) == world.size:
             torch.set_rng_state(saved.rng[world.rank])
-    except ValidationError as error:
-        raise checkpoint.damaged(saved.name, explain(error, ())) from None
     except (UserError, RuntimeError, TypeError) as error:
         raise checkpoint.damaged(saved.name, str(error)) from None
     return position
