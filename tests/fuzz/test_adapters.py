@@ -33,7 +33,7 @@ from tests.fuzz.mutations import as_json, changed_bytes, changed_tree, trees
 
 SHAPE = EncoderShape(layers=3, hidden_size=8, embedding_size=8)
 ENCODER = EncoderIdentity("somewhere/bert", None, "bert", 8, 3, "0" * 64)
-CONFIG = AdapterConfig(prompt_tokens=2, cell="residual", cell_per_layer=True)
+CONFIG = AdapterConfig(prompt_tokens=2, cell="residual")
 TASK = {"task": {"name": "cats", "text": ["text"], "labels": ["no", "yes"]}, "data": {"path": "somewhere"}}
 TYPES = [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.float64]
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -167,6 +167,7 @@ def test_sizes_in_a_card(folder: Path, adapter: Files, data: st.DataObject) -> N
         section, key = place.split(".")
         card[section][key] = data.draw(size)
     card["outputs"] = data.draw(st.just(2) | size)
+    card["adapter"]["cell_per_layer"] = data.draw(st.booleans())
     card["adapter"]["method"] = data.draw(
         st.sampled_from(["gpc", "deep-prompt", "linear-probe", "fine-tuning"])
     )

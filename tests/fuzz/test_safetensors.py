@@ -91,7 +91,7 @@ def placed_otherwise(draw: st.DrawFn) -> bytes:
         elif way == "name":
             entries[place] = (draw(st.sampled_from(["", "\n", "\u2028", "__metadata__", *HEADER])), entry)
         elif way == "twice":
-            entries.insert(draw(st.integers(0, len(entries))), (name, dict(entry)))
+            entries.insert(draw(st.integers(1, len(entries))), (name, dict(entry)))
         elif len(entries) > 2:
             del entries[place]
     listed = ", ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries)
@@ -128,6 +128,9 @@ def check(path: Path, content: bytes) -> None:
     else:
         assert found == right
         assert isinstance(sealed, str)
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        names = [name for name, _ in json.loads(header, object_pairs_hook=list)]
+        assert len(set(names)) == len(names)
 
 
 @FUZZ
