@@ -247,7 +247,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "other outputs": (edit_card(outputs=7), f"{WEIGHTS} cannot be loaded"),
     "outputs that are no number": (
         edit_card(outputs="three"),
-        f"{CARD} is not a valid adapter card: outputs",
+        f"{CARD} is not a valid adapter card: .*outputs",
     ),
     "other method": (
         edit_card(adapter=AdapterConfig(method="prompt-tuning", prompt_tokens=4).model_dump(mode="json")),
@@ -256,7 +256,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "other width": (edit_card(shape=SHAPE | {"hidden_size": 64}), f"{WEIGHTS} cannot be loaded"),
     "width that is no number": (
         edit_card(shape=SHAPE | {"hidden_size": None}),
-        f"{CARD} is not a valid adapter card: shape.hidden_size",
+        f"{CARD} is not a valid adapter card: .*shape.hidden_size",
     ),
 }
 
@@ -265,9 +265,9 @@ BROKEN |= {
     "card of brackets": (lambda f: (f / CARD).write_text("[" * 100_000), f"{CARD} .*nested too deeply"),
     "card with a key twice": (lambda f: (f / CARD).write_text('{"a": 1, "a": 2}'), "duplicate key 'a'"),
     "adapter that is a list": (edit_card(adapter=[]), f"{CARD} is not a valid adapter card: adapter lacks"),
-    "task that is a list": (edit_card(task=[1]), f"{CARD} is not a valid adapter card: task"),
-    "no task": (edit_card(task=None), f"{CARD} is not a valid adapter card: task"),
-    "path that is a number": (edit_card(encoder=ENCODER | {"path": 3}), "valid adapter card: encoder.path"),
+    "task that is a list": (edit_card(task=[1]), f"{CARD} is not a valid adapter card: .*task"),
+    "no task": (edit_card(task=None), f"{CARD} is not a valid adapter card: .*task"),
+    "path that is a number": (edit_card(encoder=ENCODER | {"path": 3}), "valid adapter card: .*encoder.path"),
     # none of these may be made before it is compared
     "width of terabytes": (
         edit_card(shape=SHAPE | {"hidden_size": 10**6}),

@@ -133,9 +133,13 @@ def check(path: Path, content: bytes) -> None:
         assert len(set(names)) == len(names)
 
 
+ONE = b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
+
+
 @FUZZ
 @given(content=placed_otherwise())
 @example(content=FILE)
+@example(content=file_of(b"{%s, %s}" % (ONE, ONE), b"x"))
 def test_tensors_that_are_placed_otherwise(path: Path, content: bytes) -> None:
     check(path, content)
 
