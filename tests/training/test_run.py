@@ -444,6 +444,30 @@ def test_a_checkpoint_of_other_content_is_one_line(
     assert re.search(message, line), line
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        (
+            "shape",
+            {"layers": 2, "hidden_size": 32, "embedding_size": 32},
+            "encoder layers 2, .* has layers 4",
+        ),
+        ("labels", ["with", "without", "both"], "has 2 outputs, and task 'cats' needs 3"),
+    ],
+)
+def test_an_adapter_is_evaluated_on_its_own_encoder_and_task_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], section: str, value: Any, message: str
+) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    card = json.loads(path.read_text())
+    (card if section == "shape" else card["task"]["task"])[section] = value
+    path.write_text(json.dumps(card))
+    assert gpc("evaluate", tmp_path / "adapter", "--engine.device", "cpu") == EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
 @pytest.mark.parametrize("content", ["[]", "null", "{", "[" * 100_000, '{"state.json": 3}'])
 def test_a_marker_that_is_no_marker_is_one_line(run: Path, tmp_path: Path, content: str) -> None:
     newest = checkpoint.newest(run / "checkpoints")
