@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from gpc_dist.errors import MachineError, UserError
@@ -26,7 +27,7 @@ _ASKED = os.environ.get("GPC_DIST_FUZZ_EXAMPLES")
 
 settings.register_profile(
     "fuzz",
-    max_examples=int(_ASKED or 40),
+    max_examples=int(_ASKED or 20),
     derandomize=not _ASKED,
     print_blob=True,
     deadline=None,
@@ -35,6 +36,13 @@ settings.register_profile(
 )
 FUZZ = settings.get_profile("fuzz")
 """Decorates a test, above `@given`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
 
 MOST_MIB = 256
 MOST_CPU_S = 3.0
