@@ -139,7 +139,10 @@ def _cell(row: Row, column: str, key: str) -> str:
 
 
 def _no_column(column: str, key: str, row: Row) -> str:
-    return f"there is no column '{column}' ({key}); there are: {', '.join(row)}"
+    said = f"there is no column '{column}' ({key}); there are: {', '.join(row)}"
+    if len(row) == 1 and (found := re.search(r"[;|\t]", next(iter(row)))):
+        said += f": they seem to be separated by {found[0]!r}: write a CSV file with commas, or a TSV file with tabs"
+    return said
 
 
 def _target(config: TaskConfig, classes: Mapping[str, int], row: Row) -> Target:

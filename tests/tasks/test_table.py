@@ -124,6 +124,16 @@ def test_a_label_that_is_only_nearly_known_is_answered_with_the_known_one(write_
         table(folder, text=["text"], labels=["neg", "pos"]).read("validation")
 
 
+@pytest.mark.parametrize("sign", [";", "|"])
+def test_columns_that_are_separated_otherwise_are_named(tmp_path: Path, sign: str) -> None:
+    (tmp_path / "train.csv").write_text(f"text{sign}label\nfine{sign}pos\nbad{sign}neg\n")
+    task = TaskConfig(name="t", text=["text"], label="label")
+    with pytest.raises(
+        UserError, match=f"they seem to be separated by '[{sign}]': write a CSV file with commas"
+    ):
+        make_task(task, DataConfig(path=str(tmp_path)))
+
+
 def test_bytes_are_decoded_and_what_is_no_text_is_named_by_row_and_column(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
