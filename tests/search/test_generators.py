@@ -168,8 +168,9 @@ def test_no_more_trials_go_on_at_once_than_may(tmp_path: Path, kind: str) -> Non
     assert after.ask() == []
 
 
-def test_trials_of_a_search_that_is_to_end_do_not_go_on(tmp_path: Path) -> None:
-    search = load(tmp_path, SPACE, trials=3)
+@pytest.mark.parametrize("kind", ["random", "optuna"])
+def test_trials_of_a_search_that_is_to_end_do_not_go_on(tmp_path: Path, kind: str) -> None:
+    search = load(tmp_path, SPACE, trials=3, algorithm=kind)
     before = whole(search, tmp_path)
     past = {number: before.record(trial) for number, trial in enumerate(before.trials)}
     after = Driver(search, tmp_path, past, concurrent=1)
