@@ -168,7 +168,7 @@ def seconds(limit: str) -> int | None:
         return None
     match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit)
     if match is None:
-        raise UserError(f"'{limit}' is not a time limit: give minutes, H:MM:SS or D-HH:MM:SS")
+        raise UserError(f"'{shown(limit)}' is not a time limit: give minutes, H:MM:SS or D-HH:MM:SS")
     days, *parts = (int(part) if part else None for part in match.groups())
     given = [part for part in parts if part is not None]
     if days is not None:
