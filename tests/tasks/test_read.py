@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from gpc_dist.config import DataConfig
@@ -232,3 +235,13 @@ def test_limit_draws_training_examples_and_takes_the_first_others() -> None:
     assert drawn != [e.id for e in limit(examples, 10, seed=2)]
     assert [e.id for e in limit(examples, 3)] == [0, 1, 2]
     assert limit(examples, None, seed=1) == limit(examples, 500) == examples
+
+
+def test_what_holds_a_hundred_times_its_own_size_is_refused(tmp_path: Path) -> None:
+    packed, columns = tmp_path / "train.csv.gz", tmp_path / "train.parquet"
+    packed.write_bytes(gzip.compress(b"text\n" + b"a\n" * 2**25))
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(2**25)}), columns)
+    for path in (packed, columns):
+        assert path.stat().st_size < 2**18
+        with pytest.raises(UserError, match=f"{path.name} holds more than 100 times its own size"):
+            read_file(path)
