@@ -135,7 +135,11 @@ def _pickled_entries(file: Path) -> list[tuple[str, bytes]]:
             return [(file.name, bytes.fromhex(sha256(file)))]
         with zipfile.ZipFile(file) as archive:
             found = [(i.filename, f"{i.CRC} {i.file_size}".encode()) for i in archive.infolist()]
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # the last: a version that zipfile lacks
         raise UserError(f"{file} is damaged ({one_line(error)}): fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
