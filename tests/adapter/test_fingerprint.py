@@ -188,6 +188,19 @@ def test_a_damaged_file_has_no_fingerprint(tmp_path: Path) -> None:
         fingerprint_files([tmp_path / "d.bin"])
 
 
+def test_a_zip_of_a_version_that_python_cannot_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data.pkl", b"weights")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 99  # the version that is needed to read it
+    file.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin is damaged \(zip file version 9.9\): fetch it again"
+    ):
+        fingerprint_files([file])
+
+
 def test_pickled_weights_of_old_versions_are_told_apart(tmp_path: Path) -> None:
     encoder = tiny("bert")
     for value in (1.0, 2.0):
