@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 SMALL_BYTES = 8 * 2**20
 """What is read as a whole before it is known to be good, because nobody writes that much: an adapter's card, the state
 of a run, an index of weights, a header of tensors. As JSON it can take some twenty times as much memory."""
+LARGE_BYTES = 256 * 2**20
+"""Of what holds a line for each example of a split."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -71,14 +73,18 @@ def read_small_json(path: Path) -> Any:
     Raises:
         UserError: it is no JSON, is larger, or cannot be read.
     """
+    return parse_json(_content(path, SMALL_BYTES), str(path))
+
+
+def _content(path: Path, most: int) -> bytes:
     try:
         with open_plain(path) as file:
-            content = file.read(SMALL_BYTES + 1)
+            content = file.read(most + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(content) > SMALL_BYTES:
-        raise UserError(f"{path} is larger than {SMALL_BYTES // 2**20} MiB")
-    return parse_json(content, str(path))
+    if len(content) > most:
+        raise UserError(f"{path} is larger than {most // 2**20} MiB")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:
@@ -231,15 +237,15 @@ def version(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty when the file is absent.
+    """The JSON object in `path`, of at most `LARGE_BYTES`; empty when the file is absent.
 
     Raises:
-        UserError: the file is not a JSON object.
+        UserError: the file is not a JSON object, is larger, or cannot be read.
     """
-    try:
-        value = parse_json(path.read_bytes(), str(path))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    try:
+        value = parse_json(_content(path, LARGE_BYTES), str(path))
     except UserError as error:
         raise UserError(f"{error}: restore or remove it") from None
     if not isinstance(value, dict):

@@ -125,3 +125,16 @@ def test_what_cannot_be_removed_stays_with_a_warning(
         old.rename(path / ".nfs0001")
     fill(path, "newest")
     assert (path / "file").read_text() == "newest"
+
+
+def test_an_own_file_that_nobody_can_have_written_is_refused(tmp_path: Path) -> None:
+    large, pipe = tmp_path / "status.json", tmp_path / "facts.json"
+    with large.open("wb") as file:
+        file.truncate(files.LARGE_BYTES + 1)  # without taking that much of the disk
+    os.mkfifo(pipe)
+    for path, said in (
+        (large, "is larger than 256 MiB: restore or remove it"),
+        (pipe, "it is no file|Invalid"),
+    ):
+        with pytest.raises(UserError, match=said):
+            files.read_json(path)
