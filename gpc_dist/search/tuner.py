@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,8 +38,8 @@ from gpc_dist.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-_RAY = ".ray-"
-"""Beginning of the names of folders for Ray Tune's own files."""
+_RAY, _EXPERIMENT = ".ray-", "trials"
+"""Beginning of the names of folders for Ray Tune's own files, and the only thing in such a folder."""
 
 
 def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: StopRequest) -> int:
@@ -56,13 +56,11 @@ def run_search(spec: SearchSpec, command: Sequence[str], resume: bool, stop: Sto
     """
     space.validate(spec)
     goal = space.goal(spec)
-    spec = spec.model_copy(
-        update=dict(zip(("metric", "mode"), goal, strict=True))
-    )  # for those who read the folder
-    folder = SearchFolder(spec.folder)
+    given, folder = spec, SearchFolder(spec.folder)
+    spec = given.model_copy(update={"metric": goal[0], "mode": goal[1]})  # for those who read the folder
     if spec.tracking.enabled:
         check_server(tracking_uri(spec.tracking.uri, folder.path))
-    _check(folder, spec, resume)
+    _check(folder, {given.to_yaml(), spec.to_yaml()}, resume)
     with folder.hold():
         past = _past(spec, folder, f"val/{goal[0]}") if resume else {}
         _open(folder, spec, command, resume)
@@ -113,8 +111,14 @@ def _saved_steps(folder: SearchFolder) -> dict[str, int]:
 def _place_for_ray(folder: SearchFolder) -> Iterator[Path]:
     """A new folder for Ray Tune's files while the block runs, where all nodes see it. Nothing in it outlives the
     search, and nothing that was there before is read: Ray unpickles what it finds in its folder."""
-    for left in folder.path.glob(f"{_RAY}*"):  # by a search that was killed
-        shutil.rmtree(left, ignore_errors=True)  # which goes through no link
+    for left in folder.path.glob(f"{_RAY}*"):
+        # by a search that was killed; what holds anything else is somebody's
+        if (
+            left.is_dir()
+            and not left.is_symlink()
+            and {path.name for path in left.iterdir()} <= {_EXPERIMENT}
+        ):
+            shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=_RAY, dir=folder.path, ignore_cleanup_errors=True) as place:
         yield Path(place)
 
@@ -132,7 +136,7 @@ def _tune(
     scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
         tune.with_parameters(Trial, search=str(folder.path), place=str(Path.cwd())),
-        name="trials",
+        name=_EXPERIMENT,
         storage_path=str(place),
         metric=metric,
         mode=mode,
@@ -161,7 +165,12 @@ def _tune(
     return len(analysis.trials)
 
 
-def _check(folder: SearchFolder, spec: SearchSpec, resume: bool) -> None:
+def _check(folder: SearchFolder, same: Set[str], resume: bool) -> None:
+    """Raise `UserError` for a folder that is not the search's.
+
+    Args:
+        same: what its `search.yaml` may hold.
+    """
     there = folder.config.exists()
     if there and not resume:
         raise UserError(
@@ -175,7 +184,7 @@ def _check(folder: SearchFolder, spec: SearchSpec, resume: bool) -> None:
         )
     if resume and not there:
         raise UserError(f"{folder.path} holds no search to go on with: leave out --resume")
-    if resume and folder.config.read_text(encoding="utf-8") != spec.to_yaml():
+    if resume and folder.config.read_text(encoding="utf-8") not in same:
         raise UserError(
             f"{folder.config} differs from the search that is to go on: give --resume with that file, as "
             f"gpc-dist tune {folder.config} --resume"

@@ -265,11 +265,14 @@ def test_a_search_that_was_killed_goes_on(
     (left,) = search.glob(".ray-*")  # by the one that was killed
     for link in ("ray", ".ray-linked"):
         (search / link).symlink_to(elsewhere)
-    planted.write(left / "again")
+    planted.write(left / "trials" / "again")
+    (search / ".ray-notes").mkdir()
+    (search / ".ray-notes" / "mine.txt").touch()
     tune(place, shared_ray, path, "--resume")
     assert not planted.note.exists()
     assert len(list(elsewhere.iterdir())) == 5
-    assert [each.name for each in search.glob(".ray-*")] == [".ray-linked"]
+    assert sorted(each.name for each in search.glob(".ray-*")) == [".ray-linked", ".ray-notes"]
+    assert (search / ".ray-notes" / "mine.txt").exists()
     found = trials(search)
     assert sorted(found) == [0, 1, 2, 3]
     for number, record in records.items():
