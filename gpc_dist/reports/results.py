@@ -6,14 +6,14 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tabulate import tabulate
 
 from gpc_dist.errors import UserError
 from gpc_dist.runs.result import RunResult
 from gpc_dist.shown import shown_cells
-from gpc_dist.typed import is_number, read_as
+from gpc_dist.typed import read_as
 
 log = logging.getLogger(__name__)
 
@@ -37,32 +37,19 @@ def results_table(folders: Sequence[Path]) -> str:
     for reason in others:
         log.warning("left out: %s", reason)
     lines: list[list[Any]] = []
-    for task, metric in dict.fromkeys((run.task, run.metric) for run in runs):
-        mine = [run for run in runs if (run.task, run.metric) == (task, metric)]
-        lines.append([task, "(majority)", None, metric, mine[0].baseline, 0, None, None])
-        for run in sorted(mine, key=lambda run: -math.inf if run.best is None else run.best):
-            lines.append(
-                [task, run.name, run.method, metric, run.best, run.trainable, run.frozen, run.wall_s]
-            )
+    for task, metric in dict.fromkeys((run.task, run.main_metric) for _, run in runs):
+        mine = [(name, run) for name, run in runs if (run.task, run.main_metric) == (task, metric)]
+        lines.append([task, "(majority)", None, metric, mine[0][1].baseline, 0, None, None])
+        for name, run in sorted(mine, key=lambda each: -math.inf if each[1].best is None else each[1].best):
+            trained, frozen = run.trainable_parameters, run.frozen_parameters
+            lines.append([task, name, run.method, metric, run.best, trained, frozen, run.wall_s])
     headers = ["task", "run", "method", "metric", "best", "trained", "frozen", "seconds"]
     formats = ("", "", "", "", ".4f", ",", ",", ".0f")
     return tabulate(shown_cells(lines), headers=headers, floatfmt=formats, intfmt=formats)
 
 
-class _Result(NamedTuple):
-    name: str
-    task: str
-    method: str
-    metric: str
-    best: float | None
-    """None if no evaluation gave a number."""
-    baseline: float | None
-    trainable: int
-    frozen: int
-    wall_s: float
-
-
-def _read(folder: Path) -> _Result:
+def _read(folder: Path) -> tuple[str, RunResult]:
+    """The name of a run and its result."""
     path = folder / "result.json"
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -71,18 +58,4 @@ def _read(folder: Path) -> _Result:
     found = read_as(RunResult, path)
     if found is None or not found.main_metric:
         raise UserError(f"{path} is not the result of a run")
-    best, baseline = (
-        value if is_number(value := values.get(found.main_metric)) else None
-        for values in (found.metrics.best, found.majority_baseline)
-    )
-    return _Result(
-        name=folder.name,
-        task=found.task,
-        method=found.method,
-        metric=found.main_metric,
-        best=best,
-        baseline=baseline,
-        trainable=found.trainable_parameters,
-        frozen=found.frozen_parameters,
-        wall_s=found.wall_s,
-    )
+    return folder.name, found

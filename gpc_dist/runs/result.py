@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpc_dist.typed import is_number
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -26,6 +28,20 @@ class RunResult:
     """Seconds of the run's share in a pack."""
     world_size: int | None = None
     energy_j: float | None = None
+
+    @property
+    def best(self) -> float | None:
+        """Main metric of the best evaluation; None if no evaluation gave a number."""
+        return self._number(self.metrics.best)
+
+    @property
+    def baseline(self) -> float | None:
+        """Main metric of the most frequent answer."""
+        return self._number(self.majority_baseline)
+
+    def _number(self, values: dict[str, Any]) -> float | None:
+        value: Any = values.get(self.main_metric)
+        return float(value) if is_number(value) else None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
@@ -89,7 +88,7 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _parse_json_array(text: str, source: str) -> list[Row]:
-    rows: list[Row] = _load_json(text, source)
+    rows: list[Row] = parse_json(text, source)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(
@@ -103,30 +102,15 @@ def _parse_json_lines(text: str, source: str) -> list[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        row = _load_json(line, source, number)
+        place = f"line {number} of {source}"
+        try:
+            row = parse_json(line, place)
+        except UserError as error:
+            raise UserError(f"{error}; each line must be one JSON object") from None
         if not isinstance(row, dict):
-            raise UserError(f"line {number} of {source} is not a JSON object: write one object per line")
+            raise UserError(f"{place} is not a JSON object: write one object per line")
         rows.append(row)
     return rows
-
-
-def _load_json(text: str, source: str, line: int = 1) -> Any:
-    """The value of a JSON text that begins in a line of its file."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> Row:
-        if len(found := dict(pairs)) < len(pairs):
-            refuse_repeated([name for name, _ in pairs], f"an object in line {line} of {source}")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise UserError(f"line {line} of {source} is not valid JSON: it is nested too deeply") from None
-    except ValueError as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise UserError(
-            f"line {line} of {source} is not valid JSON ({error}): write one JSON object per line"
-        ) from None
 
 
 def _read_parquet(path: Path) -> list[Row]:

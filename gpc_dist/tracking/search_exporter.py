@@ -156,7 +156,8 @@ class SearchExporter(Exporter):
         self._set_tags({key: result.get(key) for key in ("best_trial", "metric", "mode")})
 
     def _send_view(self) -> None:
-        """Keep a view of the trials: a row for each configuration, the best first, with what was tried as columns."""
+        """Keep a view of the trials: a row for each configuration, the best first, with what was tried as columns. A
+        search of so many keys that MLflow would not take it has none."""
         from gpc_dist.private.mlflow import LARGEST_VIEW, view, view_tag
 
         if self.objective is None:

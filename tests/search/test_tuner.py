@@ -368,6 +368,24 @@ def test_a_start_of_a_search_that_gets_nowhere_says_so(
     assert (place / "note").exists() == idle
 
 
+def test_a_search_of_a_version_that_did_not_write_its_goal_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(tuner, "_tune", lambda *given: setattr(given[-1], "signal", "SIGUSR2"))
+    path, config = write_search(place), place / "searches" / "mine" / "search.yaml"
+    assert gpc("tune", path) == EXIT_STOPPED
+    written = config.read_text()
+    assert "metric: accuracy" in written
+    config.write_text(written.replace("metric: accuracy", "metric: null").replace("mode: max", "mode: null"))
+    assert gpc("tune", path, "--resume") == EXIT_STOPPED
+    assert config.read_text() == written
+    config.write_text(written.replace("trials: 4", "trials: 5"))
+    assert gpc("tune", path, "--resume") == EXIT_USAGE
+    assert "differs from the search that is to go on" in capsys.readouterr().err
+
+
 def test_a_trial_whose_ranks_die_is_tried_again(place: Path, shared_ray: dict[str, str]) -> None:
     path = write_search(
         place,

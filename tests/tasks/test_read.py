@@ -98,9 +98,15 @@ def test_a_single_file_is_the_training_split(tmp_path: Path) -> None:
         (
             "train.jsonl",
             '{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n',
-            "line 2 of .* more than one column 'c'",
+            "line 2 of .*train.jsonl: duplicate key 'c': keep one of them",
         ),
-        ("train.json", '[{"a": 1},\n{"a": }]', "line 2 of .*train.json is not valid JSON"),
+        (
+            "train.json",
+            '[{"a": 1},\n{"a": }]',
+            "train.json is not valid JSON: Expecting value: line 2 column 7",
+        ),
+        # a tokenizer cannot take it, nor could any file hold it
+        ("train.jsonl", r'{"a": "\ud800"}', "line 1 of .*train.jsonl: it holds one half of a character"),
         ("train.json", '[{"a": 1}, 2]', "element 2 of .*train.json is not a JSON object"),
     ],
 )
