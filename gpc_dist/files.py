@@ -61,9 +61,11 @@ def open_plain(path: Path) -> BufferedReader:
         OSError: it is something else, or cannot be read.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        found = "it is a directory" if stat.S_ISDIR(mode) else "it is no file"
+        raise OSError(errno.EINVAL, found, str(path))
     return os.fdopen(handle, "rb")
 
 

@@ -134,7 +134,8 @@ def test_an_own_file_that_nobody_can_have_written_is_refused(tmp_path: Path) -> 
     os.mkfifo(pipe)
     for path, said in (
         (large, "is larger than 256 MiB: restore or remove it"),
-        (pipe, "it is no file"),
+        (pipe, "it is no file: restore or remove it"),
+        (tmp_path, "it is a directory: restore or remove it"),
     ):
         with pytest.raises(UserError, match=said):
             files.read_json(path)
