@@ -123,7 +123,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (
         (tmp_path / "pipe", "no file"),
-        (tmp_path, "no file"),
+        (tmp_path, "a directory"),
         (tmp_path / "x", "No such file"),
     ):
         with pytest.raises(UserError, match=f"cannot read {path}: .*{reason}"):
