@@ -42,7 +42,9 @@ def graft(dtype: torch.dtype, short_scores: bool) -> GraftedEncoder:
     parts = locate(freeze(encoder))
     if short_scores:
         choose_kernels(parts.layers)
-    return GraftedEncoder(parts, [new_adapter(parts, AdapterConfig(prompt_tokens=PROMPT_TOKENS), outputs=2)])
+    model = GraftedEncoder(parts, [])
+    model.lanes.append(new_adapter(model, AdapterConfig(prompt_tokens=PROMPT_TOKENS), outputs=2))
+    return model
 
 
 def step_ms(model: GraftedEncoder, ids: torch.Tensor) -> float:

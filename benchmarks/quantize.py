@@ -96,9 +96,11 @@ def convert(layers: nn.ModuleList, form: str) -> None:
 
 def graft(parts: EncoderParts, device: torch.device) -> GraftedEncoder:
     """With the same adapter for every form of an encoder."""
-    adapter = new_adapter(parts, AdapterConfig(prompt_tokens=PROMPT_TOKENS), outputs=HEADS).to(device)
+    model = GraftedEncoder(parts, [])
+    adapter = new_adapter(model, AdapterConfig(prompt_tokens=PROMPT_TOKENS), outputs=HEADS).to(device)
     nn.init.zeros_(adapter.head.linear.bias)  # the error is a share of what the encoder says alone
-    return GraftedEncoder(parts, [adapter])
+    model.lanes.append(adapter)
+    return model
 
 
 def memory(model: GraftedEncoder, batch: dict[str, Tensor]) -> dict[str, float]:

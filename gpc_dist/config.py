@@ -107,9 +107,13 @@ class AdapterConfig(Section):
     dropout, as for the other methods): the ceiling to compare them with."""
     prompt_tokens: int = Field(20, ge=1, le=10_000)
     """Prompt tokens (P) put before the text; not used by `linear-probe` and `fine-tuning`."""
+    first_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0
+    """Layer before which the prompt enters, counted from 0, or a share of the layers such as 0.5. The layers below see
+    the text alone: nothing of a step depends on them, and no gradient goes through them (docs/method.md). Not used by
+    `linear-probe` and `fine-tuning`."""
     prompt_init: Literal["vocab", "text", "labels", "uniform"] = "vocab"
-    """Start of the prompt: embeddings of frequent tokens, of `prompt_text`, of the label words, or
-    uniform noise."""
+    """Start of the prompt: what enters `first_layer` (before layer 0: the embeddings) of frequent tokens, of
+    `prompt_text` or of the label words; or uniform noise of that size."""
     prompt_text: str | None = None
     """The sentence whose embeddings start the prompt with `prompt_init: text`."""
     cell: Literal["recurrent", "gated", "residual"] = "recurrent"
@@ -122,8 +126,8 @@ class AdapterConfig(Section):
     cell_units: Literal["both", "remember", "forget"] = "both"
     """The cell's units: both, or one of them alone (ablation)."""
     cell_layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Layers, counted from 0, after which the cell acts. When not given, every layer whose prompt states are read:
-    all but the last, and with `pooling: prompt` that one too."""
+    """Layers, counted from 0, after which the cell acts. When not given, every layer from `first_layer` on whose prompt
+    states are read: all but the last, and with `pooling: prompt` that one too."""
     cell_norm: bool = True
     """The cell works on states divided by their root mean square and what it writes is brought back to the encoded
     prompt's, so that its learning rate does not depend on the scale of the encoder's states."""
@@ -149,6 +153,21 @@ class AdapterConfig(Section):
                 "adapter.method prompt-tuning"
             )
         return self
+
+    def entry_layer(self, layers: int) -> int:
+        """The first layer, of `layers`, that depends on what is trained (k): where the prompt enters, and `layers` if
+        only the head is trained."""
+        if not self.has_prompt:
+            return 0 if self.trains_encoder else layers
+        if isinstance(self.first_layer, int):
+            return self.first_layer
+        # rounded first, because a tenth of ten layers can come out slightly below one
+        return math.floor(round(self.first_layer * layers, 6))
+
+    @property
+    def entry(self) -> int | float | str:
+        """The same for adapters whose `entry_layer` is the same in every encoder."""
+        return self.first_layer if self.has_prompt else self.method
 
     @property
     def has_prompt(self) -> bool:

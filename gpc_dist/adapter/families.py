@@ -53,6 +53,18 @@ class EncoderParts:
     """Longest P+T that the position embeddings allow; None for relative positions."""
     takes_token_types: bool
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings `[.., E]` of token ids, on their device, wherever the table lies."""
+        table: Any = self.token_embeddings.weight
+        return self.token_embeddings(input_ids.to(table.device)).to(input_ids.device)
+
+    def run(self, embeds: Tensor, attention_mask: Tensor, token_types: Tensor | None = None) -> Tensor:
+        """States of the last layer, `[R, S, H]`, from `inputs_embeds [R, S, E]`."""
+        extra = {}
+        if token_types is not None and self.takes_token_types:
+            extra["token_type_ids"] = token_types
+        return self.encoder(inputs_embeds=embeds, attention_mask=attention_mask, **extra).last_hidden_state
+
 
 def locate(model: Any) -> EncoderParts:
     """Find the parts of a `transformers` encoder.

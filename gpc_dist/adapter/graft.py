@@ -1,7 +1,8 @@
 """The graft: adapters attached to a frozen encoder, without changes to its weights or its code.
 
-Each row gets its lane's prompt through `inputs_embeds`, before the first layer. By default, after every layer
-but the last, and after the last too if the head reads the prompt, a forward hook writes the next prompt state
+Each row gets its lane's prompt before layer k (`adapter.first_layer`): before layer 0 through `inputs_embeds`, later
+between the two halves of the encoder (see `halves`). By default, after every layer from k on but the last, and after
+the last too if the head reads the prompt, a forward hook writes the next prompt state
 
     p_{l+1} = Cell(e_l, p_l)          h_{l+1} = [p_{l+1} ; Layer_l(h_l)[:, P:]]
 
@@ -12,8 +13,8 @@ any order, as activation checkpointing does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
+from gpc_dist.adapter.halves import LowerHalf, UpperHalf, check_halves
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.prompt import starting_prompt
 from gpc_dist.adapter.update import read_prompt, write_prompt
@@ -61,14 +63,20 @@ class GraftedEncoder(nn.Module):
 
     Args:
         lanes: the attached adapters, which run if a pass is given no others.
+        first_layer: k of all lanes of all passes (`Adapter.first_layer`).
     """
 
-    def __init__(self, parts: EncoderParts, lanes: Sequence[Adapter]):
+    def __init__(self, parts: EncoderParts, lanes: Sequence[Adapter], first_layer: int = 0):
         super().__init__()
         self.encoder = parts.encoder
         self.token_embeddings = parts.token_embeddings
         self.parts = parts
         self.lanes = nn.ModuleList(lanes)
+        self.first_layer = first_layer
+        self.lower = LowerHalf(parts, first_layer) if first_layer else None
+        """The layers below k; None if there are none."""
+        self.upper = UpperHalf(parts, first_layer) if 0 < first_layer < len(parts.layers) else None
+        """The layers from k on, if they are some of the encoder's."""
         self.autocast: torch.dtype | None = None
         """dtype of the encoder's matrix products; None if it is that of the weights."""
         self._pass: _Pass | None = None
@@ -77,6 +85,7 @@ class GraftedEncoder(nn.Module):
         self._handles = [
             handle
             for index, layer in enumerate(parts.layers)
+            if index >= first_layer
             for handle in (
                 layer.register_forward_pre_hook(partial(self._before, index)),
                 layer.register_forward_hook(partial(self._after, index)),
@@ -112,6 +121,7 @@ class GraftedEncoder(nn.Module):
         token_type_ids: Tensor | None = None,
         lane_rows: Sequence[int] | None = None,
         lanes: Sequence[Adapter] | None = None,
+        text_states: Tensor | None = None,
     ) -> Any:
         """Outputs of the head for every row of a batch.
 
@@ -122,12 +132,15 @@ class GraftedEncoder(nn.Module):
             lane_rows: rows of each lane: the batch holds the rows of the first lane, then those of the second, and
                 so on. Not needed for one lane.
             lanes: adapters of this pass, on the device of the batch; the attached ones when not given.
+            text_states: what `lower` gives for these tokens, `[R, T, H]`, if it was computed before.
 
         Returns:
             float32 `[R, outputs]`, or with `lane_rows` a list of `[R_k, outputs_k]`, one for each lane.
         """
         counts = [len(input_ids)] if lane_rows is None else list(lane_rows)
         lanes = self.adapters if lanes is None else lanes
+        if any(lane.first_layer != self.first_layer for lane in lanes):
+            raise ValueError(f"the prompts of all lanes must enter before layer {self.first_layer}")
         if len(counts) != len(lanes) or sum(counts) != len(input_ids) or min(counts) < 0:
             raise ValueError(
                 f"lane_rows {counts} must have one count of rows for each of {len(lanes)} lanes and add "
@@ -138,35 +151,60 @@ class GraftedEncoder(nn.Module):
         edges = [sum(counts[:k]) for k in range(len(counts) + 1)]
         rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         this_pass = _Pass(lanes, rows, shared_prompt_tokens(lanes), attention_mask)
-        states = self._encode(input_ids, token_type_ids, this_pass)
+        if text_states is None and self.lower is not None:
+            with self._cast(input_ids.device):
+                text_states = self.lower(input_ids, attention_mask, token_type_ids)
+        if text_states is None:
+            states = self._encode(input_ids, token_type_ids, this_pass)
+        else:
+            states = self._encode_late(text_states, this_pass)
         outputs = [lane.read_out(states[r], attention_mask[r]) for lane, r in zip(lanes, rows, strict=True)]
         return outputs[0] if lane_rows is None else outputs
 
     def _encode(self, input_ids: Tensor, token_types: Tensor | None, this_pass: _Pass) -> Tensor:
-        """States of the last layer: `[R, P+T, H]`."""
-        tokens, positions = this_pass.prompt_tokens, self.parts.max_positions
-        if positions is not None and tokens + input_ids.shape[1] > positions:
-            raise ValueError(
-                f"{input_ids.shape[1]} text tokens do not fit beside {tokens} prompt tokens: the encoder has "
-                f"{positions} positions, so truncate the text to {positions - tokens}"
-            )
-        table: Any = self.token_embeddings.weight
-        embeds = self.token_embeddings(input_ids.to(table.device)).to(input_ids.device)
-        mask, extra = this_pass.attention_mask, {}
-        if token_types is not None and self.parts.takes_token_types:
-            extra["token_type_ids"] = _pad_left(token_types, tokens, 0)
+        """States of the last layer from tokens: `[R, P+T, H]`."""
+        tokens = this_pass.prompt_tokens
+        self._check_length(tokens, input_ids)
+        embeds, mask = self.parts.embed(input_ids), this_pass.attention_mask
+        if token_types is not None:
+            token_types = _pad_left(token_types, tokens, 0)
         if tokens:
-            lanes = zip(this_pass.lanes, this_pass.rows, strict=True)
-            starts = [lane.start(r.stop - r.start) for lane, r in lanes]
-            embeds = torch.cat([torch.cat(starts).to(embeds.dtype), embeds], dim=1)
-            mask = _pad_left(mask, tokens, 1)
+            embeds, mask = self._behind_prompts(embeds, this_pass), _pad_left(mask, tokens, 1)
+        with self._running(this_pass), self._cast(embeds.device):
+            return self.parts.run(embeds, mask, token_types)
+
+    def _encode_late(self, text_states: Tensor, this_pass: _Pass) -> Tensor:
+        """States of the last layer from text states that enter layer k: `[R, P+T, H]`."""
+        if self.upper is None:
+            return text_states
+        self._check_length(this_pass.prompt_tokens, text_states)
+        states = self._behind_prompts(text_states, this_pass)
+        mask = _pad_left(this_pass.attention_mask, this_pass.prompt_tokens, 1)
+        with self._running(this_pass):
+            return self.upper(states, mask)
+
+    def _check_length(self, prompt_tokens: int, text: Tensor) -> None:
+        positions, length = self.parts.max_positions, text.shape[1]
+        if positions is not None and prompt_tokens + length > positions:
+            raise ValueError(
+                f"{length} text tokens do not fit beside {prompt_tokens} prompt tokens: the encoder has "
+                f"{positions} positions, so truncate the text to {positions - prompt_tokens}"
+            )
+
+    def _behind_prompts(self, text: Tensor, this_pass: _Pass) -> Tensor:
+        """Text `[R, T, E or H]` behind the prompts of its rows' lanes, `[R, P+T, E or H]`."""
+        starts = [
+            lane.start(r.stop - r.start) for lane, r in zip(this_pass.lanes, this_pass.rows, strict=True)
+        ]
+        return torch.cat([torch.cat(starts).to(text.dtype), text], dim=1)
+
+    @contextmanager
+    def _running(self, this_pass: _Pass) -> Iterator[None]:
         self._pass = this_pass
         try:
-            with self._cast(embeds.device):
-                output = self.encoder(inputs_embeds=embeds, attention_mask=mask, **extra)
+            yield
         finally:
             self._pass = None
-        return output.last_hidden_state
 
     def _cast(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
@@ -198,9 +236,9 @@ class GraftedEncoder(nn.Module):
         return (written, *output[1:]) if isinstance(output, tuple) else written
 
     def checkpoint_activations(self) -> None:
-        """Keep only each layer's input in the forward pass and compute the layer again in the backward
+        """Keep only the input of each layer from k on in the forward pass and compute the layer again in the backward
         pass. The hooks are not included: they run once, so the cell is not computed twice."""
-        for layer in self.parts.layers:
+        for layer in self.parts.layers[self.first_layer :]:
             layer.forward = _recomputed(layer.forward)
 
     def compile_layers(self, backend: str = "inductor") -> None:
@@ -212,6 +250,8 @@ class GraftedEncoder(nn.Module):
         """Remove the hooks from the encoder's layers."""
         for handle in self._handles:
             handle.remove()
+        if self.upper is not None:
+            self.upper.detach_hook()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter of a single-lane encoder to `folder` (see `adapter.store`)."""
@@ -234,7 +274,8 @@ class GraftedEncoder(nn.Module):
         _refuse_training_the_encoder(card.adapter)
         parts = locate(encoder)
         card.check_encoder(identify(parts.encoder), parts.shape)
-        return cls(parts, [adapter.to(next(parts.token_embeddings.parameters()).device)])
+        device = next(parts.token_embeddings.parameters()).device
+        return cls(parts, [adapter.to(device)], adapter.first_layer)
 
 
 def shared_prompt_tokens(lanes: Sequence[Adapter]) -> int:
@@ -274,14 +315,20 @@ def attach(
     config = config or AdapterConfig()
     _refuse_training_the_encoder(config)
     parts = locate(encoder)
-    if encoder.config.model_type not in TESTED:
+    untested = encoder.config.model_type not in TESTED
+    if untested:
         probe(parts)
-    adapter = new_adapter(parts, config, outputs, tokenizer=tokenizer, label_words=label_words, seed=seed)
-    return GraftedEncoder(parts, [adapter])
+    model = GraftedEncoder(parts, [], config.entry_layer(parts.shape.layers))
+    if untested and model.lower is not None and model.upper is not None:
+        check_halves(parts, model.lower, model.upper)
+    model.lanes.append(
+        new_adapter(model, config, outputs, tokenizer=tokenizer, label_words=label_words, seed=seed)
+    )
+    return model
 
 
 def new_adapter(
-    parts: EncoderParts,
+    model: GraftedEncoder,
     config: AdapterConfig,
     outputs: int,
     *,
@@ -289,11 +336,13 @@ def new_adapter(
     label_words: Sequence[str] = (),
     seed: int = 0,
 ) -> Adapter:
-    """A new adapter whose prompt starts from the encoder's embeddings, which must not be sharded.
+    """A new adapter for a graft, not attached to it. Its prompt starts from what enters layer k: embeddings, whose
+    table must not be sharded, or text states, which all ranks of a sharded encoder compute together.
 
     Raises:
-        UserError: the prompt leaves no room for text in the encoder's position table.
+        UserError: the prompt leaves no room for text in the encoder's position table, or no layer reads it.
     """
+    parts = model.parts
     embeddings: Any = parts.token_embeddings
     device: torch.device = embeddings.weight.device
     adapter = Adapter(config, parts.shape, outputs, seed).to(device)
@@ -304,10 +353,17 @@ def new_adapter(
             f"adapter.prompt_tokens {config.prompt_tokens} leaves no room for text: the encoder has "
             f"{parts.max_positions} positions"
         )
+
+    def entering(ids: Tensor) -> Tensor:
+        ids = ids.to(device)
+        if model.lower is None:
+            return embeddings(ids)
+        return model.lower(ids[None], torch.ones_like(ids[None]))[0]
+
     with torch.no_grad():
         start = starting_prompt(
             config,
-            lambda ids: embeddings(ids.to(device)),
+            entering,
             embeddings.num_embeddings,
             tokenizer,
             label_words,

@@ -33,13 +33,14 @@ class EncoderShape:
 
 
 class Prompt(nn.Module):
-    """`start [P, E]` is put before the text; `deep [L-1, P, H]` are the fresh prompts of the later layers
-    (method `deep-prompt`)."""
+    """`start [P, E]` is put before the text, or `[P, H]` if it enters before layer k > 0; `deep [L-1-k, P, H]` are the
+    fresh prompts of the layers after k (method `deep-prompt`)."""
 
-    def __init__(self, tokens: int, shape: EncoderShape, deep: bool):
+    def __init__(self, tokens: int, shape: EncoderShape, first_layer: int, deep: bool):
         super().__init__()
-        self.start = nn.Parameter(torch.zeros(tokens, shape.embedding_size))
-        self.deep = nn.Parameter(torch.zeros(shape.layers - 1, tokens, shape.hidden_size)) if deep else None
+        width, later = shape.hidden_size, shape.layers - 1 - first_layer
+        self.start = nn.Parameter(torch.zeros(tokens, width if first_layer else shape.embedding_size))
+        self.deep = nn.Parameter(torch.zeros(later, tokens, width)) if deep else None
 
 
 class Adapter(nn.Module):
@@ -53,8 +54,8 @@ class Adapter(nn.Module):
             encoder's embeddings: see `prompt.starting_prompt`.
 
     Raises:
-        UserError: `cell_layers` has a layer that the encoder does not have, or its last layer although the head
-            does not read the prompt.
+        UserError: nothing reads the prompt: `first_layer` or `cell_layers` has a layer that the encoder does not have,
+            or `cell_layers` one below `first_layer`, or the last layer although the head does not read the prompt.
     """
 
     def __init__(self, config: AdapterConfig, shape: EncoderShape, outputs: int, seed: int = 0):
@@ -62,17 +63,26 @@ class Adapter(nn.Module):
         self.config = config
         self.shape = shape
         self.outputs = outputs
+        self.first_layer = config.entry_layer(shape.layers)
+        """k: the first layer that depends on the adapter; L if none does."""
         method = config.method
+        if config.has_prompt and self.first_layer >= shape.layers:
+            raise UserError(
+                f"adapter.first_layer: there is no layer {self.first_layer}: the encoder has {shape.layers} layers, "
+                f"give one of 0 to {shape.layers - 1}"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pooling = "mean" if config.pooling == "prompt" else config.pooling
             head = Head(shape.hidden_size, outputs, pooling)  # first, so that it starts alike in all methods
             self.prompt = None
             if config.has_prompt:
-                self.prompt = Prompt(config.prompt_tokens, shape, deep=method == "deep-prompt")
+                self.prompt = Prompt(
+                    config.prompt_tokens, shape, self.first_layer, deep=method == "deep-prompt"
+                )
             self.cell = None
             if method == "gpc":
-                self._acting = _cell_layers(config, shape)
+                self._acting = _cell_layers(config, self.first_layer, shape.layers)
                 count = len(self._acting) if config.cell_per_layer else 1
                 make = CELLS[config.cell]
                 self.cell = nn.ModuleList([make(shape.hidden_size, config) for _ in range(count)])
@@ -156,19 +166,24 @@ class Adapter(nn.Module):
             size = text_rms(text, attention_mask).to(dtype) if scaled else None
             return cell(encoded.to(dtype), previous.to(dtype), size).to(encoded.dtype)
         if self._fresh_after(layer):
-            return self._deep[layer].to(encoded.dtype).expand(len(encoded), -1, -1)
+            return self._deep[layer - self.first_layer].to(encoded.dtype).expand(len(encoded), -1, -1)
         return encoded
 
 
-def _cell_layers(config: AdapterConfig, shape: EncoderShape) -> Sequence[int]:
-    """The layers after which the cell acts."""
+def _cell_layers(config: AdapterConfig, first_layer: int, layers: int) -> Sequence[int]:
+    """The layers after which the cell acts, of the encoder's `layers`."""
     # only a head that pools the prompt reads what is written after the last layer
-    last = shape.layers - (1 if config.pooling == "prompt" else 2)
+    last = layers - (1 if config.pooling == "prompt" else 2)
+    if first_layer > max(last, 0):
+        raise UserError(
+            f"adapter.first_layer {first_layer} leaves no layer after which a cell's prompt would be read: the encoder "
+            f"has {layers} layers; give at most {last}, or adapter.method prompt-tuning"
+        )
     if config.cell_layers is None:
-        return range(last + 1)
-    if wrong := [layer for layer in config.cell_layers if layer > last]:
+        return range(first_layer, last + 1)
+    if wrong := [layer for layer in config.cell_layers if not first_layer <= layer <= last]:
         raise UserError(
             f"adapter.cell_layers: nothing reads a prompt written after layer {wrong[0]}: the encoder "
-            f"has {shape.layers} layers, give some of 0 to {last}"
+            f"has {layers} layers, give some of {first_layer} to {last}"
         )
     return config.cell_layers

@@ -34,12 +34,13 @@ def starting_prompt(
     """The starting values of the prompt.
 
     Args:
-        embed: token ids `[n]` -> their frozen embeddings `[n, E]`.
+        embed: token ids `[n]` -> what enters the prompt's first layer for them: their frozen embeddings `[n, E]`, or
+            states `[n, H]`.
         tokenizer: needed by `text` and `labels`; `vocab` uses it to leave special tokens out.
         label_words: the task's labels as words, for `labels`.
 
     Returns:
-        float32 `[P, E]`.
+        float32 `[P, E]`, or `[P, H]`.
 
     Raises:
         UserError: `text` or `labels` without a tokenizer or without words.

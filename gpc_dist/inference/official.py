@@ -70,5 +70,5 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
 def _shares(one: Config, other: Config) -> bool:
     """Whether a session of one configuration can run an adapter of the other."""
     sections = ("encoder", "task", "data", "engine")
-    frozen = not (one.adapter.trains_encoder or other.adapter.trains_encoder)
-    return frozen and all(getattr(one, section) == getattr(other, section) for section in sections)
+    alike = one.adapter.entry == other.adapter.entry and not one.adapter.trains_encoder
+    return alike and all(getattr(one, section) == getattr(other, section) for section in sections)

@@ -31,12 +31,20 @@ __all__ = [
     "sdpa_flop_count",
     "storage_key",
     "tree_leaves",
+    "with_own_children",
 ]
 
 
 def storage_key(storage: UntypedStorage) -> int:
     """The same for all Python objects that stand for a storage, as long as it lives."""
     return storage._cdata
+
+
+def with_own_children(module: nn.Module) -> nn.Module:
+    """A module with the same weights, submodules and hooks, which can be given other submodules."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
 
 
 def copy_without_hooks(module: nn.Module) -> nn.Module:

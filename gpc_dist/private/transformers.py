@@ -38,6 +38,7 @@ with checked("transformers"):
 
 __all__ = [
     "find_file",
+    "fit_stack",
     "has_encoder_class",
     "ignored_keys",
     "model_class",
@@ -45,6 +46,7 @@ __all__ = [
     "no_init_weights",
     "replace_t5_attention",
     "replace_t5_norms",
+    "start_at",
     "unroll_albert",
 ]
 
@@ -82,6 +84,27 @@ def unroll_albert(encoder: Any) -> None:
     # its forward finds the layer from the number of groups; the shared configuration stays as it is
     stack.config = copy.copy(stack.config)
     stack.config.num_hidden_groups = count
+
+
+def fit_stack(stack: Any, count: int) -> None:
+    """Let the owner of a list of layers run `count` of them, in place; most run all that are in the list."""
+    if hasattr(stack, "albert_layer_groups"):
+        stack.config = copy.copy(stack.config)
+        stack.config.num_hidden_groups = stack.config.num_hidden_layers = count
+
+
+def start_at(stack: Any, layer: nn.Module, bottom: nn.Module) -> None:
+    """Let the owner of a list of layers start at `layer` instead of the encoder's bottom layer, in place.
+
+    T5's layers hand on the relative bias that the bottom one computes: `layer` computes it with the same table, which
+    becomes a part of it. DeBERTa's convolution stands after the bottom layer alone.
+    """
+    for old, new in zip(bottom.modules(), layer.modules(), strict=False):
+        if getattr(old, "has_relative_attention_bias", False) and not new.has_relative_attention_bias:
+            new.relative_attention_bias = old.relative_attention_bias
+            new.has_relative_attention_bias = True  # type: ignore[assignment]
+    if hasattr(stack, "conv"):
+        stack.conv = None
 
 
 def new_gelus(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -81,7 +81,8 @@ def pack_key(trial: Config) -> tuple[str, ...]:
     data = trial.data.model_dump_json(exclude={"limit_train", "limit_eval"})
     prompt_tokens = trial.adapter.prompt_tokens if trial.adapter.has_prompt else 0
     sections = (trial.encoder, trial.task, trial.engine)
-    return (*(section.model_dump_json() for section in sections), data, f"prompt tokens: {prompt_tokens}")
+    prompt = f"prompt tokens: {prompt_tokens}", f"entry: {trial.adapter.entry}"
+    return (*(section.model_dump_json() for section in sections), data, *prompt)
 
 
 def validate(spec: SearchSpec) -> None:

@@ -84,7 +84,7 @@ class Session:
             UserError: see `graft.new_adapter` and `hand_over_encoder`.
         """
         adapter = new_adapter(
-            self.base.parts,
+            self.model,
             config.adapter,
             self.task.outputs,
             tokenizer=self.base.tokenizer,
@@ -170,7 +170,8 @@ def open_session(
     dtype = encoder_dtype(config.engine, world.device)
     ds_config = deepspeed_config.resolve(config, world.size, dtype)
     choose_kernels(base.parts.layers)
-    model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in attached])
+    first_layer = config.adapter.entry_layer(base.parts.shape.layers)
+    model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in attached], first_layer)
     if config.engine.compile:
         own_folders.keep_compiled_code()
         model.compile_layers()

@@ -40,6 +40,11 @@ def with_prompt(encoder: Any, start: Tensor, batch: dict[str, Tensor]) -> dict[s
     return made
 
 
+def behind(start: Tensor, states: Tensor) -> Tensor:
+    """Text states `[B, T, H]` behind the prompt that enters with them."""
+    return torch.cat([start.expand(len(states), -1, -1), states], dim=1)
+
+
 def write(states: Tensor, previous: Tensor, layer: int, tokens: int, next_prompt: NextPrompt) -> Tensor:
     prompt = next_prompt(layer, states[:, :tokens], previous[:, :tokens], states[:, tokens:])
     return torch.cat([prompt, states[:, tokens:]], dim=1)
@@ -74,16 +79,56 @@ def _layer_calls(
 
 def run_layers(encoder: Any, inputs: dict[str, Any], tokens: int, next_prompt: NextPrompt) -> Tensor:
     """Last hidden states `[B, P+T, H]` from `inputs` that hold the prompt already."""
+
+    def written(states: Tensor, previous: Tensor, index: int) -> Tensor:
+        return write(states, previous, index, tokens, next_prompt)
+
     calls = _layer_calls(encoder, inputs)
+    return _run(encoder, calls, range(len(calls)), calls[0][1][0], inputs["attention_mask"], written)
+
+
+def run_layers_late(
+    encoder: Any, batch: dict[str, Tensor], start: Tensor, first: int, next_prompt: NextPrompt
+) -> Tensor:
+    """Last hidden states `[B, P+T, H]` of an encoder that runs the text alone, and gets a prompt `start [P, H]` before
+    layer `first`."""
+    tokens = len(start)
+    width = encoder.get_input_embeddings().embedding_dim
+    below = _layer_calls(encoder, with_prompt(encoder, start.new_empty(0, width), batch))
+    text = _run(
+        encoder, below, range(first), below[0][1][0], batch["attention_mask"], lambda states, *_: states
+    )
+
+    def written(states: Tensor, previous: Tensor, index: int) -> Tensor:
+        return write(states, previous, index, tokens, next_prompt)
+
+    # of these calls only the masks, biases and angles are used, which are those of P+T positions
+    inputs = with_prompt(encoder, torch.zeros(tokens, width, dtype=text.dtype), batch)
+    above = _layer_calls(encoder, inputs)
+    layers = range(first, len(above))
+    return _run(encoder, above, layers, behind(start, text), inputs["attention_mask"], written)
+
+
+def _run(
+    encoder: Any,
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]],
+    layers: range,
+    entering: Tensor,
+    mask: Tensor,
+    written: Callable[[Tensor, Tensor, int], Tensor],
+) -> Tensor:
+    """States after some of the layers, and after the encoder's last norm if they include the last one."""
     family = encoder.config.model_type
-    embedded = states = calls[0][1][0]
-    for index, (layer, args, kwargs) in enumerate(calls):
+    states = entering
+    for index in layers:
+        layer, args, kwargs = calls[index]
         previous = states
         output = layer(states, *args[1:], **kwargs)
-        states = output[0] if isinstance(output, tuple) else output
-        states = write(states, previous, index, tokens, next_prompt)
+        states = written(output[0] if isinstance(output, tuple) else output, previous, index)
         if family == "deberta-v2" and index == 0:
-            states = encoder.encoder.conv(embedded, states, inputs["attention_mask"])
+            states = encoder.encoder.conv(entering, states, mask)
+    if layers.stop < len(calls):
+        return states
     final = {
         "modernbert": lambda: encoder.final_norm,
         "xlm-roberta-xl": lambda: encoder.encoder.LayerNorm,
@@ -114,8 +159,9 @@ def bert(
     types: Tensor,
     next_prompt: NextPrompt,
     heads: int = 4,
+    first: int = 0,
 ) -> Tensor:
-    """Last states `[B, P+T, H]` of a BERT with the weights `w` after a prompt `start [P, H]`."""
+    """Last states `[B, P+T, H]` of a BERT with the weights `w`, given a prompt `start [P, H]` before layer `first`."""
     tokens = len(start)
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -126,20 +172,25 @@ def bert(
         scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt()
         return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
 
-    words = torch.cat([start.expand(len(ids), -1, -1), w["embeddings.word_embeddings.weight"][ids]], dim=1)
-    segments = w["embeddings.token_type_embeddings.weight"][padded_left(types, tokens, 0)]
+    words = w["embeddings.word_embeddings.weight"][ids]
+    if first == 0:
+        words, types, mask = behind(start, words), padded_left(types, tokens, 0), padded_left(mask, tokens, 1)
+    segments = w["embeddings.token_type_embeddings.weight"][types]
     places = w["embeddings.position_embeddings.weight"][: words.shape[1]]
     x = norm(words + segments + places, "embeddings.LayerNorm")
-    bias = _mask_bias(padded_left(mask, tokens, 1), x.dtype)
     layers = 1 + max(int(name.split(".")[2]) for name in w if name.startswith("encoder.layer."))
     for index in range(layers):
+        if index == first > 0:
+            x, mask = behind(start, x), padded_left(mask, tokens, 1)
+        bias = _mask_bias(mask, x.dtype)
         before, name = x, f"encoder.layer.{index}"
         q, k, v = (linear(x, f"{name}.attention.self.{part}") for part in ("query", "key", "value"))
         mixed = _attention(q, k, v, heads, bias, (x.shape[-1] // heads) ** -0.5)
         x = norm(linear(mixed, f"{name}.attention.output.dense") + x, f"{name}.attention.output.LayerNorm")
         inner = F.gelu(linear(x, f"{name}.intermediate.dense"))
         x = norm(linear(inner, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
-        x = write(x, before, index, tokens, next_prompt)
+        if index >= first:
+            x = write(x, before, index, tokens, next_prompt)
     return x
 
 
@@ -152,8 +203,10 @@ def t5(
     heads: int = 4,
     buckets: int = 8,
     max_distance: int = 16,
+    first: int = 0,
 ) -> Tensor:
-    """Last states `[B, P+T, H]` of a T5 encoder with the weights `w` after a prompt `start [P, H]`."""
+    """Last states `[B, P+T, H]` of a T5 encoder with the weights `w`, given a prompt `start [P, H]` before layer
+    `first`."""
     tokens = len(start)
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -168,20 +221,26 @@ def t5(
         ratio = math.log(far / (half // 2)) / math.log(max_distance / (half // 2))
         return side + min(half // 2 + int(ratio * (half - half // 2)), half - 1)
 
-    x = torch.cat([start.expand(len(ids), -1, -1), w["shared.weight"][ids]], dim=1)
-    length = x.shape[1]
-    table = torch.tensor([[bucket(key - query) for key in range(length)] for query in range(length)])
-    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    bias = w[name][table].permute(2, 0, 1) + _mask_bias(padded_left(mask, tokens, 1), x.dtype)
+    def bias_of(mask: Tensor) -> Tensor:
+        length = mask.shape[1]
+        table = torch.tensor([[bucket(key - query) for key in range(length)] for query in range(length)])
+        name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        return w[name][table].permute(2, 0, 1) + _mask_bias(mask, x.dtype)
+
+    x = w["shared.weight"][ids]
     layers = 1 + max(int(n.split(".")[2]) for n in w if n.startswith("encoder.block."))
     for index in range(layers):
+        if index == first:
+            x, mask = behind(start, x), padded_left(mask, tokens, 1)
+        bias = bias_of(mask)
         before, name = x, f"encoder.block.{index}.layer"
         normed = norm(x, f"{name}.0.layer_norm")
         q, k, v = (normed @ w[f"{name}.0.SelfAttention.{part}.weight"].T for part in "qkv")
         x = x + _attention(q, k, v, heads, bias, 1.0) @ w[f"{name}.0.SelfAttention.o.weight"].T
         inner = norm(x, f"{name}.1.layer_norm") @ w[f"{name}.1.DenseReluDense.wi.weight"].T
         x = x + inner.relu() @ w[f"{name}.1.DenseReluDense.wo.weight"].T
-        x = write(x, before, index, tokens, next_prompt)
+        if index >= first:
+            x = write(x, before, index, tokens, next_prompt)
     return norm(x, "encoder.final_layer_norm")
 
 
@@ -226,8 +285,8 @@ def cell_rule(adapter: Any, mask: Tensor, weights: Weights | None = None) -> Nex
         if config.method == "prompt-tuning":
             return e
         if config.method == "deep-prompt":
-            return w["prompt.deep"][layer].expand(len(e), -1, -1)
-        place = config.cell_layers.index(layer) if config.cell_layers else layer
+            return w["prompt.deep"][layer - config.first_layer].expand(len(e), -1, -1)
+        place = config.cell_layers.index(layer) if config.cell_layers else layer - config.first_layer
         cell = f"cell.{place if config.cell_per_layer else 0}"
         remembered, forgotten = unit(e, f"{cell}.remember"), unit(p, f"{cell}.forget")
         if config.cell == "recurrent":

@@ -27,9 +27,10 @@ def loss_in_float64(family: str, encoder: nn.Module, adapter: Adapter, batch: di
     def loss(w: Weights) -> Tensor:
         rule = cell_rule(adapter, mask, w)
         if family == "bert":
-            states = bert(frozen, w["prompt.start"], ids, mask, batch["token_type_ids"], rule)
+            types = batch["token_type_ids"]
+            states = bert(frozen, w["prompt.start"], ids, mask, types, rule, first=adapter.first_layer)
         else:
-            states = t5(frozen, w["prompt.start"], ids, mask, rule)
+            states = t5(frozen, w["prompt.start"], ids, mask, rule, first=adapter.first_layer)
         read = read_of(states, adapter.config)
         there = torch.ones(read.shape[:2]) if adapter.config.pooling == "prompt" else mask
         pooled = (read * there[:, :, None]).sum(1) / there.sum(1, keepdim=True)

@@ -27,7 +27,7 @@ PACKED_FAMILIES = ["albert", "bert", "deberta-v2", "modernbert", "roberta", "t5"
 
 def packed(family: str, methods: list[str]) -> GraftedEncoder:
     graft = grafted(family, options("prompt-tuning"))
-    lanes = [new_adapter(graft.parts, options(m), n) for m, n in zip(methods, OUTPUTS, strict=True)]
+    lanes = [new_adapter(graft, options(m), n) for m, n in zip(methods, OUTPUTS, strict=True)]
     for seed, lane in enumerate(lanes):
         randomise(lane, seed=10 + seed)
     graft.lanes = nn.ModuleList(lanes)
@@ -119,7 +119,7 @@ def test_rows_that_do_not_fit_the_lanes_are_refused(rows: list[int] | None) -> N
 @pytest.mark.parametrize("other", [{"prompt_tokens": P + 1}, {"method": "linear-probe"}])
 def test_lanes_with_prompts_of_different_lengths_are_refused(other: dict[str, Any]) -> None:
     graft = packed("bert", MIXES["methods"])
-    graft.lanes[2] = new_adapter(graft.parts, options("residual", **other), 1)
+    graft.lanes[2] = new_adapter(graft, options("residual", **other), 1)
     with pytest.raises(ValueError, match=r"equal prompt lengths, not \["):
         graft(**packed_batch("bert"), lane_rows=ROWS)
 

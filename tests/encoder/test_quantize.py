@@ -43,11 +43,13 @@ def quantized(parts: EncoderParts) -> EncoderParts:
 
 def graft(parts: EncoderParts) -> GraftedEncoder:
     """With an adapter whose logits are about 1 and whose cell does nothing yet, equal for every copy of an encoder."""
-    adapter = new_adapter(parts, AdapterConfig(prompt_tokens=8, cell="residual"), outputs=3)
+    model = GraftedEncoder(parts, [])
+    adapter = new_adapter(model, AdapterConfig(prompt_tokens=8, cell="residual"), outputs=3)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         adapter.head.linear.weight.normal_(std=parts.shape.hidden_size**-0.5, generator=generator)
-    return GraftedEncoder(parts, [adapter])
+    model.lanes.append(adapter)
+    return model
 
 
 def logits_and_gradient(model: GraftedEncoder, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

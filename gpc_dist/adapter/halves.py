@@ -1,0 +1,163 @@
+"""An encoder in two halves: the layers below k run on the text alone, those from k on run on prompt and text.
+
+The text states that enter layer k depend on nothing that is trained, so no gradient goes through the lower half, and
+they can be computed once and kept (Liu et al. 2022, arXiv 2210.11292, put the prompt in between for a shorter way from
+the loss to it). Both halves run the encoder's own code on the encoder's own layers: masks, relative biases and rotary
+angles are made for the rows that a half is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpc_dist.adapter.families import EncoderParts
+from gpc_dist.errors import UserError
+
+
+class LowerHalf:
+    """Layers 0 to k-1 of an encoder, which run on the text alone and without gradients.
+
+    Args:
+        first_layer: k; if it is L, all layers, and what the head reads comes out.
+    """
+
+    def __init__(self, parts: EncoderParts, first_layer: int):
+        layers, self._tap = list(parts.layers[:first_layer]), None
+        if first_layer < len(parts.layers):
+            self._tap = _Tap(parts.layers[first_layer], layers[-1])
+            layers.append(self._tap)
+        self._parts = _with_layers(parts, layers)[0]
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """The text states that enter layer k, `[R, T, H]` in the encoder's dtype.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: as of a `GraftedEncoder`.
+        """
+        last = self._parts.run(self._parts.embed(input_ids), attention_mask, token_type_ids)
+        return last if self._tap is None else self._tap.take()
+
+
+class UpperHalf:
+    """Layers k to L-1 of an encoder, from states that enter layer k > 0. The encoder's layer k is changed (see
+    `private.transformers.start_at`)."""
+
+    def __init__(self, parts: EncoderParts, first_layer: int):
+        from gpc_dist.private.transformers import start_at
+
+        first = parts.layers[first_layer]
+        self.parts, stack = _with_layers(parts, parts.layers[first_layer:])
+        start_at(stack, first, parts.layers[0])
+        self._entering: Tensor | None = None
+        self._handle = first.register_forward_pre_hook(self._enter)
+
+    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """States of the last layer, `[R, S, H]`.
+
+        Args:
+            states: enter layer k, `[R, S, H]`.
+            attention_mask: 1 where one may be attended to, `[R, S]`.
+        """
+        # the encoder makes its masks, biases and angles for embeddings of this size, whatever their values
+        embeds = states.new_zeros(1, 1, self.parts.shape.embedding_size).expand(*states.shape[:2], -1)
+        self._entering = states
+        try:
+            return self.parts.run(embeds, attention_mask)
+        finally:
+            self._entering = None
+
+    def detach_hook(self) -> None:
+        """Remove the hook from layer k."""
+        self._handle.remove()
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if self._entering is None else (self._entering, *args[1:])
+
+
+@torch.no_grad()
+def check_halves(parts: EncoderParts, lower: LowerHalf, upper: UpperHalf) -> None:
+    """Check with a toy batch that an untested encoder gives in two halves what it gives as a whole.
+
+    Raises:
+        UserError: it does not; names the family.
+    """
+    ids = torch.arange(16, device=parts.token_embeddings.weight.device).view(2, 8)  # type: ignore[arg-type]
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    expected = parts.run(parts.embed(ids), mask)
+    try:
+        states = lower(ids, mask)
+        lower(ids + 1, mask)  # states may have been computed long ago: nothing else may reach the upper half
+        found = upper(states, mask)
+    except Exception as error:
+        found, reason = None, str(error)
+    else:
+        reason = "its upper layers do not give by themselves what they give in the whole"
+    close = 1e-5 * float(expected.float().abs().max()) if expected.dtype == torch.float32 else 1e-2
+    if found is None or float((found - expected)[mask == 1].abs().max()) > close:
+        family = parts.encoder.config.model_type  # type: ignore[union-attr]
+        raise UserError(
+            f"encoder family '{family}' cannot take a prompt before a later layer ({reason}): use adapter.first_layer 0"
+        )
+
+
+def _with_layers(parts: EncoderParts, layers: Sequence[nn.Module]) -> tuple[EncoderParts, Any]:
+    """The encoder with other layers and everything else in common, and the owner of the list of its layers."""
+    from gpc_dist.private.torch import with_own_children
+    from gpc_dist.private.transformers import fit_stack
+
+    path = next(name for name, module in parts.encoder.named_modules() if module is parts.layers)
+    *owners, last = path.split(".")
+    encoder: Any = with_own_children(parts.encoder)
+    stack = encoder
+    for name in owners:
+        child = with_own_children(getattr(stack, name))
+        setattr(stack, name, child)
+        stack = child
+    listed = nn.ModuleList(layers)
+    setattr(stack, last, listed)
+    fit_stack(stack, len(listed))
+    return replace(parts, encoder=encoder, layers=listed), stack
+
+
+class _Tap(nn.Module):
+    """Stands for layer k behind the lower half, and keeps the states that enter it.
+
+    Args:
+        layer: layer k, of which an encoder may read attributes.
+        below: the layer before it, which returns in the form that the encoder expects.
+    """
+
+    def __init__(self, layer: nn.Module, below: nn.Module):
+        super().__init__()
+        self._layer = (layer,)  # in a tuple, because it must not become a submodule
+        self._states: Tensor | None = None
+        self._others: tuple[Any, ...] | None = None
+        below.register_forward_hook(self._note)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, states: Tensor, *_: Any, **__: Any) -> Any:
+        self._states, others = states, self._others
+        return states if others is None else (states, *others)
+
+    def take(self) -> Tensor:
+        """The states of the last pass, which are then forgotten."""
+        states, self._states, self._others = self._states, None, None
+        assert states is not None
+        return states
+
+    def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._others = output[1:] if isinstance(output, tuple) else None
