@@ -96,7 +96,7 @@ def run_rank(case: Case, folder: Path, out: Path) -> None:
     from gpc_dist.encoder.shapes import known_config
     from gpc_dist.encoder.skeleton import build_skeleton
     from gpc_dist.tasks import make_task
-    from gpc_dist.training.session import load_base, open_session
+    from gpc_dist.training.session import Split, load_base, open_session
     from gpc_dist.training.step import LaneExamples, backward, finish, prepare
 
     config = build(case.settings(folder) | {"task": {"text": ["text"], "labels": ["no", "yes"]}})
@@ -113,7 +113,7 @@ def run_rank(case: Case, folder: Path, out: Path) -> None:
     vocabulary = session.model.token_embeddings.num_embeddings
     encoded = synthetic(np.full(rows, case.tokens), vocabulary, seed=0)
     for _ in range(STEPS):
-        step = prepare(session, [LaneExamples(adapter, encoded, np.arange(rows))])
+        step = prepare(session, [LaneExamples(adapter, Split([], encoded), np.arange(rows))])
         finish(session, [optimizer], backward(session, step))
     found = world.gather(_peak(world.device) - idle)
     if world.is_main:

@@ -250,8 +250,6 @@ class GraftedEncoder(nn.Module):
         """Remove the hooks from the encoder's layers."""
         for handle in self._handles:
             handle.remove()
-        if self.upper is not None:
-            self.upper.detach_hook()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter of a single-lane encoder to `folder` (see `adapter.store`)."""
@@ -335,9 +333,14 @@ def new_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     label_words: Sequence[str] = (),
     seed: int = 0,
+    entering: Callable[[Tensor], Tensor] | None = None,
 ) -> Adapter:
     """A new adapter for a graft, not attached to it. Its prompt starts from what enters layer k: embeddings, whose
-    table must not be sharded, or text states, which all ranks of a sharded encoder compute together.
+    table must not be sharded, or text states.
+
+    Args:
+        entering: token ids `[n]` of a text -> its states that enter layer k > 0, `[n, H]`; computed by the graft's
+            lower half when not given.
 
     Raises:
         UserError: the prompt leaves no room for text in the encoder's position table, or no layer reads it.
@@ -354,16 +357,18 @@ def new_adapter(
             f"{parts.max_positions} positions"
         )
 
-    def entering(ids: Tensor) -> Tensor:
-        ids = ids.to(device)
+    def states(ids: Tensor) -> Tensor:
         if model.lower is None:
-            return embeddings(ids)
-        return model.lower(ids[None], torch.ones_like(ids[None]))[0]
+            return embeddings(ids.to(device))
+        if entering is not None:
+            return entering(ids)
+        row = ids.to(device)[None]
+        return model.lower(row, torch.ones_like(row))[0]
 
     with torch.no_grad():
         start = starting_prompt(
             config,
-            entering,
+            states,
             embeddings.num_embeddings,
             tokenizer,
             label_words,

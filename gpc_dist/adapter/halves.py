@@ -8,7 +8,8 @@ angles are made for the rows that a half is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,8 @@ class LowerHalf:
         if first_layer < len(parts.layers):
             self._tap = _Tap(parts.layers[first_layer], layers[-1])
             layers.append(self._tap)
-        self._parts = _with_layers(parts, layers)[0]
+        self.parts, _ = _with_layers(parts, layers)
+        """The encoder without the other layers."""
 
     @torch.no_grad()
     def __call__(
@@ -42,22 +44,26 @@ class LowerHalf:
         Args:
             input_ids, attention_mask, token_type_ids: as of a `GraftedEncoder`.
         """
-        last = self._parts.run(self._parts.embed(input_ids), attention_mask, token_type_ids)
-        return last if self._tap is None else self._tap.take()
+        embeds = self.parts.embed(input_ids)
+        if self._tap is None:
+            return self.parts.run(embeds, attention_mask, token_type_ids)
+        with self._tap.open() as states:
+            self.parts.run(embeds, attention_mask, token_type_ids)
+        return states[0]
 
 
 class UpperHalf:
     """Layers k to L-1 of an encoder, from states that enter layer k > 0. The encoder's layer k is changed (see
-    `private.transformers.start_at`)."""
+    `private.transformers.share_bottom_bias`)."""
 
     def __init__(self, parts: EncoderParts, first_layer: int):
-        from gpc_dist.private.transformers import start_at
+        from gpc_dist.private.transformers import leave_out_bottom, share_bottom_bias
 
         first = parts.layers[first_layer]
-        self.parts, stack = _with_layers(parts, parts.layers[first_layer:])
-        start_at(stack, first, parts.layers[0])
-        self._entering: Tensor | None = None
-        self._handle = first.register_forward_pre_hook(self._enter)
+        share_bottom_bias(parts.layers[0], first)
+        self.parts, stack = _with_layers(parts, list(parts.layers[first_layer:]))
+        """The encoder without the other layers."""
+        leave_out_bottom(stack)
 
     def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """States of the last layer, `[R, S, H]`.
@@ -68,18 +74,16 @@ class UpperHalf:
         """
         # the encoder makes its masks, biases and angles for embeddings of this size, whatever their values
         embeds = states.new_zeros(1, 1, self.parts.shape.embedding_size).expand(*states.shape[:2], -1)
-        self._entering = states
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return states, *args[1:]
+
+        # before all other hooks, which then see these states
+        handle = self.parts.layers[0].register_forward_pre_hook(enter, prepend=True)
         try:
             return self.parts.run(embeds, attention_mask)
         finally:
-            self._entering = None
-
-    def detach_hook(self) -> None:
-        """Remove the hook from layer k."""
-        self._handle.remove()
-
-    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return None if self._entering is None else (self._entering, *args[1:])
+            handle.remove()
 
 
 @torch.no_grad()
@@ -129,7 +133,7 @@ def _with_layers(parts: EncoderParts, layers: Sequence[nn.Module]) -> tuple[Enco
 
 
 class _Tap(nn.Module):
-    """Stands for layer k behind the lower half, and keeps the states that enter it.
+    """Stands for layer k behind the lower half, and hands out the states that enter it.
 
     Args:
         layer: layer k, of which an encoder may read attributes.
@@ -138,26 +142,31 @@ class _Tap(nn.Module):
 
     def __init__(self, layer: nn.Module, below: nn.Module):
         super().__init__()
-        self._layer = (layer,)  # in a tuple, because it must not become a submodule
-        self._states: Tensor | None = None
-        self._others: tuple[Any, ...] | None = None
-        below.register_forward_hook(self._note)
+        self._others = (layer, below)  # in a tuple, because they must not become submodules
+        self._entered: list[Tensor] = []
+        self._returned: tuple[Any, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
+            return getattr(self.__dict__["_others"][0], name)
+
+    @contextmanager
+    def open(self) -> Iterator[list[Tensor]]:
+        """A list that has the states when one pass has been made in the block."""
+
+        def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            self._returned = output[1:] if isinstance(output, tuple) else None
+
+        handle = self._others[1].register_forward_hook(note)
+        self._entered = []
+        try:
+            yield self._entered
+        finally:
+            handle.remove()
+            self._entered, self._returned = [], None
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Any:
-        self._states, others = states, self._others
-        return states if others is None else (states, *others)
-
-    def take(self) -> Tensor:
-        """The states of the last pass, which are then forgotten."""
-        states, self._states, self._others = self._states, None, None
-        assert states is not None
-        return states
-
-    def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self._others = output[1:] if isinstance(output, tuple) else None
+        self._entered.append(states)
+        return states if self._returned is None else (states, *self._returned)

@@ -23,10 +23,13 @@ class Head(nn.Module):
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """`[R, T, H]` states and their mask `[R, T]` -> float32 outputs `[R, outputs]`."""
-        if self.pooling == "first":
-            pooled = states[:, 0].float()
-        else:
-            there = attention_mask.unsqueeze(-1).bool()
-            total = torch.sum(states.masked_fill(~there, 0), dim=1, dtype=torch.float32)
-            pooled = total / there.sum(dim=1).clamp(min=1)
-        return self.linear(pooled.to(self.linear.weight.dtype))
+        return self.linear(pooled(states, attention_mask, self.pooling).to(self.linear.weight.dtype))
+
+
+def pooled(states: Tensor, attention_mask: Tensor, pooling: Literal["mean", "first"]) -> Tensor:
+    """`[R, T, H]` states and their mask `[R, T]` -> float32 `[R, H]`."""
+    if pooling == "first":
+        return states[:, 0].float()
+    there = attention_mask.unsqueeze(-1).bool()
+    total = torch.sum(states.masked_fill(~there, 0), dim=1, dtype=torch.float32)
+    return total / there.sum(dim=1).clamp(min=1)

@@ -35,7 +35,7 @@ from gpc_dist.planner.recipe import planned
 from gpc_dist.tasks import EpochPlan, Task
 from gpc_dist.tasks.encode import Encoded
 from gpc_dist.tasks.metrics import accuracy
-from gpc_dist.training.session import Base, Session, check_input, load_base, open_session
+from gpc_dist.training.session import Base, Session, Split, check_input, load_base, open_session
 from gpc_dist.training.step import LaneExamples, backward, finish, prepare
 
 PROFILED_STEPS = 3
@@ -84,12 +84,13 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
         base = _random_base(shape, config, world)
     session = open_session(config, world, task, base)
     adapter = session.new_adapter(config)
-    examples = _examples(session, lengths, steps)
+    split = session.with_states(Split([], _examples(session, lengths, steps)))
+    examples = split.encoded
     optimizer = LaneOptimizer(adapter, config.train, world, config.engine.zero_stage)
     optimizer.set_factor(0.0)
 
     plan = EpochPlan(examples.sizes, config.run.seed, config.train.batch_size, config.train.batch_tokens)
-    steps_examples = [LaneExamples(adapter, examples, indices) for indices in plan.steps(0)]
+    steps_examples = [LaneExamples(adapter, split, indices) for indices in plan.steps(0)]
     by_work = sorted(steps_examples, key=lambda each: examples.sizes.padded_tokens(each.indices))
     # warm-up of the allocator, the compiler and caches: the longest, the shortest and the middle batch
     _run(session, optimizer, [by_work[-1], by_work[0], by_work[len(by_work) // 2]])
@@ -173,10 +174,16 @@ def _random_base(shape: str, config: Config, world: World) -> Base:
     model_config = known_config(shape)
     if model_config is None:
         raise UserError(f"--shape '{shape}' is unknown: give one of {', '.join(shape_names())}")
-    parts = build_skeleton(model_config, encoder_dtype(config.engine, world.device))
     engine = config.engine
     on_host = engine.zero_stage == 3 or engine.token_table == "host" or engine.quantize != "none"
-    fill_random(parts, torch.device("cpu") if on_host else world.device)
+
+    def load() -> Encoder:
+        parts = build_skeleton(model_config, encoder_dtype(engine, world.device))
+        fill_random(parts, torch.device("cpu") if on_host else world.device)
+        return Encoder(parts, None)
+
+    encoder = load()
+    parts = encoder.parts
     identity = EncoderIdentity(
         path=f"{shape}, random weights",
         revision=None,
@@ -185,7 +192,7 @@ def _random_base(shape: str, config: Config, world: World) -> Base:
         layers=parts.shape.layers,
         sha256="",
     )
-    return Base(Encoder(parts, None), identity, None, count_parameters(parts), time.monotonic() - start)
+    return Base(encoder, identity, None, load, count_parameters(parts), time.monotonic() - start)
 
 
 def _examples(session: Session, lengths: str, steps: int) -> Encoded:

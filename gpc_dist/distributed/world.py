@@ -73,6 +73,11 @@ class World:
         found = self._messages.gather(save(tensors))
         return None if found is None else [load(each) for each in found]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """The values of all ranks, as JSON has them, on every rank."""
+        found: list[Any] = self.from_main(self.gather(value))
+        return found
+
     def from_main(self, value: Any) -> Any:
         """The value of rank 0, as JSON has it, on every rank."""
         if self.size == 1:

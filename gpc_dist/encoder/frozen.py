@@ -162,8 +162,15 @@ def count_parameters(parts: EncoderParts) -> int:
     return sum(p.numel() for p in modules.parameters())
 
 
-def place(encoder: Encoder, world: World, engine: EngineConfig, ds_config: dict[str, Any]) -> None:
-    """Move the encoder to where the run needs it, in place.
+def place(
+    encoder: Encoder,
+    world: World,
+    engine: EngineConfig,
+    ds_config: dict[str, Any],
+    half: EncoderParts | None = None,
+) -> None:
+    """Move the encoder, or a half of it, to where the run needs it, in place. The layers that are in no half stay where
+    they are: what is not in memory is not read.
 
     At stages 0 to 2 every rank has all of it: on the CPU as a view of the checkpoint file where the dtype is the
     same, so that all ranks of a machine share one copy; on a GPU read in pieces. At stage 3 it is sharded
@@ -173,7 +180,7 @@ def place(encoder: Encoder, world: World, engine: EngineConfig, ds_config: dict[
     Raises:
         UserError, MachineError: see `sharding.shard`.
     """
-    parts, places = encoder.parts, encoder.places
+    parts, places = half or encoder.parts, encoder.places
     model: Any = parts.encoder
     model.set_input_embeddings(_NoTable())
     if engine.token_table == "device":

@@ -100,7 +100,7 @@ def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[s
     try:
         session = open_adapter(folder, config, world)
         examples = session.task.read("test")
-        outputs = adapter_outputs(session, session.split(examples))
+        outputs = adapter_outputs(session, session.split(examples, cached=False))
         if outputs is not None:
             file = write_predictions(session.task, examples, outputs, output)
             print(f"{len(examples)} predictions written to {file}")
@@ -115,7 +115,7 @@ def adapter_outputs(session: Session, split: Split, adapter: Adapter | None = No
     Args:
         adapter: the attached one when not given.
     """
-    outputs = all_outputs(session, [adapter or session.model.adapter], split.encoded)
+    outputs = all_outputs(session, [adapter or session.model.adapter], split)
     return None if outputs is None else outputs[0]
 
 
@@ -146,4 +146,6 @@ class Predictor:
         """
         task = self.session.task
         examples = task.parse([dict(row) for row in rows])
-        return task.predictions(examples, adapter_outputs(self.session, self.session.split(examples)))
+        return task.predictions(
+            examples, adapter_outputs(self.session, self.session.split(examples, cached=False))
+        )

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,9 +15,9 @@ from torch.nn import functional as F
 from gpc_dist.adapter.cell import GatedCell
 from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.adapter.scale import rms, text_rms
-from gpc_dist.tasks import Batch, collate
+from gpc_dist.tasks import LaneBatch
 from gpc_dist.training.losses import summed_loss
-from gpc_dist.training.session import Session
+from gpc_dist.training.session import Session, lane_batch
 
 _TOGETHER = 16
 """Examples of one pass; few, because the states of all layers are kept for the gradient."""
@@ -29,7 +30,7 @@ class LayerFigures:
     layer: int
     """From 0."""
     cosine: float
-    """Cosine of `p_l` and `p_0`, the prompt that entered the first layer."""
+    """Cosine of `p_l` and `p_k`, the prompt that entered the encoder (before layer 0, unless it is a late one)."""
     prompt_rms: float
     """Root mean square of the prompt states."""
     text_rms: float
@@ -70,18 +71,18 @@ class _Seen:
 def inspect(session: Session, examples: int) -> list[LayerFigures]:
     """The figures of each layer, first to last, on the first `examples` examples of the validation split."""
     model, task = session.model, session.task
-    split = session.split(task.read("validation")[:examples])
-    layers = len(session.base.parts.layers)
-    sums = [_Sums() for _ in range(layers)]
+    split = session.split(task.read("validation")[:examples], cached=False)
+    first = model.first_layer
+    sums = [_Sums() for _ in session.base.parts.layers[first:]]
     rows = 0
     for start in range(0, len(split.encoded), _TOGETHER):
-        indices = range(start, min(start + _TOGETHER, len(split.encoded)))
-        batch = collate(split.encoded, indices, session.pad_id).to(session.world.device)
-        seen = _pass(model, task.kind, batch)
+        indices = np.arange(start, min(start + _TOGETHER, len(split.encoded)))
+        batch = lane_batch([(split, indices)], session.pad_id).to(session.world.device)
+        seen = _pass(session, batch)
         rows += len(batch.input_ids)
-        for layer in range(layers):
-            _add(sums[layer], layer, seen, batch, model.prompt_tokens)
-    return [_mean(layer, one, rows) for layer, one in enumerate(sums)]
+        for place, one in enumerate(sums):
+            _add(one, place, seen, batch.attention_mask, model.prompt_tokens)
+    return [_mean(layer, one, rows) for layer, one in enumerate(sums, start=first)]
 
 
 def _mean(layer: int, sums: _Sums, rows: int) -> LayerFigures:
@@ -96,13 +97,13 @@ def _mean(layer: int, sums: _Sums, rows: int) -> LayerFigures:
     )
 
 
-def _pass(model: GraftedEncoder, kind: Any, batch: Batch) -> _Seen:
+def _pass(session: Session, batch: LaneBatch) -> _Seen:
     """Run one forward and backward pass; return the recorded states, with their gradients."""
-    seen = _Seen()
+    seen, model = _Seen(), session.model
     model.eval()
     with _watched(model, seen), torch.enable_grad():
-        outputs = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        summed_loss(kind, outputs, batch).backward()
+        (outputs,) = session.run(batch, model.adapters)
+        summed_loss(session.task.kind, outputs, batch.lanes[0]).backward()
     return seen
 
 
@@ -127,7 +128,7 @@ def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
             seen.gates[after] = cell.gate(*states).mean().item()
 
     with ExitStack() as hooks:
-        for layer in model.parts.layers:
+        for layer in model.parts.layers[model.first_layer :]:
             hooks.callback(layer.register_forward_pre_hook(enters, prepend=True).remove)
         for cell in model.adapter.cell or []:
             hooks.callback(cell.register_forward_hook(writes).remove)
@@ -135,18 +136,18 @@ def _watched(model: GraftedEncoder, seen: _Seen) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _add(sums: _Sums, layer: int, seen: _Seen, batch: Batch, tokens: int) -> None:
-    """Add the rows of a pass to a layer's sums."""
-    states, first = seen.states[layer].float(), seen.states[0].float()
+def _add(sums: _Sums, place: int, seen: _Seen, attention_mask: Tensor, tokens: int) -> None:
+    """Add the rows of a pass to the sums of a layer, by its place among those from k on."""
+    states, first = seen.states[place].float(), seen.states[0].float()
     rows, prompt = len(states), states[:, :tokens]
     sums.cosine += F.cosine_similarity(prompt, first[:, :tokens], dim=-1).mean(1).sum().item()
     sums.prompt_rms += rms(prompt).mean(1).sum().item()
-    sums.text_rms += text_rms(states[:, tokens:], batch.attention_mask).sum().item()
-    gradient = seen.states[layer].grad
+    sums.text_rms += text_rms(states[:, tokens:], attention_mask).sum().item()
+    gradient = seen.states[place].grad
     assert gradient is not None
     sums.gradient_norm += gradient[:, :tokens].float().flatten(1).norm(dim=1).sum().item()
-    if (encoded := seen.encoded.get(layer - 1)) is not None:
+    if (encoded := seen.encoded.get(place - 1)) is not None:
         change = (prompt - encoded).norm(dim=-1) / encoded.norm(dim=-1)
         sums.written = (sums.written or 0.0) + change.mean(1).sum().item()
-    if (gate := seen.gates.get(layer - 1)) is not None:
+    if (gate := seen.gates.get(place - 1)) is not None:
         sums.gate = (sums.gate or 0.0) + gate * rows

@@ -41,12 +41,13 @@ __all__ = [
     "fit_stack",
     "has_encoder_class",
     "ignored_keys",
+    "leave_out_bottom",
     "model_class",
     "new_gelus",
     "no_init_weights",
     "replace_t5_attention",
     "replace_t5_norms",
-    "start_at",
+    "share_bottom_bias",
     "unroll_albert",
 ]
 
@@ -93,16 +94,18 @@ def fit_stack(stack: Any, count: int) -> None:
         stack.config.num_hidden_groups = stack.config.num_hidden_layers = count
 
 
-def start_at(stack: Any, layer: nn.Module, bottom: nn.Module) -> None:
-    """Let the owner of a list of layers start at `layer` instead of the encoder's bottom layer, in place.
-
-    T5's layers hand on the relative bias that the bottom one computes: `layer` computes it with the same table, which
-    becomes a part of it. DeBERTa's convolution stands after the bottom layer alone.
-    """
+def share_bottom_bias(bottom: nn.Module, layer: nn.Module) -> None:
+    """Let a layer of a T5 compute the relative bias, which the bottom layer computes for all, if it is given none. The
+    table becomes a part of both."""
     for old, new in zip(bottom.modules(), layer.modules(), strict=False):
         if getattr(old, "has_relative_attention_bias", False) and not new.has_relative_attention_bias:
             new.relative_attention_bias = old.relative_attention_bias
             new.has_relative_attention_bias = True  # type: ignore[assignment]
+
+
+def leave_out_bottom(stack: Any) -> None:
+    """Let the owner of a list of layers leave out what follows the bottom layer alone, in place: DeBERTa's
+    convolution."""
     if hasattr(stack, "conv"):
         stack.conv = None
 

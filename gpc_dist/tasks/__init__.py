@@ -10,7 +10,7 @@ from gpc_dist.config import DataConfig, TaskConfig
 from gpc_dist.errors import UserError
 from gpc_dist.tasks.batching import EpochPlan, Sizes, evaluation_batches, share
 from gpc_dist.tasks.collate import Batch, LaneBatch, collate, merge_lanes
-from gpc_dist.tasks.encode import Encoded, encode
+from gpc_dist.tasks.encode import Encoded, encode, one_text
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.holdout import read_part, selection_part
 from gpc_dist.tasks.packaged import NAMES, make_packaged_task
@@ -32,6 +32,7 @@ __all__ = [
     "evaluation_batches",
     "make_task",
     "merge_lanes",
+    "one_text",
     "read_part",
     "selection_part",
     "share",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpc_dist.tasks.encode import Encoded
+from gpc_dist.tasks.encode import Encoded, ranges
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def collate(encoded: Encoded, indices: Sequence[int] | np.ndarray, pad_id: int) 
 
     chosen = np.asarray(indices, dtype=np.int64)
     counts = encoded.sizes.rows[chosen]
-    rows = _ranges(encoded.example_starts[chosen], counts)
+    rows = encoded.rows_of(chosen)
     lengths = encoded.lengths[rows]
     width = int(lengths.max(initial=0))
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
@@ -96,6 +96,8 @@ class LaneBatch:
     """int64 `[R, T]`."""
     lanes: list[Batch]
     """The batch of each lane, which may have no rows; `to` moves only its targets."""
+    text_states: torch.Tensor | None = None
+    """`[R, T, H]`: the states of the rows that enter the first layer that a pass runs, if it is not the encoder's."""
 
     @property
     def lane_rows(self) -> list[int]:
@@ -117,6 +119,7 @@ class LaneBatch:
                 replace(batch, targets=None if batch.targets is None else to_device(batch.targets, device))
                 for batch in self.lanes
             ],
+            None if self.text_states is None else to_device(self.text_states, device),
         )
 
 
@@ -148,17 +151,11 @@ def _fill_rows(encoded: Encoded, rows: np.ndarray, input_ids: np.ndarray, token_
             column = next(columns)
             kept = encoded.row_kept[rows, column]
             starts = encoded.segment_starts[encoded.row_segments[rows, column]]
-            places = _ranges(cursor, kept)
-            flat_ids[places] = encoded.segment_ids[_ranges(starts, kept)]
+            places = ranges(cursor, kept)
+            flat_ids[places] = encoded.segment_ids[ranges(starts, kept)]
         else:
             kept = np.ones_like(cursor)
             places = cursor
             flat_ids[places] = token
         flat_types[places] = token_type
         cursor = cursor + kept
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The ranges `starts[i], ..., starts[i] + counts[i] - 1`, one after the other."""
-    offsets = starts - np.concatenate([[0], np.cumsum(counts)[:-1]])[: len(starts)]
-    return np.repeat(offsets, counts) + np.arange(counts.sum())

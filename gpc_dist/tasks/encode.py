@@ -8,8 +8,9 @@ tokenising its rows, and ReCoRD takes a few hundred MiB.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -61,11 +62,50 @@ class Encoded:
         """Tokens of every row, special tokens included, int64 `[R]`."""
         return self.row_kept.sum(axis=1) + sum(token is not None for token, _ in self.frame)
 
+    def rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """Numbers of the rows of these examples, in their order, int64."""
+        return ranges(self.example_starts[indices], self.sizes.rows[indices])
+
+    def with_rows_of_one_token(self) -> Encoded:
+        """The same examples, with one token in each row: for what is computed of a row as a whole."""
+        rows = len(self.row_kept)
+        return replace(
+            self,
+            segment_ids=np.zeros(1, dtype=np.int32),
+            segment_starts=np.array([0, 1]),
+            row_segments=np.zeros((rows, 1), dtype=np.int64),
+            row_kept=np.ones((rows, 1), dtype=np.int64),
+            frame=((None, 0),),
+            has_token_types=False,
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the token ids and types of all rows."""
+        found = hashlib.sha256(repr((self.frame, self.has_token_types)).encode())
+        for part in (self.segment_ids, self.segment_starts, self.row_segments, self.row_kept):
+            found.update(f"{part.dtype} {part.shape}".encode())
+            found.update(np.ascontiguousarray(part).tobytes())
+        return found.hexdigest()
+
     @cached_property
     def sizes(self) -> Sizes:
         """The sizes of the examples, for batching."""
         longest = np.maximum.reduceat(self.lengths, self.example_starts[:-1])
         return Sizes(rows=np.diff(self.example_starts), longest=longest)
+
+
+def one_text(ids: np.ndarray) -> Encoded:
+    """One unlabelled example with one row of these token ids, int `[T]`."""
+    return Encoded(
+        segment_ids=ids.astype(np.int32),
+        segment_starts=np.array([0, len(ids)]),
+        row_segments=np.zeros((1, 1), dtype=np.int64),
+        row_kept=np.array([[len(ids)]]),
+        frame=((None, 0),),
+        has_token_types=False,
+        example_starts=np.array([0, 1]),
+        targets=None,
+    )
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -153,6 +193,12 @@ def _longest_first(lengths: np.ndarray, room: int) -> np.ndarray:
         [np.where(first_is_longer, longer, shorter), np.where(first_is_longer, shorter, longer)],
         axis=1,
     )
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The ranges `starts[i], ..., starts[i] + counts[i] - 1`, one after the other."""
+    offsets = starts - np.concatenate([[0], np.cumsum(counts)[:-1]])[: len(starts)]
+    return np.repeat(offsets, counts) + np.arange(counts.sum())
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gpc_dist.adapter.graft import shared_prompt_tokens
 from gpc_dist.adapter.lane import Adapter
-from gpc_dist.tasks import Encoded, collate, evaluation_batches, merge_lanes
+from gpc_dist.tasks import evaluation_batches
 from gpc_dist.training.losses import split_outputs
-from gpc_dist.training.session import Session, Split
+from gpc_dist.training.session import Session, Split, lane_batch
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def evaluate(
             raise _StopError
 
     try:
-        outputs = all_outputs(session, lanes, split.encoded, check_stop)
+        outputs = all_outputs(session, lanes, split, check_stop)
     except _StopError:
         return None
     examples = split.examples
@@ -57,23 +57,24 @@ class _StopError(Exception):
 
 @torch.no_grad()
 def all_outputs(
-    session: Session, lanes: Sequence[Adapter], encoded: Encoded, on_batch: Callable[[], None] = lambda: None
+    session: Session, lanes: Sequence[Adapter], split: Split, on_batch: Callable[[], None] = lambda: None
 ) -> list[list[np.ndarray]] | None:
     """Compute the outputs of each lane for every example, in the split's order, on rank 0; None on other ranks.
 
     Args:
         on_batch: called after each batch.
     """
-    world, pad_id = session.world, session.pad_id
+    world, pad_id, rows = session.world, session.pad_id, split.rows
     tokens = max(1, session.config.train.eval_batch_tokens // len(lanes))
     found: dict[int, np.ndarray] = {}
     for indices in evaluation_batches(
-        encoded.sizes, world.rank, world.size, tokens, shared_prompt_tokens(lanes)
+        rows.sizes, world.rank, world.size, tokens, shared_prompt_tokens(lanes)
     ):
         # under ZeRO-3 a pass is a collective: a rank without examples runs one and drops the result
-        batch = collate(encoded, indices if len(indices) else [0], pad_id)
-        outputs = session.run(merge_lanes([batch] * len(lanes), pad_id).to(world.device), lanes)
-        by_lane = [split_outputs(out, batch) for out in outputs]
+        chosen = indices if len(indices) else np.array([0])
+        batch = lane_batch([(split, chosen)] * len(lanes), pad_id)
+        outputs = session.run(batch.to(world.device), lanes)
+        by_lane = [split_outputs(out, own) for out, own in zip(outputs, batch.lanes, strict=True)]
         found.update(zip(indices.tolist(), map(np.stack, zip(*by_lane, strict=True)), strict=False))
         on_batch()
     gathered = world.gather_tensors(_packed(found, len(lanes)))
@@ -82,9 +83,9 @@ def all_outputs(
     parts = [_unpacked(part) for part in gathered]
     ordered = {index: outputs for part in parts for index, outputs in part.items()}
     total = sum(map(len, parts))
-    if len(ordered) != len(encoded) or total != len(encoded):
-        raise AssertionError(f"{total} outputs for {len(encoded)} examples")
-    return [[ordered[index][lane] for index in range(len(encoded))] for lane in range(len(lanes))]
+    if len(ordered) != len(rows) or total != len(rows):
+        raise AssertionError(f"{total} outputs for {len(rows)} examples")
+    return [[ordered[index][lane] for index in range(len(rows))] for lane in range(len(lanes))]
 
 
 def _packed(found: dict[int, np.ndarray], lanes: int) -> dict[str, Tensor]:

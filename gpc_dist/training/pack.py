@@ -63,6 +63,7 @@ class Pack:
         """
         session, folder = self._session, RunFolder(config.run.folder)
         check_class_weights(config.train, session.task)
+        spent_s = session.text_states_s
         training = self._split("train", config)
         validation = self._split(selection_part(config.data), config)
         with ExitStack() as held:
@@ -82,8 +83,10 @@ class Pack:
                 training=training,
                 validation=validation,
                 saved=saved,
+                filled_s=session.text_states_s - spent_s,
             )
             self._held[name] = held.pop_all()
+        session.release_lower_layers()
 
     def leave(self, name: str, state: State = "stopped", reason: str = "") -> None:
         """Save a run's state and free its lane; does nothing if there is no such run: it may have ended meanwhile."""

@@ -30,22 +30,23 @@ class Event:
 
 
 class Progress:
-    """Progress of a run: a bar where rank 0 has a terminal, log lines elsewhere.
+    """Progress of a run, or of what goes before it: a bar where rank 0 has a terminal, log lines elsewhere.
 
     Args:
+        unit: what is counted.
         total: steps of the whole run.
         done: steps that were made before.
         main: whether this is rank 0.
     """
 
-    def __init__(self, total: int, done: int, main: bool):
+    def __init__(self, unit: str, total: int, done: int, main: bool):
         self._terminal = main and sys.stderr.isatty()
         self._total, self._first, self._start_s = total, done, time.monotonic()
         self._shown: dict[str, str] = {}
         self._bar = tqdm(
             total=total,
             initial=done,
-            unit="step",
+            unit=unit,
             disable=not self._terminal,
             dynamic_ncols=True,
         )

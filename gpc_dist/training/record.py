@@ -60,6 +60,18 @@ def open_folder(
     files.write_json(folder.facts, facts.collect_facts(argv) | described)
 
 
+def _states(run: Run) -> dict[str, Any]:
+    """Where the prompt enters, and what keeping the text states that enter with it took."""
+    held = [split.states.bytes for split in (run.training, run.validation) if split.states is not None]
+    total_s = run.speed.total_s + run.filled_s
+    return {
+        "first_layer": run.session.model.first_layer,
+        "state_cache_mib": sum(held) / 2**20,
+        "state_cache_s": run.filled_s,
+        "samples_per_s_with_state_cache": run.speed.examples / total_s if run.speed.examples else None,
+    }
+
+
 def run_result(run: Run) -> dict[str, Any]:
     """Return the contents of `result.json`; the caller adds memory, energy and total time."""
     session, config, position = run.session, run.config, run.position
@@ -79,5 +91,6 @@ def run_result(run: Run) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in run.adapter.parameters()),
         "frozen_parameters": 0 if config.adapter.trains_encoder else session.base.parameters,
         **run.speed.figures(),
+        **_states(run),
         "load_s": session.load_s,
     }

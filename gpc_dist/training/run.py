@@ -54,9 +54,13 @@ class Speed:
         self.tokens += int(lengths.sum())
         self.padded_tokens += int(len(lengths) * lengths.max())
 
+    @property
+    def total_s(self) -> float:
+        return sum(self.step_s)
+
     def figures(self) -> dict[str, float | None]:
         """Return speeds and padding for `result.json` and the metrics log; None before the second step."""
-        total_s = sum(self.step_s)
+        total_s = self.total_s
         return {
             "samples_per_s": self.examples / total_s if total_s else None,
             "tokens_per_s": self.tokens / total_s if total_s else None,
@@ -76,6 +80,7 @@ class Run:
         folder: the run's folder, prepared by `record.open_folder`.
         adapter: the adapter to train, see `Session.new_adapter`.
         saved: checkpoint to resume from.
+        filled_s: seconds that computing text states for this run took, see `Session.text_states_s`.
 
     Raises:
         UserError: the checkpoint was made with other weights of the encoder.
@@ -92,6 +97,7 @@ class Run:
         training: Split,
         validation: Split,
         saved: Checkpoint | None = None,
+        filled_s: float = 0.0,
     ):
         settings = config.train
         self.name, self.session, self.config, self.folder = name, session, config, folder
@@ -108,7 +114,7 @@ class Run:
         weights = class_weights(settings, targets, session.task.outputs)
         self._class_weights = None if weights is None else weights.to(session.world.device)
         self.speed = Speed()
-        self.started_s = time.time()
+        self.started_s, self.filled_s = time.time(), filled_s
         self.failure = ""
         """Why the run failed; empty if it has not."""
         self._nonfinite = 0
@@ -142,7 +148,7 @@ class Run:
         """The examples of the next step; they stay the same until `begin_step`."""
         if self._next is None:
             _, indices = next(self._batches)
-            self._next = LaneExamples(self.adapter, self.training.encoded, indices, self._class_weights)
+            self._next = LaneExamples(self.adapter, self.training, indices, self._class_weights)
         return self._next
 
     def begin_step(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,40 @@ from gpc_dist.distributed.memory import return_freed_memory
 from gpc_dist.distributed.world import World, encoder_dtype
 from gpc_dist.encoder import frozen
 from gpc_dist.encoder.attention import choose_kernels
+from gpc_dist.encoder.state_cache import CachedStates
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import Encoded, Example, LaneBatch, Task, encode
+from gpc_dist.tasks import Encoded, Example, LaneBatch, Task, collate, encode, merge_lanes
+from gpc_dist.training.text_states import TextStates
 
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of a split and their tokens."""
+    """The examples of a split, their tokens and, if they are cached, the text states that enter layer k."""
 
     examples: list[Example]
     encoded: Encoded
+    states: CachedStates | None = None
+    pooled: bool = False
+    """Whether `states` are one for each row."""
+
+    @cached_property
+    def rows(self) -> Encoded:
+        """What passes are made of: the tokens, or one in the place of each pooled state."""
+        return self.encoded.with_rows_of_one_token() if self.pooled else self.encoded
+
+
+def lane_batch(lanes: Sequence[tuple[Split, np.ndarray]], pad_id: int) -> LaneBatch:
+    """One batch of these examples of each lane's split, with their text states if they are cached."""
+    cached = [split.states for split, _ in lanes if split.states is not None]
+    if len(cached) < len(lanes):
+        return merge_lanes([collate(split.encoded, indices, pad_id) for split, indices in lanes], pad_id)
+    batch = merge_lanes([collate(split.rows, indices, pad_id) for split, indices in lanes], pad_id)
+    width = batch.input_ids.shape[1]
+    found = [
+        states.padded(split.rows.rows_of(indices), width)
+        for states, (split, indices) in zip(cached, lanes, strict=True)
+    ]
+    return replace(batch, text_states=torch.cat(found))
 
 
 @dataclass(frozen=True)
@@ -43,6 +68,8 @@ class Base:
     identity: EncoderIdentity
     tokenizer: Any
     """None for an encoder of random weights."""
+    load: Callable[[], frozen.Encoder]
+    """Loads it once more."""
     parameters: int
     """Number of the encoder's parameters, N."""
     load_s: float
@@ -50,6 +77,10 @@ class Base:
     @property
     def parts(self) -> EncoderParts:
         return self.encoder.parts
+
+    @property
+    def pad_id(self) -> int:
+        return getattr(self.tokenizer, "pad_token_id", None) or 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +92,8 @@ class Session:
     task: Task
     base: Base
     model: GraftedEncoder
+    text_states: TextStates | None
+    """The states that enter layer k, for k > 0."""
     ds_config: dict[str, Any]
     load_s: float
     """Seconds that reading and placing the encoder took."""
@@ -71,11 +104,16 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        return getattr(self.base.tokenizer, "pad_token_id", None) or 0
+        return self.base.pad_id
 
     def run(self, batch: LaneBatch, lanes: Sequence[Adapter]) -> list[Tensor]:
         """Run a batch that is on the session's device; returns the outputs of each lane's rows, `[R_k, outputs_k]`."""
-        return self.model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows, lanes)
+        states = batch.text_states
+        if states is None and self.text_states is not None:
+            states = self.text_states.computed(batch)
+        return self.model(
+            batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows, lanes, states
+        )
 
     def new_adapter(self, config: Config) -> Adapter:
         """Make the adapter of a run on this session's device, initialised from `run.seed`.
@@ -90,6 +128,7 @@ class Session:
             tokenizer=self.base.tokenizer,
             label_words=self.task.label_words,
             seed=config.run.seed,
+            entering=self.text_states.entering if self.text_states else None,
         ).to(self.world.device)
         self.hand_over_encoder(adapter)
         return adapter
@@ -108,9 +147,36 @@ class Session:
         dtype = encoder_dtype(self.config.engine, self.world.device)
         self.model.autocast = None if dtype == torch.float32 else dtype
 
-    def split(self, examples: list[Example]) -> Split:
-        """Tokenise examples for this session's encoder."""
-        return Split(examples, encode(examples, self.base.tokenizer, self.text_tokens))
+    @property
+    def text_states_s(self) -> float:
+        """Seconds that computing text states for caches has taken so far."""
+        return self.text_states.spent_s if self.text_states else 0.0
+
+    def release_lower_layers(self) -> None:
+        """Release the layers below k, once the splits and adapters are there that need them."""
+        if self.text_states is not None:
+            self.text_states.release()
+
+    def split(self, examples: list[Example], cached: bool = True) -> Split:
+        """Tokenise examples for this session's encoder.
+
+        Args:
+            cached: also find or compute the text states of all of them; for examples that run more than once.
+
+        Raises:
+            UserError: see `TextStates.cached`.
+        """
+        split = Split(examples, encode(examples, self.base.tokenizer, self.text_tokens))
+        return self.with_states(split) if cached else split
+
+    def with_states(self, split: Split) -> Split:
+        """The split with its text states, if this session's passes need any and there is room for them."""
+        if self.text_states is None:
+            return split
+        states = self.text_states.cached(split.encoded)
+        return replace(
+            split, states=states, pooled=states is not None and self.text_states.pooling is not None
+        )
 
 
 def text_tokens(config: Config, parts: EncoderParts) -> int:
@@ -153,10 +219,18 @@ def load_base(config: Config, world: World) -> Base:
     tokenizer = frozen.load_tokenizer(config.encoder)
     dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
     encoder = frozen.load_encoder(config.encoder, dtype, world)
+    checked = config.encoder.model_copy(update={"checksum": False})
     # the path is the one that the user gave, not the folder on this machine
     identity = replace(identify(encoder.parts.encoder, encoder.files or None), path=config.encoder.path)
     parameters = frozen.count_parameters(encoder.parts)
-    return Base(encoder, identity, tokenizer, parameters, time.monotonic() - start)
+    return Base(
+        encoder,
+        identity,
+        tokenizer,
+        lambda: frozen.load_encoder(checked, dtype, world),
+        parameters,
+        time.monotonic() - start,
+    )
 
 
 def open_session(
@@ -180,9 +254,27 @@ def open_session(
     if config.engine.activation_checkpointing or config.engine.quantize != "none":
         return_freed_memory()  # otherwise the heap keeps memory that is no longer used
     start = time.monotonic()
-    frozen.place(base.encoder, world, config.engine, ds_config)
+    text_states = None
+    if first_layer == 0:
+        frozen.place(base.encoder, world, config.engine, ds_config)
+    else:
+        # the layers below are loaded only if states must be computed
+        if model.upper is not None:
+            frozen.place(base.encoder, world, config.engine, ds_config, model.upper.parts)
+        text_states = TextStates(
+            world,
+            config.engine,
+            ds_config,
+            base.identity,
+            base.load,
+            first_layer=first_layer,
+            pooling="first" if config.adapter.pooling == "first" else "mean",
+            pad_id=base.pad_id,
+        )
     load_s = base.load_s + time.monotonic() - start
-    session = Session(config, world, task, base, model, ds_config=ds_config, load_s=load_s)
+    session = Session(
+        config, world, task, base, model, text_states=text_states, ds_config=ds_config, load_s=load_s
+    )
     for adapter in attached:
         session.hand_over_encoder(adapter)
     return session

@@ -20,9 +20,9 @@ from torch import Tensor
 from gpc_dist.adapter.graft import shared_prompt_tokens
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.distributed.optimizer import LaneOptimizer, reduce_gradients, send_updates
-from gpc_dist.tasks import Encoded, LaneBatch, Sizes, collate, merge_lanes, share
+from gpc_dist.tasks import LaneBatch, Sizes, share
 from gpc_dist.training.losses import summed_loss
-from gpc_dist.training.session import Session
+from gpc_dist.training.session import Session, Split, lane_batch
 
 PASS_TOKENS = 50
 """Padded tokens of a rank that an additional pass must save, on a CPU. Such a pass takes the time of up to 40 of them
@@ -34,7 +34,7 @@ class LaneExamples:
     """An adapter and its examples of a step."""
 
     adapter: Adapter
-    encoded: Encoded
+    split: Split
     indices: np.ndarray
     """int64 `[B]`: the lane's examples, over all ranks."""
     class_weights: Tensor | None = None
@@ -82,8 +82,8 @@ def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
     """
     world = session.world
     sizes = Sizes(
-        np.concatenate([lane.encoded.sizes.rows[lane.indices] for lane in lanes]),
-        np.concatenate([lane.encoded.sizes.longest[lane.indices] for lane in lanes]),
+        np.concatenate([lane.split.rows.sizes.rows[lane.indices] for lane in lanes]),
+        np.concatenate([lane.split.rows.sizes.longest[lane.indices] for lane in lanes]),
     )
     ends = np.cumsum([len(lane.indices) for lane in lanes])
     parts = share(
@@ -101,12 +101,11 @@ def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
     for part in parts:
         # under ZeRO-3 a pass is a collective: a rank without examples runs one that does not count
         chosen = part if len(part) else np.array([len(sizes) - 1])
-        batches = []
+        own = []
         for lane, end in zip(lanes, ends, strict=True):
             places = chosen - (end - len(lane.indices))  # among the lane's own examples
-            own = places[(places >= 0) & (places < len(lane.indices))]
-            batches.append(collate(lane.encoded, lane.indices[own], session.pad_id))
-        batch = merge_lanes(batches, session.pad_id).to(world.device)
+            own.append((lane.split, lane.indices[places[(places >= 0) & (places < len(lane.indices))]]))
+        batch = lane_batch(own, session.pad_id).to(world.device)
         passes.append(MicroBatch(batch, counts=len(part) > 0))
     return Step(list(lanes), passes)
 

@@ -147,7 +147,9 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
         training=session.split(inputs.training),
         validation=session.split(inputs.validation),
         saved=inputs.saved,
+        filled_s=session.text_states_s,
     )
+    session.release_lower_layers()
     begun, evaluated = run.position.step, run.position.evaluated_step
     with GpuTelemetry(partial(_telemetry_log, folder), enabled=world.local_rank == 0) as telemetry:
         stopped = _advance(run, stop)
@@ -176,7 +178,7 @@ def _advance(run: Run, stop: StopRequest) -> bool:
         UserError: the loss stays non-finite.
     """
     main = run.session.task.main_metric
-    with stop, Progress(run.total, run.position.step, run.session.world.is_main) as progress:
+    with stop, Progress("step", run.total, run.position.step, run.session.world.is_main) as progress:
 
         def on_step(_: Run, figures: dict[str, float] | None) -> None:
             if figures:

@@ -182,7 +182,7 @@ def test_a_late_prompt_starts_from_states_that_enter_its_layer(init: str) -> Non
 class _Letters:
     """A tokenizer of letters, `a` to `f` as 10 to 15, with the first five tokens as special ones."""
 
-    all_special_ids = list(range(5))
+    all_special_ids = (0, 1, 2, 3, 4)
 
     def __len__(self) -> int:
         return VOCAB
@@ -208,7 +208,9 @@ def test_a_layer_at_which_nothing_can_enter_is_refused(settings: dict[str, Any],
         attach(tiny("bert"), options("gated", **settings))
 
 
-@pytest.mark.parametrize(("share", "layers", "first"), [(0.5, 6, 3), (0.75, 24, 18), (0.1, 10, 1), (0.9, 3, 2)])
+@pytest.mark.parametrize(
+    ("share", "layers", "first"), [(0.5, 6, 3), (0.75, 24, 18), (0.1, 10, 1), (0.9, 3, 2)]
+)
 def test_a_share_of_the_layers_is_rounded_down(share: float, layers: int, first: int) -> None:
     assert AdapterConfig(first_layer=share).entry_layer(layers) == first
 
