@@ -139,8 +139,6 @@ class GraftedEncoder(nn.Module):
         """
         counts = [len(input_ids)] if lane_rows is None else list(lane_rows)
         lanes = self.adapters if lanes is None else lanes
-        if any(lane.first_layer != self.first_layer for lane in lanes):
-            raise ValueError(f"the prompts of all lanes must enter before layer {self.first_layer}")
         if len(counts) != len(lanes) or sum(counts) != len(input_ids) or min(counts) < 0:
             raise ValueError(
                 f"lane_rows {counts} must have one count of rows for each of {len(lanes)} lanes and add "
@@ -151,6 +149,8 @@ class GraftedEncoder(nn.Module):
         edges = [sum(counts[:k]) for k in range(len(counts) + 1)]
         rows = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         this_pass = _Pass(lanes, rows, shared_prompt_tokens(lanes), attention_mask)
+        if any(lane.first_layer != self.first_layer for lane in lanes):
+            raise ValueError(f"the prompts of all lanes must enter before layer {self.first_layer}")
         if text_states is None and self.lower is not None:
             with self._cast(input_ids.device):
                 text_states = self.lower(input_ids, attention_mask, token_type_ids)
