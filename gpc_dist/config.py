@@ -166,8 +166,10 @@ class AdapterConfig(Section):
 
     @property
     def entry(self) -> int | float | str:
-        """The same for adapters whose `entry_layer` is the same in every encoder."""
-        return self.first_layer if self.has_prompt else self.method
+        """The same for adapters that read the same states, in every encoder."""
+        if self.has_prompt:
+            return self.first_layer
+        return self.method if self.trains_encoder else f"{self.method}, {self.pooling}"
 
     @property
     def has_prompt(self) -> bool:

@@ -68,9 +68,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _holds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TESTS_HOLDS", str(tmp_path_factory.mktemp("holds")))
+        patch.setenv("GPC_DIST_CACHE", str(tmp_path_factory.mktemp("states")))
         yield
 
 

@@ -347,7 +347,7 @@ def new_adapter(
     """
     parts = model.parts
     embeddings: Any = parts.token_embeddings
-    device: torch.device = embeddings.weight.device
+    device: torch.device = embeddings.weight.device if entering is None else torch.device("cpu")
     adapter = Adapter(config, parts.shape, outputs, seed).to(device)
     if adapter.prompt is None:
         return adapter

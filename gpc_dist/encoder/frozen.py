@@ -76,11 +76,20 @@ class Encoder:
     files: Sequence[Path] = ()
     """Those its weights come from; for a Hub id, in the snapshot of the revision in the cache."""
 
+    def read_table(self) -> None:
+        """Read the token table, in place, if it is still to be read."""
+        table: Any = self.parts.token_embeddings.weight
+        if self.places is not None and table in self.places:
+            _materialise(table, self.places.pop(table), torch.device("cpu"))
 
-def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Encoder:
+
+def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World, table: bool = True) -> Encoder:
     """The pretrained encoder, frozen and in eval mode. Of its weights only the token table is read; `place` reads
     the others. A checkpoint without safetensors files, or of a family this project's tests do not cover, is
     loaded whole by `transformers`.
+
+    Args:
+        table: read the token table at once; else see `Encoder.read_table`.
 
     Raises:
         UserError: nothing to load, damaged files, missing or unexpected weights, or a family that cannot hold
@@ -110,9 +119,10 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World) -> Enc
         raise not_loaded(config, "encoder", error) from None
     places = match(model, read_headers(files))
     parts = locate(model)
-    table: Any = parts.token_embeddings.weight
-    _materialise(table, places.pop(table), torch.device("cpu"))
-    return Encoder(parts, places, files)
+    encoder = Encoder(parts, places, files)
+    if table:
+        encoder.read_table()
+    return encoder
 
 
 def _are_safetensors(files: Sequence[Path]) -> bool:
@@ -183,7 +193,8 @@ def place(
     parts, places = half or encoder.parts, encoder.places
     model: Any = parts.encoder
     model.set_input_embeddings(_NoTable())
-    if engine.token_table == "device":
+    table: Any = parts.token_embeddings.weight
+    if engine.token_table == "device" and not table.is_meta:
         parts.token_embeddings.to(world.device)
     if engine.zero_stage == 3:
         shard(parts, places, world, ds_config)

@@ -24,6 +24,7 @@ from torch import Tensor
 from gpc_dist import files
 from gpc_dist.errors import UserError
 from gpc_dist.locks import hold
+from gpc_dist.shown import one_line
 from gpc_dist.typed import check_as
 
 STATES, CHECKSUMS, INDEX = "states.bin", "checksums.bin", "index.json"
@@ -110,7 +111,10 @@ class CachedStates:
 
     def __init__(self, folder: Path, key: StatesKey, layout: Layout):
         self.folder, self._layout = folder, layout
-        index = read_index(folder)
+        try:
+            index = read_index(folder)
+        except UserError as error:
+            raise self._damaged(one_line(error)) from None
         rows = len(layout.starts)
         if (index.key.folder, index.rows, index.bytes) != (key.folder, rows, layout.bytes):
             raise self._damaged("its index is another's")
@@ -136,7 +140,7 @@ class CachedStates:
         """
         layout = self._layout
         found = torch.zeros(len(rows), width, layout.hidden_size, dtype=layout.dtype)
-        target = found.view(torch.uint8).view(len(rows), -1).numpy()
+        target = found.view(torch.uint8).flatten(1).numpy()
         for place, row in enumerate(rows):
             stored = self._states[layout.starts[row] : layout.ends[row]]
             if not self._seen[row]:
@@ -163,7 +167,7 @@ class StatesWriter:
     def write(self, rows: np.ndarray, states: Tensor) -> None:
         """Write the states `[R, T, H]` of these rows, on the CPU; what stands behind the end of a row is left out."""
         layout = self._layout
-        content = states.to(layout.dtype).contiguous().view(torch.uint8).view(len(rows), -1).numpy()
+        content = states.to(layout.dtype).contiguous().view(torch.uint8).flatten(1).numpy()
         for row, held in zip(rows.tolist(), content, strict=True):
             kept = held[: layout.ends[row] - layout.starts[row]]
             _write_all(self._states.fileno(), kept, int(layout.starts[row]))

@@ -218,7 +218,9 @@ def load_base(config: Config, world: World) -> Base:
     start = time.monotonic()
     tokenizer = frozen.load_tokenizer(config.encoder)
     dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
-    encoder = frozen.load_encoder(config.encoder, dtype, world)
+    encoder = frozen.load_encoder(config.encoder, dtype, world, table=False)
+    if config.adapter.entry_layer(encoder.parts.shape.layers) == 0:
+        encoder.read_table()  # otherwise another copy embeds the text (see `TextStates`)
     checked = config.encoder.model_copy(update={"checksum": False})
     # the path is the one that the user gave, not the folder on this machine
     identity = replace(identify(encoder.parts.encoder, encoder.files or None), path=config.encoder.path)

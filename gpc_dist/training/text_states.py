@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,17 +130,20 @@ class TextStates:
     def _find(self, where: str, key: StatesKey, layout: Layout, encoded: Encoded) -> CachedStates | None:
         """A complete cache on disk or in memory, the same on every rank; None if any rank has no room for it."""
         world = self._world
-        root = default_root() if where == "disk" else self._in_memory
+        root = default_root() if where == "disk" else self._in_memory()
         missing = not is_complete(root / key.folder)
         if world.any(missing):
             if world.any(missing and not _can_hold(root, layout.bytes)):
                 return None
             self._fill(root, key, layout, encoded)
-        return CachedStates(root / key.folder, key, layout)
+        found = CachedStates(root / key.folder, key, layout)
+        if where == "memory":
+            world.any(False)  # every rank has it open, so that its memory goes with the last of them
+            shutil.rmtree(root, ignore_errors=True)
+        return found
 
-    @cached_property
     def _in_memory(self) -> Path:
-        """A folder in memory that the ranks of a machine share, and that goes with the first of them."""
+        """A new folder in memory that the ranks of a machine share."""
         hosts = self._world.from_all(socket.gethostname())
         first = hosts.index(socket.gethostname())
         own = first == self._world.rank and os.access(_MEMORY, os.W_OK)
