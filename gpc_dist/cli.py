@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from gpc_dist import __version__, batch, config, logs, schema
 from gpc_dist.commands import (
     bench,
+    cache,
     cancel,
     compare,
     doctor,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "tune": tune.COMMAND,
     "study": study.COMMAND,
     "fetch": fetch.COMMAND,
+    "cache": cache.COMMAND,
     "doctor": doctor.COMMAND,
     "submit": submit.COMMAND,
     "jobs": jobs.COMMAND,

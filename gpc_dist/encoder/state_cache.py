@@ -13,7 +13,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -127,6 +127,8 @@ class CachedStates:
         if len(self._states) != layout.bytes or index.checksums_sha256 != _sha256(self._checksums):
             raise self._damaged("a file is not the one that was written")
         self._seen = np.zeros(rows, dtype=bool)
+        with suppress(OSError):
+            os.utime(folder / INDEX)  # its last use
 
     @property
     def bytes(self) -> int:
