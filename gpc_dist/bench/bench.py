@@ -102,7 +102,9 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     measured_tflops, padded = sums.tolist()
 
     work = count_work(
-        ModelSpec(base.parts.encoder.config, dtype, config.adapter, task.outputs),
+        ModelSpec(
+            base.parts.encoder.config, dtype, config.adapter, task.outputs, states_given=split.states is not None
+        ),
         examples.lengths,
         sharded=config.engine.zero_stage == 3,
         recompute=config.engine.activation_checkpointing,

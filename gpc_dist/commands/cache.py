@@ -37,7 +37,7 @@ COMMAND = Command(
     "Show or remove cached text states.",
     add_arguments,
     run,
-    "Runs with adapter.first_layer above 0, and linear probes, keep what the encoder's lower layers make of their data\n"
-    "in the folder GPC_DIST_CACHE, by default ~/.cache/gpc-dist/states (see engine.state_cache). What is removed is\n"
+    "Runs with adapter.first_layer above 0, and linear probes, keep what the lower layers make of their data in\n"
+    "the folder GPC_DIST_CACHE, by default ~/.cache/gpc-dist/states (see engine.state_cache). What is removed is\n"
     "computed again when it is needed.\n\nexample: gpc-dist cache --older-than 30",
 )

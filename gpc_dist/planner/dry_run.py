@@ -46,14 +46,24 @@ class ModelSpec:
     adapter: AdapterConfig
     outputs: int
     """Of the adapter's head."""
+    states_given: bool = True
+    """Whether the text states that enter a first layer above 0 are given to each pass, or computed in it."""
 
-    def with_layers(self, layers: int) -> ModelSpec:
-        """The same with the first `layers` layers of the encoder only."""
-        config = copy.deepcopy(self.encoder)
-        config.num_hidden_layers = layers
+    @property
+    def first_layer(self) -> int:
+        """k: the first layer that depends on the adapter; L if none does."""
+        return self.adapter.entry_layer(self.encoder.num_hidden_layers)
+
+    def with_upper_layers(self, count: int) -> ModelSpec:
+        """The same with `count` layers from layer k on, and one below them if there are any."""
+        first, below = self.first_layer, min(1, self.first_layer)
+        config, adapter = copy.deepcopy(self.encoder), self.adapter
+        config.num_hidden_layers = below + count
         if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        return replace(self, encoder=config)
+            config.layer_types = config.layer_types[first - below : first + count]
+        if adapter.has_prompt:
+            adapter = adapter.model_copy(update={"first_layer": below})
+        return replace(self, encoder=config, adapter=adapter)
 
 
 @dataclass(frozen=True)
@@ -141,45 +151,50 @@ def measure_ways(model: ModelSpec, tokens: int, ways: Sequence[Way]) -> list[Act
         UserError: a family that cannot hold a prompt.
     """
 
-    def at_depth(layers: int) -> list[Activations]:
-        shallow = model.with_layers(layers)
-        parts = build_skeleton(shallow.encoder, model.dtype)
+    def measure(spec: ModelSpec) -> list[Activations]:
+        parts = build_skeleton(spec.encoder, spec.dtype)
         found = {}
         with FakeTensorMode(allow_non_fake_inputs=True):
             give_fake_values(parts)
-            grafted = GraftedEncoder(parts, [Adapter(model.adapter, parts.shape, model.outputs)])
+            adapter = Adapter(spec.adapter, parts.shape, spec.outputs)
+            grafted = GraftedEncoder(parts, [adapter], adapter.first_layer)
             for recompute in (False, True):
                 if recompute:
                     grafted.checkpoint_activations()
                 for way in {way for way in ways if way.recompute == recompute}:
                     with inputs_saved() if way.sharded else nullcontext():
-                        few, many = (dry_run(grafted, rows, tokens) for rows in _ROWS)
+                        few, many = (dry_run(grafted, rows, tokens, spec.states_given) for rows in _ROWS)
                     found[way] = Activations(few, many)
         return [found[way] for way in ways]
 
-    layers = model.encoder.num_hidden_layers
-    # with a cell after some layers only, memory and FLOPs are not linear in the number of layers
-    shallow, deeper = _depths(model.encoder) if model.adapter.cell_layers is None else (layers, layers)
+    first, layers = model.first_layer, model.encoder.num_hidden_layers
+    computed = first > 0 and not model.states_given
+    if computed or model.adapter.cell_layers is not None:
+        return measure(model)  # not linear in the number of layers
+    kinds = getattr(model.encoder, "layer_types", None) or [None] * layers
+    shallow, deeper = _depths(kinds[first:])
     if shallow == deeper:
-        return at_depth(layers)
-    part = (layers - shallow) / (deeper - shallow)
-    return [a.toward(b, part) for a, b in zip(at_depth(shallow), at_depth(deeper), strict=True)]
+        return measure(model.with_upper_layers(shallow))
+    part = (layers - first - shallow) / (deeper - shallow)
+    measured = (measure(model.with_upper_layers(depth)) for depth in (shallow, deeper))
+    return [a.toward(b, part) for a, b in zip(*measured, strict=True)]
 
 
-def _depths(model_config: Any) -> tuple[int, int]:
-    """Two depths, `layer_period` apart, from which that of the encoder can be extrapolated; its own depth twice if
-    it has too few layers for that."""
-    layers, period = model_config.num_hidden_layers, layer_period(model_config)
+def _depths(kinds: Sequence[Any]) -> tuple[int, int]:
+    """Two depths, `layer_period` apart, from which that of layers of these kinds can be extrapolated; their own depth
+    twice if they are too few for that."""
+    layers = len(kinds)
+    if layers < 4:
+        return layers, layers
+    period = layer_period(kinds)
     # three layers use the cell twice: only then are its gradients added up, as in deeper encoders
     shallow = 3 + (layers - 3) % period
     return (layers, layers) if shallow + period > layers else (shallow, shallow + period)
 
 
-def layer_period(model_config: Any) -> int:
+def layer_period(kinds: Sequence[Any]) -> int:
     """Layers after which the kinds of layer (local and global attention, say) repeat."""
-    layers = model_config.num_hidden_layers
-    kinds = getattr(model_config, "layer_types", None) or [None] * layers
-    return next(p for p in range(1, layers + 1) if kinds[p:] == kinds[:-p])
+    return next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
 
 
 @contextmanager
@@ -222,15 +237,23 @@ def give_fake_values(parts: EncoderParts) -> None:
             module.register_parameter(name, fakes[parameter])
 
 
-def dry_run(model: GraftedEncoder, rows: int, tokens: int) -> Footprint:
-    """Run a forward and a backward pass over `[rows, tokens]` text tokens; under a `FakeTensorMode` without values."""
+def dry_run(model: GraftedEncoder, rows: int, tokens: int, states_given: bool = True) -> Footprint:
+    """Run a forward and a backward pass over `[rows, tokens]` text tokens; under a `FakeTensorMode` without values.
+
+    Args:
+        states_given: see `ModelSpec.states_given`.
+    """
     standing = [*model.parameters(), *model.buffers()]
+    states = None
+    if model.first_layer and states_given:
+        weight = next(model.encoder.parameters())
+        states = weight.new_zeros(rows, tokens, model.parts.shape.hidden_size)
     targets = torch.zeros(rows, dtype=torch.long)
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(input_ids)
     mask[0, -1] = 0  # a mask of ones would be dropped
     with LiveStorages(standing) as live, flop_counter() as counter:
-        outputs = model(input_ids, mask)
+        outputs = model(input_ids, mask, text_states=states)
         loss = F.cross_entropy(outputs, targets.clamp(max=outputs.shape[1] - 1), reduction="sum")
         saved, forward_flops = live.bytes, counter.get_total_flops()
         loss.backward()

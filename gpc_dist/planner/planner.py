@@ -3,7 +3,7 @@
 Computed from a `Workload`; times are those of `timing`. Bytes of one rank, with A trained values, W ranks and an
 encoder of N parameters of e bytes, of which V are in the token table:
 
-    frozen       e N; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
+    frozen       e N, with a late prompt of both halves, because text states may have to be computed; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
                  a layer's matrix and 4 for each row
     gathered     ZeRO-3 on several ranks: DeepSpeed keeps a layer that is used again within
                  `stage3_max_reuse_distance` parameters, so k = ceil(distance / 2 / layer) layers stay from the
@@ -32,7 +32,7 @@ from gpc_dist.planner.devices import GIB
 from gpc_dist.planner.dry_run import Footprint
 from gpc_dist.planner.regime import Regime
 from gpc_dist.planner.timing import Cluster
-from gpc_dist.planner.workload import Workload
+from gpc_dist.planner.workload import Weights, Workload
 
 HEAD_ROOM = 0.1
 _MOST_ROWS = 2**16
@@ -134,8 +134,9 @@ class Planner:
             workspace += self.workload.weights.largest_matrix * self.workload.weights.element_bytes
         if cluster.device.is_cpu:
             workspace += _CPU_BYTES
+        halves = [half for half in (self.workload.weights, self.workload.lower) if half is not None]
         return Memory(
-            frozen=self._frozen(regime, cluster.size),
+            frozen=sum(self._frozen(half, regime, cluster.size) for half in halves),
             gathered=self._gathered(regime, cluster, pass_.saved, workspace),
             activations=pass_.saved,
             trained=2 * gradients + self._moments(regime, cluster.size),
@@ -145,8 +146,7 @@ class Planner:
     def _footprint(self, regime: Regime, rows: float) -> Footprint:
         return self.workload.passes.of(regime.zero_stage == 3, regime.recompute).at(rows)
 
-    def _frozen(self, regime: Regime, ranks: int) -> float:
-        weights = self.workload.weights
+    def _frozen(self, weights: Weights, regime: Regime, ranks: int) -> float:
         table = weights.table if self.table_on_device else 0
         if regime.quantize == "int8":
             plain = table + weights.body - weights.matrices
@@ -178,7 +178,8 @@ class Planner:
         return max(turning, beginning * size - saved - workspace)
 
     def _gathers(self, regime: Regime, ranks: int) -> bool:
-        return regime.zero_stage == 3 and (ranks > 1 or regime.offload != "none")
+        shards = regime.zero_stage == 3 and self.workload.weights.layers > 0
+        return shards and (ranks > 1 or regime.offload != "none")
 
     def _reused(self, regime: Regime, ranks: int) -> int:
         """k: layers that are gathered once for the forward and the backward pass."""

@@ -108,7 +108,13 @@ def make_planner(config: Config, device: Device, outputs: int) -> Planner:
     train = config.train
     rows = math.ceil(train.batch_tokens / config.data.max_length) if train.batch_tokens else train.batch_size
     workload = describe(
-        ModelSpec(encoder_config(config.encoder), dtype, config.adapter, outputs),
+        ModelSpec(
+            encoder_config(config.encoder),
+            dtype,
+            config.adapter,
+            outputs,
+            states_given=config.engine.state_cache != "none",
+        ),
         optimizer=train.optimizer,
         max_length=config.data.max_length,
         rows=rows,

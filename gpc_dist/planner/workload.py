@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from gpc_dist.adapter.families import EncoderParts
+from gpc_dist.adapter.halves import LowerHalf, UpperHalf
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.encoder.skeleton import build_skeleton
 from gpc_dist.errors import UserError
 from gpc_dist.planner.dry_run import ModelSpec, Passes, measure_passes
+
+_FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Workload:
     """P."""
     rows: int
     """Rows of a step over all ranks."""
+    lower: Weights | None = None
+    """Of the layers below the first that depends on the adapter, with the token table; `weights` are then of the
+    others. They are on the devices while text states are computed."""
+    states_row_bytes: int = 0
+    """Of the text states of a row that enter the first layer, if they are cached."""
 
     @property
     def adapter(self) -> int:
@@ -74,20 +82,24 @@ class Workload:
         return self.prompt_tokens + self.tokens
 
 
-def count_weights(parts: EncoderParts) -> Weights:
-    """The sizes of an encoder or of its skeleton."""
-    table = next(parts.token_embeddings.parameters())
-    others = [p for p in parts.encoder.parameters() if p is not table]
+def count_weights(parts: EncoderParts, table: bool = True) -> Weights:
+    """The sizes of an encoder or of its skeleton, or of a half of it.
+
+    Args:
+        table: whether the token embeddings are needed.
+    """
+    embeddings = next(parts.token_embeddings.parameters())
+    others = [p for p in parts.encoder.parameters() if p is not embeddings]
     matrices = {p: p.shape for p in parts.layers.parameters() if p.dim() == 2}
     return Weights(
         layers=len(parts.layers),
-        table=table.numel(),
+        table=embeddings.numel() if table else 0,
         tensors=tuple(p.numel() for p in others),
-        layer=max(_numel(layer) for layer in parts.layers),
+        layer=max((_numel(layer) for layer in parts.layers), default=0),
         matrices=sum(shape.numel() for shape in matrices.values()),
         matrix_rows=sum(shape[0] for shape in matrices.values()),
         largest_matrix=max((shape.numel() for shape in matrices.values()), default=0),
-        element_bytes=table.element_size(),
+        element_bytes=embeddings.element_size(),
     )
 
 
@@ -116,8 +128,22 @@ def describe(model: ModelSpec, *, optimizer: str, max_length: int, rows: int) ->
             f"adapter.prompt_tokens {prompt} leaves none of the encoder's {parts.max_positions} positions for text: "
             "use a shorter prompt"
         )
+    first, layers = model.first_layer, parts.shape.layers
+    weights, lower, row_bytes = count_weights(parts), None, 0
+    if first > 0 and model.states_given:
+        lower = count_weights(LowerHalf(parts, first).parts)
+        if first < layers:
+            weights = count_weights(UpperHalf(parts, first).parts, table=False)
+            row_bytes = tokens * parts.shape.hidden_size * weights.element_bytes
+        else:
+            weights = replace(
+                weights, layers=0, table=0, tensors=(), layer=0, matrices=0, matrix_rows=0, largest_matrix=0
+            )
+            row_bytes = parts.shape.hidden_size * _FLOAT
     return Workload(
-        weights=count_weights(parts),
+        weights=weights,
+        lower=lower,
+        states_row_bytes=row_bytes,
         adapter_tensors=tuple(p.numel() for p in trained.parameters()),
         # Adafactor keeps a row and a column of a matrix
         moments=2 if optimizer == "adamw" else 0,

@@ -138,9 +138,27 @@ def test_saved_inputs_change_no_gradient() -> None:
 
 
 def test_layers_of_several_kinds_repeat() -> None:
-    assert layer_period(tiny_config("bert")) == 1
+    assert layer_period([None] * 4) == 1
     alternating = tiny_config("modernbert", num_hidden_layers=LAYERS, global_attn_every_n_layers=3)
-    assert layer_period(alternating) == 3
+    assert layer_period(alternating.layer_types) == 3
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "t5"])
+def test_upper_layers_add_up(family: str) -> None:
+    """As for a whole encoder: extrapolated from shallow dry runs, or run at its own depth."""
+    config = tiny_config(family, num_hidden_layers=8)
+    late = ADAPTER.model_copy(update={"first_layer": 2})
+    in_full = late.model_copy(update={"cell_layers": [2, 3, 4, 5, 6]})
+    (found,), (exact,) = (
+        measure_ways(ModelSpec(config, torch.float32, each, outputs=2), 24, [Way()])
+        for each in (late, in_full)
+    )
+    for rows in (8, 50):
+        assert found.at(rows).saved == pytest.approx(exact.at(rows).saved, rel=0.001)
+        assert found.at(rows).peak == pytest.approx(exact.at(rows).peak, rel=0.02)
+        assert found.at(rows).flops == pytest.approx(exact.at(rows).flops)
+    whole = measure_ways(ModelSpec(config, torch.float32, ADAPTER, outputs=2), 24, [Way()])[0].at(8)
+    assert found.at(8).saved < 0.8 * whole.saved
 
 
 def test_live_storages_come_and_go() -> None:

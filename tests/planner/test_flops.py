@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.halves import LowerHalf, UpperHalf
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import AdapterConfig
 from gpc_dist.encoder.quantize import quantize_layer
@@ -32,8 +34,11 @@ S = P + T
 PROMPT_TUNING = AdapterConfig(method="prompt-tuning", prompt_tokens=P)
 
 
-def counted(config: Any, adapter: AdapterConfig = PROMPT_TUNING, **run: bool) -> Footprint:
-    (found,) = measure_ways(ModelSpec(config, torch.float32, adapter, OUTPUTS), T, [Way(**run)])
+def counted(
+    config: Any, adapter: AdapterConfig = PROMPT_TUNING, states_given: bool = True, **run: bool
+) -> Footprint:
+    model = ModelSpec(config, torch.float32, adapter, OUTPUTS, states_given)
+    (found,) = measure_ways(model, T, [Way(**run)])
     return found.at(ROWS)
 
 
@@ -73,10 +78,29 @@ def test_a_well_known_encoder_costs_4n_per_token() -> None:
 
 
 def test_a_linear_probe_has_no_backward_pass_through_the_encoder() -> None:
-    config = tiny_config("bert", num_hidden_layers=LAYERS)
-    found = counted(config, AdapterConfig(method="linear-probe"))
+    config, probe = tiny_config("bert", num_hidden_layers=LAYERS), AdapterConfig(method="linear-probe")
+    found = counted(config, probe, states_given=False)
     assert found.backward_flops == 2 * config.hidden_size * OUTPUTS * ROWS
-    assert found.forward_flops > 1000 * found.backward_flops
+    layers = layers_flops(build_skeleton(config, torch.float32), config, T, ROWS)
+    assert found.forward_flops == layers.forward + found.backward_flops
+    cached = counted(config, probe)
+    assert cached.forward_flops == cached.backward_flops == found.backward_flops
+
+
+@pytest.mark.parametrize("first_layer", [1, 2])
+@pytest.mark.parametrize("family", ["bert", "t5", "umt5", "xlm-roberta-xl"])
+def test_a_late_prompt_costs_what_its_layers_cost(family: str, first_layer: int) -> None:
+    """4N(1 - k/L) a token with states that are given, and 2N k/L more, for the text alone, without."""
+    config = tiny_config(family, num_hidden_layers=LAYERS)
+    late = PROMPT_TUNING.model_copy(update={"first_layer": first_layer})
+    parts = build_skeleton(config, torch.float32)
+    upper, lower = UpperHalf(parts, first_layer).parts, LowerHalf(parts, first_layer).parts
+    layers, head = layers_flops(upper, config, S, ROWS), trained_flops(config.hidden_size * OUTPUTS, 1, ROWS)
+    given, computed = counted(config, late), counted(config, late, states_given=False)
+    assert given.forward_flops == layers.forward + head.forward
+    assert given.backward_flops == computed.backward_flops == layers.backward + head.backward
+    below = replace(lower, layers=lower.layers[:-1])  # without what stands for layer k
+    assert computed.forward_flops - given.forward_flops == layers_flops(below, config, T, ROWS).forward
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])

@@ -225,6 +225,31 @@ def test_a_workload_is_described_from_configurations_alone() -> None:
     assert found.passes.recomputed.at(8).saved < found.passes.kept.at(8).saved
 
 
+@pytest.mark.parametrize(("first_layer", "layers"), [(0.5, 2), (3, 1)])
+def test_a_late_workload_has_two_halves(first_layer: float, layers: int) -> None:
+    config = tiny_config("bert", num_hidden_layers=4)
+    late = AdapterConfig(prompt_tokens=20, first_layer=first_layer, method="prompt-tuning")
+    model = ModelSpec(config, torch.float32, late, outputs=2)
+    found = describe(model, optimizer="adamw", max_length=256, rows=8)
+    whole = count_weights(build_skeleton(config, torch.float32))
+    assert found.lower is not None
+    assert (found.weights.layers, found.lower.table, found.weights.table) == (layers, whole.table, 0)
+    assert found.weights.matrices + found.lower.matrices == whole.matrices
+    assert found.states_row_bytes == 44 * 32 * 4
+    memory = Planner(found, ZERO3).memory(Regime(0), cluster(), 8)
+    assert memory.frozen >= whole.total * 4  # both halves, while text states are computed
+    computed = describe(replace(model, states_given=False), optimizer="adamw", max_length=256, rows=8)
+    assert (computed.lower, computed.states_row_bytes, computed.weights) == (None, 0, whole)
+
+
+def test_a_linear_probe_keeps_one_state_for_each_row() -> None:
+    model = ModelSpec(tiny_config("bert"), torch.bfloat16, AdapterConfig(method="linear-probe"), outputs=2)
+    found = describe(model, optimizer="adamw", max_length=48, rows=8)
+    assert (found.states_row_bytes, found.weights.total) == (32 * 4, 0)
+    for regime in (Regime(0), Regime(3), Regime(0, "none", "int8")):
+        assert Planner(found, ZERO3).estimate(regime, cluster()).fits
+
+
 def test_a_prompt_must_leave_room_for_text() -> None:
     model = ModelSpec(tiny_config("bert"), torch.float32, AdapterConfig(prompt_tokens=64), outputs=2)
     with pytest.raises(UserError, match=r"prompt_tokens 64 leaves none of the encoder's 64 positions"):
