@@ -59,8 +59,19 @@ def peak_gflops() -> float:
     return sum(float(process.communicate()[0]) for process in processes)
 
 
-def run_ours(task: str, stage: int, options: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
-    """One `gpc-dist train`, as a user starts it."""
+def run_ours(
+    task: str,
+    stage: int,
+    options: argparse.Namespace,
+    data: Path,
+    folder: Path,
+    more: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One `gpc-dist train`, as a user starts it.
+
+    Args:
+        more: further configuration keys.
+    """
     settings = {
         "data.path": data,
         "data.max_length": options.max_length,
@@ -75,6 +86,7 @@ def run_ours(task: str, stage: int, options: argparse.Namespace, data: Path, fol
         "engine.zero_stage": stage,
         "run.dir": folder,
         "tracking.enabled": "false",
+        **(more or {}),
     }
     arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     subprocess.run(
@@ -89,6 +101,7 @@ def run_ours(task: str, stage: int, options: argparse.Namespace, data: Path, fol
         "checkpoint_bytes": _size(max((folder / "checkpoints").iterdir())),
     }
     kept = ("samples_per_s", "tokens_per_s", "padding_pct", "first_step_s", "peak_memory_mib")
+    kept += ("samples_per_s_with_state_cache", "state_cache_s", "state_cache_mib")
     return {key: result[key] for key in (*kept, "trainable_parameters")} | sizes
 
 

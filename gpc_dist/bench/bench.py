@@ -85,6 +85,7 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     session = open_session(config, world, task, base)
     adapter = session.new_adapter(config)
     split = session.with_states(Split([], _examples(session, lengths, steps)))
+    session.release_lower_layers()
     examples = split.encoded
     optimizer = LaneOptimizer(adapter, config.train, world, config.engine.zero_stage)
     optimizer.set_factor(0.0)
@@ -103,7 +104,11 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
 
     work = count_work(
         ModelSpec(
-            base.parts.encoder.config, dtype, config.adapter, task.outputs, states_given=split.states is not None
+            base.parts.encoder.config,
+            dtype,
+            config.adapter,
+            task.outputs,
+            states_given=split.states is not None,
         ),
         examples.lengths,
         sharded=config.engine.zero_stage == 3,
@@ -135,6 +140,9 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
         "mfu_pct": _shares(work.model / total_s, measured_tflops, datasheet_tflops),
         "hfu_pct": _shares(work.hardware / total_s, measured_tflops, datasheet_tflops),
         "peak_memory_mib": memory,
+        "first_layer": session.model.first_layer,
+        "state_cache_mib": split.states.bytes / 2**20 if split.states else 0.0,
+        "state_cache_s": session.text_states_s,
         "communication_pct": 100 * spent.busy,
         "communication_exposed_pct": None if spent.exposed is None else 100 * spent.exposed,
     }
@@ -151,6 +159,9 @@ def _for_bench(config: Config, shape: str | None) -> Config:
             "bench counts the work of a frozen encoder: give another adapter.method than fine-tuning"
         )
     update: dict[str, Any] = {"adapter": config.adapter.model_copy(update={"prompt_init": "vocab"})}
+    if config.engine.state_cache in ("auto", "disk"):
+        # nobody needs the states of synthetic examples again
+        update["engine"] = config.engine.model_copy(update={"state_cache": "memory"})
     if shape is not None:
         update["encoder"] = config.encoder.model_copy(update={"path": shape})
     return config.model_copy(update=update)
@@ -253,6 +264,18 @@ def _datasheet_tflops(world: World) -> float | None:
     return known[0] * world.size if known else None
 
 
+def _states_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    if not result["state_cache_mib"]:
+        return []
+    size, seconds = result["state_cache_mib"], result["state_cache_s"]
+    return [
+        (
+            "text states",
+            f"{size:,.1f} MiB that enter layer {result['first_layer']}, computed in {seconds:,.1f} s before the steps",
+        )
+    ]
+
+
 def _table(result: dict[str, Any]) -> str:
     def shares(key: str) -> str:
         of = result[key]
@@ -275,6 +298,7 @@ def _table(result: dict[str, Any]) -> str:
         ("peak of the device", f"{peak['measured']:,.3g} TFLOPS measured, datasheet: {datasheet}"),
         ("MFU", shares("mfu_pct")),
         ("HFU", shares("hfu_pct")),
+        *_states_lines(result),
         ("peak memory", ", ".join(f"{mib:,.0f}" for mib in result["peak_memory_mib"]) + " MiB per rank"),
         (
             "communication",

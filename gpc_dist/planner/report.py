@@ -65,7 +65,21 @@ def _heading(config: Config, workload: Workload, cluster: Cluster) -> str:
         f"{cluster.nodes} x {cluster.per_node} {device.name}: {device.memory_gib:g} GiB, "
         f"{device.peak_tflops:g} TFLOPS, {device.memory_gb_s:g} GB/s memory, {device.link_gb_s:g} GB/s in a node, "
         f"{device.network_gb_s:g} GB/s between nodes\n"
+        f"{_late(workload, cluster)}"
         "Estimates, not measurements (docs/planner.md). Columns frozen to total: GiB of a GPU; host: GiB of a node.\n"
+    )
+
+
+def _late(workload: Workload, cluster: Cluster) -> str:
+    """What caching the text states takes, a line; empty if none are cached."""
+    lower = workload.lower
+    if lower is None:
+        return ""
+    forward_s = cluster.arithmetic_s(2.0 * lower.matrices * workload.tokens) / cluster.size
+    return (
+        f"text states are computed once by the {lower.total / 1e6:,.0f} M parameters of {lower.layers} layers below and "
+        f"cached: at most {workload.states_row_bytes * 1000 / 2**20:,.1f} MiB and {1000 * forward_s:,.2g} s for 1,000 "
+        "rows; later runs do not load these layers\n"
     )
 
 

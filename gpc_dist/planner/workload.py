@@ -131,7 +131,9 @@ def describe(model: ModelSpec, *, optimizer: str, max_length: int, rows: int) ->
     first, layers = model.first_layer, parts.shape.layers
     weights, lower, row_bytes = count_weights(parts), None, 0
     if first > 0 and model.states_given:
-        lower = count_weights(LowerHalf(parts, first).parts)
+        lower = replace(
+            count_weights(LowerHalf(parts, first).parts), layers=first
+        )  # what stands for k is none
         if first < layers:
             weights = count_weights(UpperHalf(parts, first).parts, table=False)
             row_bytes = tokens * parts.shape.hidden_size * weights.element_bytes

@@ -129,6 +129,7 @@ def _tune(
     """Run Ray Tune; returns the number of trials."""
     metric = f"val/{metric}"
     shape = pack_shape(spec)
+    _say_what_is_cached(spec)
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     base = space.base_config(spec)
     packs.warm.remote(space.pack_key(base), base.dump())
@@ -200,6 +201,23 @@ def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume
         files.write_text(recipe_of(folder), recipe)
         spent_file(folder).unlink(missing_ok=True)
     files.write_json(folder.facts, collect_facts(command))
+
+
+def _say_what_is_cached(spec: SearchSpec) -> None:
+    """Say for which layers the trials will compute text states (see `training.text_states`)."""
+    if spec.configurations is not None:
+        layers = [space.trial_config(spec, each).adapter.first_layer for each in spec.configurations]
+    elif (searched := spec.space.get("adapter.first_layer")) is not None:
+        layers = list(searched.probes())
+    else:
+        layers = [space.base_config(spec).adapter.first_layer]
+    late = sorted({layer for layer in layers if layer})
+    if late and space.base_config(spec).engine.state_cache != "none":
+        log.info(
+            "text states that enter layer %s are computed by the first trial that needs them, and kept for the others "
+            "(engine.state_cache)",
+            ", ".join(map(str, late)),
+        )
 
 
 def pack_shape(spec: SearchSpec) -> Shape:
