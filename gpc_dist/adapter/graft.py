@@ -313,12 +313,11 @@ def attach(
     config = config or AdapterConfig()
     _refuse_training_the_encoder(config)
     parts = locate(encoder)
-    untested = encoder.config.model_type not in TESTED
-    if untested:
+    first_layer = config.entry_layer(parts.shape.layers)
+    if encoder.config.model_type not in TESTED:
         probe(parts)
-    model = GraftedEncoder(parts, [], config.entry_layer(parts.shape.layers))
-    if untested and model.lower is not None and model.upper is not None:
-        check_halves(parts, model.lower, model.upper)
+        check_halves(parts, first_layer)
+    model = GraftedEncoder(parts, [], first_layer)
     model.lanes.append(
         new_adapter(model, config, outputs, tokenizer=tokenizer, label_words=label_words, seed=seed)
     )

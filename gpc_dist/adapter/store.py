@@ -29,6 +29,8 @@ NAMES = (WEIGHTS, CARD)
 _FORMAT = 1
 _ENCODER = "encoder."
 """Prefix of the names of a fine-tuned encoder's tensors."""
+_ADDED = {"first_layer": 0}
+"""Keys of `AdapterConfig` that older cards lack, with what an adapter did without them."""
 _MOST_LAYERS = 1000
 """Of an encoder; a card that names more would have as many cells made before one is compared with a tensor."""
 
@@ -106,6 +108,8 @@ def read_card(folder: str | Path) -> AdapterCard:
             raise UserError(f"it has format {card.get('format')}; this version reads {_FORMAT}")
         # their defaults may change, and would then change what the adapter computes
         given = card.get("adapter")
+        if isinstance(given, dict):
+            card = card | {"adapter": (given := _ADDED | given)}
         if missing := AdapterConfig.model_fields.keys() - (given.keys() if isinstance(given, dict) else {}):
             raise UserError(f"adapter lacks {', '.join(sorted(missing))}")
         found = check_as(AdapterCard, {"task": None} | card, CARD)

@@ -3,8 +3,9 @@
 Computed from a `Workload`; times are those of `timing`. Bytes of one rank, with A trained values, W ranks and an
 encoder of N parameters of e bytes, of which V are in the token table:
 
-    frozen       e N, with a late prompt of both halves, because text states may have to be computed; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
-                 a layer's matrix and 4 for each row
+    frozen       e N; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
+                 a layer's matrix and 4 for each row; with a late prompt of both halves, because text states may
+                 have to be computed
     gathered     ZeRO-3 on several ranks: DeepSpeed keeps a layer that is used again within
                  `stage3_max_reuse_distance` parameters, so k = ceil(distance / 2 / layer) layers stay from the
                  forward to the backward pass. Beside them one layer runs, and others are prefetched in buckets

@@ -76,10 +76,10 @@ def _late(workload: Workload, cluster: Cluster) -> str:
     if lower is None:
         return ""
     forward_s = cluster.arithmetic_s(2.0 * lower.matrices * workload.tokens) / cluster.size
+    mib = workload.states_row_bytes * 1000 / 2**20
     return (
-        f"text states are computed once by the {lower.total / 1e6:,.0f} M parameters of {lower.layers} layers below and "
-        f"cached: at most {workload.states_row_bytes * 1000 / 2**20:,.1f} MiB and {1000 * forward_s:,.2g} s for 1,000 "
-        "rows; later runs do not load these layers\n"
+        f"text states are computed once, by {lower.layers} layers with {lower.total / 1e6:,.0f} M parameters, which later "
+        f"runs leave out; for 1,000 rows at most {mib:,.1f} MiB and {1000 * forward_s:,.2g} s\n"
     )
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gpc_dist import own_folders
-from gpc_dist.adapter.families import EncoderParts
+from gpc_dist.adapter.families import TESTED, EncoderParts
 from gpc_dist.adapter.fingerprint import EncoderIdentity, identify
 from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
+from gpc_dist.adapter.halves import check_halves
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import Config
 from gpc_dist.distributed import deepspeed_config
@@ -219,11 +220,14 @@ def load_base(config: Config, world: World) -> Base:
     tokenizer = frozen.load_tokenizer(config.encoder)
     dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
     encoder = frozen.load_encoder(config.encoder, dtype, world, table=False)
-    if config.adapter.entry_layer(encoder.parts.shape.layers) == 0:
-        encoder.read_table()  # otherwise another copy embeds the text (see `TextStates`)
-    checked = config.encoder.model_copy(update={"checksum": False})
     # the path is the one that the user gave, not the folder on this machine
     identity = replace(identify(encoder.parts.encoder, encoder.files or None), path=config.encoder.path)
+    first_layer = config.adapter.entry_layer(encoder.parts.shape.layers)
+    if first_layer == 0:
+        encoder.read_table()  # otherwise another copy embeds the text (see `TextStates`)
+    elif identity.model_type not in TESTED:
+        check_halves(encoder.parts, first_layer)
+    checked = config.encoder.model_copy(update={"checksum": False})
     parameters = frozen.count_parameters(encoder.parts)
     return Base(
         encoder,

@@ -165,11 +165,7 @@ class TextStates:
             # under ZeRO-3 a pass is a collective: every rank runs as many as the one that has most
             count = max(world.from_all(len(own))) if self._engine.zero_stage == 3 else len(own)
             if world.is_main and count:
-                log.info(
-                    "computing the text states that enter layer %d: %s",
-                    self._first_layer,
-                    _size(layout.bytes),
-                )
+                log.info("computing the text states that enter %s: %s", self._entered, _size(layout.bytes))
             writer = stack.enter_context(StatesWriter(Path(folder), layout)) if folder else None
             with Progress("pass", count, 0, world.is_main) as progress:
                 for number in range(count):
@@ -220,10 +216,14 @@ class TextStates:
             data_sha256=encoded.digest(),
         )
 
+    @property
+    def _entered(self) -> str:
+        return "the head" if self.pooling else f"layer {self._first_layer}"
+
     def _say_no_room(self, where: str, size: int) -> None:
         wanted = self._engine.state_cache
         said = f"no room {'on' if where == 'disk' else 'in'} {where} for the {_size(size)} of text states that enter "
-        said += f"layer {self._first_layer}"
+        said += self._entered
         if wanted != "auto":
             raise UserError(
                 f"{said}: free some, move the cache (GPC_DIST_CACHE), or give engine.state_cache none, which computes "

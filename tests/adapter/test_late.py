@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
 from gpc_dist.adapter.families import locate
 from gpc_dist.adapter.graft import new_adapter
-from gpc_dist.adapter.halves import LowerHalf, UpperHalf, check_halves
+from gpc_dist.adapter.halves import check_halves
 from gpc_dist.errors import UserError
 
 from .encoders import FAMILIES, VOCAB, H, L, P, batch_for, randomise, tiny
@@ -236,6 +236,5 @@ def test_an_encoder_whose_upper_layers_need_the_lower_ones_is_refused(broken: st
     parts = locate(encoder)
     parts.layers[0].register_forward_hook(keep)
     parts.layers[2].register_forward_pre_hook(add)
-    lower, upper = LowerHalf(parts, 1), UpperHalf(parts, 1)
     with pytest.raises(UserError, match="encoder family 'bert' cannot take a prompt before a later layer"):
-        check_halves(parts, lower, upper)
+        check_halves(parts, 1)

@@ -91,6 +91,16 @@ def test_a_card_that_lacks_a_key_is_refused_rather_than_guessed(tmp_path: Path) 
         load_adapter(tmp_path / "adapter")
 
 
+def test_a_card_from_before_late_prompts_means_the_first_layer(tmp_path: Path) -> None:
+    graft = grafted("bert", options("residual"))
+    graft.save_pretrained(tmp_path / "adapter")
+    card = json.loads((tmp_path / "adapter" / CARD).read_text())
+    del card["adapter"]["first_layer"]
+    (tmp_path / "adapter" / CARD).write_text(json.dumps(card))
+    adapter, read = load_adapter(tmp_path / "adapter")
+    assert (adapter.first_layer, read.adapter) == (0, graft.adapter.config)
+
+
 # -- a fine-tuned encoder ----------------------------------------------------------------------------------
 
 
