@@ -58,8 +58,9 @@ def run_plan(
 
 def _heading(config: Config, workload: Workload, cluster: Cluster) -> str:
     weights, device = workload.weights, cluster.device
+    frozen = weights.total + (workload.lower.total if workload.lower else 0)
     return (
-        f"{config.encoder.path}: {weights.total / 1e6:,.0f} M frozen parameters of {weights.element_bytes} bytes, "
+        f"{config.encoder.path}: {frozen / 1e6:,.0f} M frozen parameters of {weights.element_bytes} bytes, "
         f"{workload.adapter / 1e6:.2f} M trained; {workload.rows} rows of {workload.prompt_tokens} + "
         f"{workload.tokens} tokens a step\n"
         f"{cluster.nodes} x {cluster.per_node} {device.name}: {device.memory_gib:g} GiB, "
@@ -78,8 +79,8 @@ def _late(workload: Workload, cluster: Cluster) -> str:
     forward_s = cluster.arithmetic_s(2.0 * lower.matrices * workload.tokens) / cluster.size
     mib = workload.states_row_bytes * 1000 / 2**20
     return (
-        f"text states are computed once, by {lower.layers} layers with {lower.total / 1e6:,.0f} M parameters, which later "
-        f"runs leave out; for 1,000 rows at most {mib:,.1f} MiB and {1000 * forward_s:,.2g} s\n"
+        f"text states are computed once, by {lower.layers} layers with {lower.total / 1e6:,.0f} M parameters, which "
+        f"later runs leave out; for 1,000 rows at most {mib:,.1f} MiB and {1000 * forward_s:,.2g} s\n"
     )
 
 
