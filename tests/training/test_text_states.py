@@ -124,6 +124,24 @@ def test_states_do_not_depend_on_the_number_of_ranks(tiny_recipe: Path, tmp_path
     assert found[1] == found[2]
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [("quantize", "int8"), ("activation_checkpointing", "true"), ("dtype", "bf16"), ("token_table", "host")],
+)
+def test_cached_states_serve_every_engine(
+    tiny_recipe: Path, tmp_path: Path, computed: Path, engine: tuple[str, str]
+) -> None:
+    more = (f"--engine.{engine[0]}", engine[1])
+    train(tiny_recipe, tmp_path / "none", *more, "--engine.state_cache", "none")
+    train(tiny_recipe, tmp_path / "run", *more)
+    # rows have other neighbours in the passes that fill a cache
+    assert losses(tmp_path / "run") == pytest.approx(
+        losses(tmp_path / "none"), rel=1e-2 if "bf16" in engine else 1e-5
+    )
+    changes = engine[0] in ("quantize", "dtype")
+    assert (losses(tmp_path / "run") != pytest.approx(losses(computed), rel=1e-5)) == changes
+
+
 @pytest.mark.parametrize("cache", ["disk", "none"])
 def test_a_linear_probe_runs_the_encoder_once(tiny_recipe: Path, tmp_path: Path, cache: str) -> None:
     """Cached pooled states give what a pass through the whole encoder gives."""
