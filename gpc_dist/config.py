@@ -110,7 +110,7 @@ class AdapterConfig(Section):
     first_layer: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0
     """Layer before which the prompt enters, counted from 0, or a share of the layers such as 0.5. The layers below see
     the text alone: nothing of a step depends on them, and no gradient goes through them (docs/method.md). Not used by
-    `linear-probe` and `fine-tuning`."""
+    `fine-tuning`, nor by `linear-probe` but with `head_layers: mix`."""
     prompt_init: Literal["vocab", "text", "labels", "uniform"] = "vocab"
     """Start of the prompt: what enters `first_layer` (before layer 0: the embeddings) of frequent tokens, of
     `prompt_text` or of the label words; or uniform noise of that size."""
@@ -138,6 +138,10 @@ class AdapterConfig(Section):
     """What the head reads: the mean of the text states, the first text token's state, or the mean of the prompt's
     states in the last layer."""
 
+    head_layers: Literal["last", "mix"] = "last"
+    """What the head reads of the text: the states of the last layer, or a mix, with trained weights, of the pooled
+    states that enter `first_layer` and of those after each layer from there on (docs/method.md)."""
+
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
         if self.prompt_init == "text" and not self.prompt_text:
@@ -145,6 +149,10 @@ class AdapterConfig(Section):
         if self.pooling == "prompt" and not self.has_prompt:
             raise ValueError(
                 f"adapter.pooling 'prompt' needs a prompt, which adapter.method '{self.method}' lacks"
+            )
+        if self.pooling == "prompt" and self.head_layers == "mix":
+            raise ValueError(
+                "adapter.head_layers 'mix' reads the text, and adapter.pooling 'prompt' does not"
             )
         layers = self.cell_layers
         if layers is not None and (not layers or len(set(layers)) < len(layers)):
@@ -155,10 +163,12 @@ class AdapterConfig(Section):
         return self
 
     def entry_layer(self, layers: int) -> int:
-        """The first layer, of `layers`, that depends on what is trained (k): where the prompt enters, and `layers` if
-        only the head is trained."""
-        if not self.has_prompt:
-            return 0 if self.trains_encoder else layers
+        """The first layer, of `layers`, that depends on what is trained, or that the head reads (k): where the prompt
+        enters, and `layers` if only a head on the last states is trained."""
+        if self.trains_encoder:
+            return 0
+        if not self.has_prompt and self.head_layers == "last":
+            return layers
         if isinstance(self.first_layer, int):
             return self.first_layer
         # rounded first, because a tenth of ten layers can come out slightly below one
@@ -167,9 +177,11 @@ class AdapterConfig(Section):
     @property
     def entry(self) -> int | float | str:
         """The same for adapters that read the same states, in every encoder."""
-        if self.has_prompt:
+        if self.trains_encoder:
+            return self.method
+        if self.has_prompt or self.head_layers == "mix":
             return self.first_layer
-        return self.method if self.trains_encoder else f"{self.method}, {self.pooling}"
+        return f"{self.method}, {self.pooling}"
 
     @property
     def has_prompt(self) -> bool:

@@ -49,6 +49,13 @@ class _Pass:
     """Mask of the text, `[R, T]`."""
     prompts: dict[int, Tensor] = field(default_factory=dict)
     """`p_l [R, P, H]` of a layer, while it runs."""
+    pooled: list[list[Tensor]] = field(default_factory=list)
+    """For each layer that has begun, the pooled text states that entered it, `[R_k, H]` for each lane; only if a head
+    mixes them."""
+
+    @property
+    def mixes(self) -> bool:
+        return any(lane.config.head_layers == "mix" for lane in self.lanes)
 
     def rewrites_after(self, layer: int) -> bool:
         return any(lane.rewrites_after(layer) for lane in self.lanes)
@@ -158,7 +165,10 @@ class GraftedEncoder(nn.Module):
             states = self._encode(input_ids, token_type_ids, this_pass)
         else:
             states = self._encode_late(text_states, this_pass)
-        outputs = [lane.read_out(states[r], attention_mask[r]) for lane, r in zip(lanes, rows, strict=True)]
+        outputs = [
+            lane.read_out(states[r], attention_mask[r], [layer[number] for layer in this_pass.pooled])
+            for number, (lane, r) in enumerate(zip(lanes, rows, strict=True))
+        ]
         return outputs[0] if lane_rows is None else outputs
 
     def _encode(self, input_ids: Tensor, token_types: Tensor | None, this_pass: _Pass) -> Tensor:
@@ -210,8 +220,14 @@ class GraftedEncoder(nn.Module):
         return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def _before(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Forward pre-hook of layer `index`: save the prompt state that enters it."""
-        if self._pass is None or not self._pass.rewrites_after(index):
+        """Forward pre-hook of layer `index`: save the prompt state that enters it, and pool the text states."""
+        if self._pass is None:
+            return None
+        if self._pass.mixes:
+            text, mask = args[0][:, self._pass.prompt_tokens :], self._pass.attention_mask
+            lanes = zip(self._pass.lanes, self._pass.rows, strict=True)
+            self._pass.pooled.append([lane.pooled(text[r], mask[r]) for lane, r in lanes])
+        if not self._pass.rewrites_after(index):
             return None
         states, self._pass.prompts[index] = read_prompt(args[0], self._pass.prompt_tokens)
         return states, *args[1:]

@@ -1,11 +1,14 @@
-"""The head: computes the task's outputs from states of the last layer."""
+"""The head: computes the task's outputs from states of the last layer, or of several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from gpc_dist.adapter.scale import normed, rms
 
 
 class Head(nn.Module):
@@ -14,16 +17,36 @@ class Head(nn.Module):
     Args:
         outputs: classes of a classification, or 1 for a score or a number.
         pooling: `mean` of the states, or the `first` one.
+        mixed: number of pooled states, of several layers, whose mix is read; only the last one's when not given.
     """
 
-    def __init__(self, hidden_size: int, outputs: int, pooling: Literal["mean", "first"]):
+    def __init__(
+        self, hidden_size: int, outputs: int, pooling: Literal["mean", "first"], mixed: int | None = None
+    ):
         super().__init__()
         self.pooling = pooling
         self.linear = nn.Linear(hidden_size, outputs)
+        self.mix = None if mixed is None else nn.Parameter(torch.zeros(mixed))
 
-    def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[R, T, H]` states and their mask `[R, T]` -> float32 outputs `[R, outputs]`."""
-        return self.linear(pooled(states, attention_mask, self.pooling).to(self.linear.weight.dtype))
+    def forward(self, states: Tensor, attention_mask: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+        """`[R, T, H]` states and their mask `[R, T]` -> float32 outputs `[R, outputs]`.
+
+        Args:
+            earlier: pooled states of earlier layers, `[R, H]` each, which a mix needs.
+        """
+        read = pooled(states, attention_mask, self.pooling)
+        if self.mix is not None:
+            read = mixed([*earlier, read], self.mix)
+        return self.linear(read.to(self.linear.weight.dtype))
+
+
+def mixed(states: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Mean of states `[R, H]` by the softmax of weights, one for each (Peters et al. 2018, equation 1); states of
+    different layers are brought to the root mean square of the last one's."""
+    size = rms(states[-1])
+    shares = torch.softmax(weights, dim=0)
+    parts = [share * normed(each) * size for share, each in zip(shares, states[:-1], strict=False)]
+    return torch.stack([*parts, shares[-1] * states[-1]]).sum(dim=0)
 
 
 def pooled(states: Tensor, attention_mask: Tensor, pooling: Literal["mean", "first"]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpc_dist.adapter.cell import CELLS
-from gpc_dist.adapter.head import Head
+from gpc_dist.adapter.head import Head, pooled
 from gpc_dist.adapter.scale import text_rms
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
@@ -66,15 +66,18 @@ class Adapter(nn.Module):
         self.first_layer = config.entry_layer(shape.layers)
         """k: the first layer that depends on the adapter; L if none does."""
         method = config.method
-        if config.has_prompt and self.first_layer >= shape.layers:
+        most = shape.layers - 1 if config.has_prompt else shape.layers
+        if self.first_layer > most:
             raise UserError(
                 f"adapter.first_layer: there is no layer {self.first_layer}: the encoder has {shape.layers} layers, "
-                f"give one of 0 to {shape.layers - 1}"
+                f"give one of 0 to {most}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pooling = "mean" if config.pooling == "prompt" else config.pooling
-            head = Head(shape.hidden_size, outputs, pooling)  # first, so that it starts alike in all methods
+            states = shape.layers - self.first_layer + 1 if config.head_layers == "mix" else None
+            # first, so that it starts alike in all methods
+            head = Head(shape.hidden_size, outputs, pooling, states)
             self.prompt = None
             if config.has_prompt:
                 self.prompt = Prompt(
@@ -133,17 +136,22 @@ class Adapter(nn.Module):
         assert self.prompt is not None
         return self.prompt.start.expand(rows, -1, -1)
 
-    def read_out(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+    def pooled(self, text: Tensor, attention_mask: Tensor) -> Tensor:
+        """States of the text `[R, T, H]` as the head pools them, float32 `[R, H]`."""
+        return pooled(text, attention_mask, self.head.pooling)
+
+    def read_out(self, states: Tensor, attention_mask: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
         """Outputs of the head, float32 `[R, outputs]`.
 
         Args:
             states: output of the last layer, `[R, P+T, H]`.
             attention_mask: mask of the text, `[R, T]`.
+            earlier: pooled states that entered layer k and each later one, for a head that mixes them.
         """
         if self.config.pooling == "prompt":
             prompt = states[:, : self.prompt_tokens]
             return self.head(prompt, attention_mask.new_ones(prompt.shape[:2]))
-        return self.head(states[:, self.prompt_tokens :], attention_mask)
+        return self.head(states[:, self.prompt_tokens :], attention_mask, earlier)
 
     def next_prompt(
         self, layer: int, encoded: Tensor, previous: Tensor, text: Tensor, attention_mask: Tensor

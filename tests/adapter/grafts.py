@@ -51,7 +51,7 @@ def grafted(encoder: str | Any, config: AdapterConfig, outputs: int = 3, draw: b
 class StatesOf(nn.Module):
     """Stands for a head: gives the text states to the test."""
 
-    def forward(self, read_states: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, read_states: Tensor, attention_mask: Tensor, *_: Any) -> Tensor:
         return read_states
 
 

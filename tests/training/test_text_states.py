@@ -154,6 +154,15 @@ def test_a_linear_probe_runs_the_encoder_once(tiny_recipe: Path, tmp_path: Path,
     assert probe["padding_pct"] == plain["padding_pct"]  # that of the text, not of what is cached
 
 
+def test_a_probe_that_mixes_layers_reads_those_from_its_first_one(tiny_recipe: Path, tmp_path: Path) -> None:
+    more = ("--adapter.method", "linear-probe", "--adapter.head_layers", "mix")
+    result = train(tiny_recipe, tmp_path / "run", *more)
+    assert result["first_layer"] == 2
+    assert result["trainable_parameters"] == 32 * 2 + 2 + 3  # and one weight for each of the states mixed
+    train(tiny_recipe, tmp_path / "none", *more, "--engine.state_cache", "none")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
+
+
 def test_a_resumed_run_is_the_undisturbed_one(tiny_recipe: Path, tmp_path: Path) -> None:
     train(tiny_recipe, tmp_path / "whole", "--train.save_every", "5", "--train.keep_last", "9")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
