@@ -178,8 +178,7 @@ class GraftedEncoder(nn.Module):
         embeds, mask = self.parts.embed(input_ids), this_pass.attention_mask
         if token_types is not None:
             token_types = _pad_left(token_types, tokens, 0)
-        if tokens:
-            embeds, mask = self._behind_prompts(embeds, this_pass), _pad_left(mask, tokens, 1)
+        embeds, mask = self._behind_prompts(embeds, this_pass), _pad_left(mask, tokens, 1)
         with self._running(this_pass), self._cast(embeds.device):
             return self.parts.run(embeds, mask, token_types)
 
@@ -203,6 +202,8 @@ class GraftedEncoder(nn.Module):
 
     def _behind_prompts(self, text: Tensor, this_pass: _Pass) -> Tensor:
         """Text `[R, T, E or H]` behind the prompts of its rows' lanes, `[R, P+T, E or H]`."""
+        if this_pass.prompt_tokens == 0:
+            return text
         starts = [
             lane.start(r.stop - r.start) for lane, r in zip(this_pass.lanes, this_pass.rows, strict=True)
         ]

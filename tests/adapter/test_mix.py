@@ -42,21 +42,21 @@ def by_formula(head: nn.Module, states: list[Tensor], mask: Tensor, pooling: str
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first"])
+@pytest.mark.parametrize(("pooling", "first"), [("mean", 0), ("first", 0), ("mean", 2)])
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"albert", "electra"}))
-def test_a_probe_mixes_the_encoders_own_hidden_states(family: str, pooling: str) -> None:
+def test_a_probe_mixes_the_encoders_own_hidden_states(family: str, pooling: str, first: int) -> None:
     """Those that transformers gives; of two families it gives embeddings in another width as the first."""
     batch = batch_for(family)
-    config = AdapterConfig(method="linear-probe", head_layers="mix", pooling=pooling)
+    config = AdapterConfig(method="linear-probe", head_layers="mix", pooling=pooling, first_layer=first)
     graft = attach(tiny(family), config, outputs=3)
     randomise(graft.adapter, seed=1)
-    assert graft.first_layer == 0
+    assert graft.first_layer == first
     # from embeddings, because RoBERTa numbers the padding of ids in another way
     plain = tiny(family)
     inputs = {"inputs_embeds": plain.get_input_embeddings()(batch.pop("input_ids")), **batch}
     states = list(plain(**inputs, output_hidden_states=True).hidden_states)
     assert len(states) == L + 1
-    expected = by_formula(graft.adapter.head, states, batch["attention_mask"], pooling)
+    expected = by_formula(graft.adapter.head, states[first:], batch["attention_mask"], pooling)
     torch.testing.assert_close(graft(**batch_for(family)).double(), expected, rtol=1e-4, atol=1e-5)
 
 
