@@ -2,7 +2,8 @@
 
 Importing torch, transformers and DeepSpeed takes seconds in every process. Here a server that has imported them once
 (`multiprocessing`'s forkserver) forks each process: a new one, with its own environment, working folder and output.
-What only a start from nothing can show (`python -m gpc_dist`, the launcher of ranks) is tested with `cold_command`.
+What only a start from nothing can show (`python -m gpc_dist`, and that a launcher's ranks find all they need) is tested
+with `cold_command`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from gpc_dist import cli
+from gpc_dist.distributed import launch
 
 TIMEOUT_S = 300
 """Longest wait for a process or for what it does: the limit of a test that hangs, not a claim about speed."""
@@ -94,6 +98,66 @@ def command(*words: object, cwd: Path | None = None, **environment: str) -> Star
     started = start(*words, cwd=cwd, **environment)
     started.wait()
     return started
+
+
+def start_launcher(*words: object) -> Started:
+    """Start `gpc-dist` with `engine.ranks`: it starts these ranks itself, but forks them."""
+    return start_call(_launch, [str(word) for word in words])
+
+
+def _launch(words: list[str]) -> int:
+    calls = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    launch.subprocess = SimpleNamespace(Popen=_ForkedRank, **calls)
+    return cli.main(words)
+
+
+class _ForkedRank(ForkProcess):
+    """What a launcher uses of `subprocess.Popen`, for a command of the program that this process runs a fork of."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        stdout: int | None,
+        stderr: Any,
+        start_new_session: bool,
+        preexec_fn: Callable[[], None],
+    ):
+        words = list(command[command.index("gpc_dist") + 1 :])
+        super().__init__(target=self._begin, args=(words, env, stdout, stderr, start_new_session, preexec_fn))
+        self.start()
+
+    @staticmethod
+    def _begin(
+        words: list[str], env: Mapping[str, str], stdout: int | None, stderr: Any, alone: bool, before: Any
+    ) -> None:
+        if alone:
+            os.setsid()
+        for number, file in enumerate((stdout, stderr), start=1):
+            if file is not None:
+                to = os.open(os.devnull, os.O_WRONLY) if file == subprocess.DEVNULL else file.fileno()
+                os.dup2(to, number)
+        before()
+        os.environ.clear()
+        os.environ.update(env)
+        sys.exit(cli.main(words))
+
+    @property
+    def returncode(self) -> int | None:
+        return self.exitcode
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout or 0)
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 def on_ranks(ranks: int, *words: object) -> subprocess.CompletedProcess[str]:

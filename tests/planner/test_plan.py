@@ -20,7 +20,7 @@ from gpc_dist.planner.dry_run import ModelSpec, Passes, measure_passes
 from gpc_dist.planner.planner import Estimate, recommend
 from gpc_dist.planner.timing import Cluster
 from tests.conftest import losses
-from tests.processes import command
+from tests.processes import start_launcher
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,8 +105,10 @@ def test_every_lm_adapted_t5_is_a_known_shape(size: str, width: int, layers: int
 
 @pytest.mark.slow
 def test_train_takes_the_recommendation(tiny_recipe: Path, tmp_path: Path) -> None:
-    done = command("train", tiny_recipe, "--run.dir", tmp_path, "--engine.ranks", 2, "--engine.plan", "auto")
-    assert done.returncode == 0, done.stderr
+    done = start_launcher(
+        "train", tiny_recipe, "--run.dir", tmp_path, "--engine.ranks", 2, "--engine.plan", "auto"
+    )
+    assert done.wait() == 0, done.stderr
     assert done.stderr.count("engine.plan: zero_stage 0, offload_param none") == 1
     assert len(losses(tmp_path)) == 12
     engine = yaml.safe_load((tmp_path / "config.yaml").read_text())["engine"]

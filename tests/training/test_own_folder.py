@@ -17,7 +17,7 @@ from gpc_dist.errors import EXIT_USAGE
 from gpc_dist.runs.folder import RunFolder, SearchFolder
 from tests.conftest import gpc, losses
 from tests.holds import Hold
-from tests.processes import cold_start, start, start_call, wait_until
+from tests.processes import start, start_call, start_launcher, wait_until
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -160,12 +160,12 @@ def test_a_run_does_not_begin_in_a_search_nor_a_search_in_a_run(
 def test_ranks_end_with_a_launcher_that_was_killed(tiny_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hold = Hold(run, 3)
-    launcher = cold_start("train", tiny_recipe, "--run.dir", run, "--engine.ranks", 2)
-    hold.wait()
+    launcher = start_launcher("train", tiny_recipe, "--run.dir", run, "--engine.ranks", 2)
+    hold.wait(lambda: launcher.stderr)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
     launcher.kill()
-    launcher.communicate()
+    launcher.wait()
     _, alive = psutil.wait_procs(ranks)
     assert not alive
     hold.release()

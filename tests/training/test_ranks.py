@@ -21,7 +21,7 @@ from gpc_dist import cli
 from gpc_dist.adapter.fingerprint import fingerprint_files
 from tests.conftest import losses
 from tests.holds import Hold
-from tests.processes import call_on_ranks, cold_start, on_ranks, start_on_ranks
+from tests.processes import call_on_ranks, on_ranks, start_launcher, start_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -190,12 +190,11 @@ def test_a_signal_stops_with_state_saved_and_the_run_goes_on(
 ) -> None:
     folder = tmp_path / "run"
     hold = Hold(folder, 3)
-    process = cold_start("train", tiny_recipe, "--run.dir", folder, "--engine.ranks", 2)
-    hold.wait()
-    process.send_signal(number)
-    _, said = process.communicate()
-    assert process.returncode == 75, said
-    assert f"stopped by {number.name}" in said
+    launcher = start_launcher("train", tiny_recipe, "--run.dir", folder, "--engine.ranks", 2)
+    hold.wait(lambda: launcher.stderr)
+    launcher.send_signal(number)
+    assert launcher.wait() == 75, launcher.stderr
+    assert f"stopped by {number.name}" in launcher.stderr
     assert sorted(losses(folder)) == [1, 2, 3, 4]
     assert last_state(folder).name == "step-00000004"
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
@@ -234,15 +233,14 @@ def test_a_stop_does_not_wait_for_an_evaluation(
 
 def test_a_killed_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
     hold = Hold(tmp_path / "run", 3)
-    process = cold_start("train", tiny_recipe, "--run.dir", tmp_path / "run", "--engine.ranks", 2)
-    hold.wait()
-    ranks = {each.environ()["RANK"]: each for each in psutil.Process(process.pid).children()}
-    ranks["1"].kill()
+    launcher = start_launcher("train", tiny_recipe, "--run.dir", tmp_path / "run", "--engine.ranks", 2)
+    hold.wait(lambda: launcher.stderr)
+    ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda each: each.create_time())
+    ranks[1].kill()
     hold.release()
-    _, said = process.communicate()
-    assert process.returncode != 0
-    assert "signal SIGKILL" in said
-    assert not ranks["0"].is_running()
+    assert launcher.wait() != 0
+    assert "rank 1 ended with signal SIGKILL" in launcher.stderr
+    assert not ranks[0].is_running()
 
 
 # -- what else changes nothing ---------------------------------------------------------------------------

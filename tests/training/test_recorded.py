@@ -14,7 +14,7 @@ from gpc_dist import cli
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.tracking.state import ExportState
 from tests.holds import Hold
-from tests.processes import TIMEOUT_S, cold_start, wait_until
+from tests.processes import TIMEOUT_S, start_launcher, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +24,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "run"
     hold = Hold(folder, 11)
     recorded = ("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S)
-    process = cold_start("train", tiny_recipe, "--run.dir", folder, *recorded, "--engine.ranks", 2)
-    hold.wait()
+    launcher = start_launcher("train", tiny_recipe, "--run.dir", folder, *recorded, "--engine.ranks", 2)
+    hold.wait(lambda: launcher.stderr)
     wait_until(lambda: ExportState.load(RunFolder(folder)).run_id)  # for which its end would not wait long
     hold.release()
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    assert launcher.wait() == 0, launcher.stderr
     return folder
 
 
