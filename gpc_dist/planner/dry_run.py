@@ -29,7 +29,14 @@ from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import AdapterConfig
 from gpc_dist.encoder.skeleton import build_skeleton
 from gpc_dist.planner.flops import flop_counter
-from gpc_dist.private.torch import FakeTensorMode, TorchDispatchMode, storage_key, tree_leaves
+from gpc_dist.private.torch import (
+    DEVICE_OF,
+    FakeTensorMode,
+    TorchDispatchMode,
+    device_of,
+    storage_key,
+    tree_leaves,
+)
 
 _ROWS = (4, 32)
 """Rows of the dry runs. With fewer, the peak may come from tensors outside the layers."""
@@ -252,7 +259,7 @@ def dry_run(model: GraftedEncoder, rows: int, tokens: int, states_given: bool = 
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(input_ids)
     mask[0, -1] = 0  # a mask of ones would be dropped
-    with LiveStorages(standing) as live, flop_counter() as counter:
+    with LiveStorages(standing) as live, flop_counter() as counter, _KnownDevices():
         outputs = model(input_ids, mask, text_states=states)
         loss = F.cross_entropy(outputs, targets.clamp(max=outputs.shape[1] - 1), reduction="sum")
         saved, forward_flops = live.bytes, counter.get_total_flops()
@@ -266,6 +273,15 @@ def dry_run(model: GraftedEncoder, rows: int, tokens: int, states_given: bool = 
         forward_flops=float(forward_flops),
         backward_flops=float(counter.get_total_flops() - forward_flops),
     )
+
+
+class _KnownDevices(TorchDispatchMode):
+    """Answers what device a tensor is on, which most dispatches ask, without a way through all modes."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return device_of(*args) if function is DEVICE_OF else function(*args, **(kwargs or {}))
 
 
 class LiveStorages(TorchDispatchMode):

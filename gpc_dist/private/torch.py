@@ -10,13 +10,15 @@ from typing import Any
 from gpc_dist.private import checked, require
 
 with checked("torch"):
-    from torch import UntypedStorage, nn, ops
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch import UntypedStorage, device, nn, ops
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     require(UntypedStorage, "_cdata")
+    require(FakeTensor, "fake_device")
+    DEVICE_OF = ops.prim.device.default
     require(FlopCounterMode(display=False), "mod_tracker")
     CPU_ATTENTION = ops.aten._scaled_dot_product_flash_attention_for_cpu
     CPU_ATTENTION_BACKWARD = ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -24,9 +26,11 @@ with checked("torch"):
 __all__ = [
     "CPU_ATTENTION",
     "CPU_ATTENTION_BACKWARD",
+    "DEVICE_OF",
     "FakeTensorMode",
     "TorchDispatchMode",
     "copy_without_hooks",
+    "device_of",
     "flop_counter_without_modules",
     "sdpa_flop_count",
     "storage_key",
@@ -38,6 +42,11 @@ __all__ = [
 def storage_key(storage: UntypedStorage) -> int:
     """The same for all Python objects that stand for a storage, as long as it lives."""
     return storage._cdata
+
+
+def device_of(tensor: FakeTensor) -> device:
+    """What `DEVICE_OF` answers, as which PyTorch asks a fake tensor for its device again and again."""
+    return tensor.fake_device
 
 
 def with_own_children(module: nn.Module) -> nn.Module:

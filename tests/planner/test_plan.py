@@ -23,6 +23,10 @@ from tests.conftest import losses
 from tests.processes import start_launcher
 
 
+SHORT = {"data.max_length": "24"}
+"""For tests that share a dry run."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _each_dry_run_once() -> Iterator[None]:
     """What depends on nothing but its arguments, and takes seconds."""
@@ -52,7 +56,7 @@ def test_a_plan_is_printed_and_written(
     file = tmp_path / "plan.json"
     code = main(
         ["plan", str(tiny_recipe), "--nodes", "2", "--gpus-per-node", "4", "--gpu", "a100-40"]
-        + ["--json", str(file), "--data.max_length", "24"]
+        + ["--json", str(file), *(word for key, value in SHORT.items() for word in (f"--{key}", value))]
     )
     said = capsys.readouterr().out
     assert code == 0
@@ -149,7 +153,7 @@ def test_only_regimes_that_can_run_are_recommended(
     offloads: set[str],
     kinds: set[str],
 ) -> None:
-    config = configuration.load(str(tiny_recipe), overrides)
+    config = configuration.load(str(tiny_recipe), overrides | SHORT)
     cluster = Cluster(find_device(device), 1, 2)
     planner = plan.make_planner(config, cluster.device, outputs=2)
     compared: list[Estimate] = []
