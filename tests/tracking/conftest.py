@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,11 @@ Start = Callable[[RunFolder, str], "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of run folders, so that tests share one SQLite store and its slow first use."""
-    return tmp_path_factory.mktemp("runs")
+def runs(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
+    """Folder of run folders, beside which is a store that they share."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_store, folder / "mlflow.db")
+    return folder
 
 
 @pytest.fixture
@@ -164,9 +167,10 @@ def add_trial(make_run: MakeRun) -> AddTrial:
 
 
 @pytest.fixture(scope="session")
-def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_uri(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Iterator[str]:
     """A real tracking server."""
     folder = tmp_path_factory.mktemp("server")
+    shutil.copy(mlflow_store, folder / "mlflow.db")
     uri = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", "127.0.0.1", "--port", uri.rsplit(":", 1)[1]]
