@@ -6,6 +6,7 @@ Unknown and duplicate keys are errors that list the valid ones. Nothing here imp
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -32,7 +33,8 @@ class Section(BaseModel):
     )
 
 
-def all_keys(tree: type[Section]) -> dict[str, FieldInfo]:
+@functools.cache  # a study asks for each of its trials
+def all_keys(tree: type[Section]) -> Mapping[str, FieldInfo]:
     """Every dotted key with its field: `train.lr` -> FieldInfo (default, documentation)."""
     found: dict[str, FieldInfo] = {}
     for name, field in tree.model_fields.items():

@@ -22,7 +22,6 @@ from gpc_dist.planner.timing import Cluster
 from tests.conftest import losses
 from tests.processes import start_launcher
 
-
 SHORT = {"data.max_length": "24"}
 """For tests that share a dry run."""
 

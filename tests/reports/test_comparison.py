@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -201,9 +202,13 @@ def test_places_without_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         compare("nowhere", uri="http://127.0.0.1:9")
 
 
-def test_an_experiment_says_what_its_folders_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_says_what_its_folders_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
+    runs.mkdir()
+    shutil.copy(mlflow_store, runs / "mlflow.db")
     finished = write_run(runs / "a", 0.7, evaluations=[0.6, 0.7], train__lr=0.1, wall_s=12.5)
     stopped = write_run(runs / "b", evaluations=[0.5, None, 0.8], state="stopped", train__lr=0.2)
     for run in (finished, stopped):

@@ -26,6 +26,12 @@ from .test_comparison import write_run
 EVIL = "<script>document.title='taken'</script>\"&'$x_1$ 日本"
 
 
+@pytest.fixture(autouse=True)
+def _small_forests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which show as large ones do; what they learn is tested with comparisons."""
+    monkeypatch.setattr("gpc_dist.reports.importance._TREES", 5)
+
+
 def make_page(place: Path, file: Path) -> str:
     write_comparison(compare(str(place)), str(place), file, None)
     return file.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, mlflow_store: Path) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "run"
+    shutil.copy(mlflow_store, folder.parent / "mlflow.db")
     hold = Hold(folder, 11)
     recorded = ("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S)
     launcher = start_launcher("train", tiny_recipe, "--run.dir", folder, *recorded, "--engine.ranks", 2)
