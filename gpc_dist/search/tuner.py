@@ -132,7 +132,8 @@ def _tune(
     _say_what_is_cached(spec)
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     base = space.base_config(spec)
-    packs.warm.remote(space.pack_key(base), base.dump())
+    if not base.adapter.trains_encoder:  # whose runs have packs of their own
+        packs.warm.remote(space.pack_key(base), base.dump())
     rules = algorithm.stop_rules(spec, metric, mode, folder)
     scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
