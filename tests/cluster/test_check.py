@@ -1,4 +1,4 @@
-"""The check of a cluster's nodes, with stand-ins for Slurm's programs: two ranks of it on this machine."""
+"""The check of a cluster's nodes, with a stand-in for `srun`."""
 
 from __future__ import annotations
 
@@ -9,43 +9,28 @@ import pytest
 
 from gpc_dist.cluster import check
 from gpc_dist.cluster.resources import Resources
-from tests.processes import free_port
-from tests.test_interpreter import MODULES
 
 SRUN = """#!/bin/bash
-printf '%s\\n' "$@" > "$FAKES/srun"
-while [[ $1 == -* ]]; do shift; done
-for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & done
-wait -n && wait -n
+printf '%s\\n' "$@" > "$FAKES/words"
+printf '%s' "$GPC_DIST_SECRET" > "$FAKES/secret"
+echo 'srun: error: Unable to allocate resources' >&2
+exit 1
 """
-SCONTROL = "#!/bin/bash\necho 127.0.0.1\n"
 
 
-@pytest.mark.slow
-def test_nodes_are_measured_beside_any_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, programs = tmp_path / "place", tmp_path / "programs"
-    for folder in (place, programs):
-        folder.mkdir()
-    for name in MODULES:
-        (place / f"{name}.py").write_text(f"raise ImportError('{name} of the user was imported')\n")
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    (place / "shared").mkdir()
-    monkeypatch.chdir(place)
-    job = str(free_port() - 20000)  # its port follows from its number
-    for name, value in {
-        "FAKES": str(tmp_path),
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "SLURM_JOB_ID": job,
-        "SLURM_JOB_NODELIST": "node[01-02]",
-        "SLURM_NTASKS": "2",
-    }.items():
-        monkeypatch.setenv(name, value)
+def test_the_secret_of_the_ranks_is_in_no_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("FAKES", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("GPC_DIST_SECRET", raising=False)
     resources = Resources(nodes=2, ranks_per_node=1, gpus_per_node=None, time="5", partition=None)
-    findings = {found.what: found for found in check._examine_nodes(resources, place / "shared")}
-    assert "2 ranks on" in findings["rendezvous"].found
-    assert "GB/s all-reduce (gloo)" in findings["bandwidth"].found
-    assert findings["shared folder"].found == f"{place} is seen by all"
-    assert not findings["versions"].remedy
-    assert "GPC_DIST_SECRET" not in (tmp_path / "srun").read_text()
+    (finding,) = check._examine_nodes(resources, tmp_path)
+    assert (finding.what, finding.found) == ("check job", "srun: error: Unable to allocate resources")
+    assert "Slurm refuses" in finding.remedy
+    words, secret = (tmp_path / "words").read_text(), (tmp_path / "secret").read_text()
+    assert len(secret) == 64
+    assert secret not in words
+    assert "GPC_DIST_SECRET" not in words

@@ -15,92 +15,132 @@ import pytest
 import yaml
 
 from gpc_dist.cluster import slurm as cluster_slurm
+from gpc_dist.runs.folder import RunFolder
 from gpc_dist.shipped import shipped_folder
-from tests.cluster.conftest import HELD, Refuse, SlurmLab, job_of, same_run
+from gpc_dist.tracking.state import ExportState
+from tests.cluster.conftest import HELD, Refuse, SlurmLab, job_of, recorded_once, same_run
 from tests.conftest import losses
 from tests.holds import Hold
-from tests.processes import TIMEOUT_S, command, on_ranks
+from tests.processes import TIMEOUT_S, command, on_ranks, wait_until
+from tests.test_interpreter import MODULES
 
 pytestmark = pytest.mark.slurm
 
 
-def test_two_nodes_give_the_losses_of_two_ranks(slurm: SlurmLab, superglue: Path, tmp_path: Path) -> None:
-    settings = [
-        *("--data.path", superglue / "RTE", "--data.limit_train", 64, "--data.limit_eval", 16),
-        *("--train.steps", 6, "--train.batch_size", 8, "--train.log_every", 1, "--engine.zero_stage", 3),
-        *("--engine.device", "cpu", "--tracking.enabled", "false"),
-    ]
-    here = on_ranks(2, "train", "rte", *settings, "--run.dir", tmp_path / "here")
+def test_a_run_is_shown_and_cancelled_and_goes_on(
+    slurm: SlurmLab, long_recipe: Path, mlflow_store: Path, tmp_path: Path
+) -> None:
+    """On two nodes; then as two ranks of one node: together they give the losses of two ranks without Slurm."""
+    from mlflow import MlflowClient
+
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    run.path.parent.mkdir()
+    shutil.copy(mlflow_store, tmp_path / "runs" / "mlflow.db")
+    settings = ("--engine.zero_stage", 3)
+    hold = Hold(run.path, HELD)
+    done = command("submit", "train", long_recipe, "--nodes", 2, *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = job_of(done.stdout)
+    again = command("submit", "train", long_recipe, cwd=tmp_path)
+    assert again.returncode == 2
+    assert f"has job {job}" in again.stderr
+    undisturbed = tmp_path / "undisturbed"
+    words = ("train", long_recipe, *settings, "--run.dir", undisturbed, "--tracking.enabled", "false")
+    here = on_ranks(2, *words)
     assert here.returncode == 0, here.stderr
-    done = command(
-        "submit", "train", "rte", "--nodes", 2, "--follow", *settings, "--run.dir", "there", cwd=tmp_path
-    )
+
+    hold.wait()
+    shown = command("jobs", cwd=tmp_path).stdout
+    assert re.search(rf"tiny +{job} +running +node\[01-02\]", shown), shown
+    facts = json.loads(run.facts.read_text())
+    assert (facts["slurm_job_id"], facts["slurm_nodes"]) == (job, "node[01-02]")
+    wait_until(lambda: ExportState.load(run).run_id is not None)
+    cancelled = command("cancel", "runs/tiny", cwd=tmp_path)
+    assert job in cancelled.stdout
+    assert slurm.wait(job)["JobState"] == "CANCELLED"
+    assert slurm.job(job)["Restarts"] == "0"
+    shown = command("jobs", "runs/tiny", cwd=tmp_path).stdout
+    assert re.search(rf"tiny +{job} +stopped", shown), shown
+    assert "SIGTERM at step" in shown
+    # Slurm may have ended the exporter before it could tell MLflow
+    assert command("sync", run.path).returncode == 0
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    recorded = client.get_run(str(ExportState.load(run).run_id))
+    assert recorded.info.status == "KILLED"
+    assert recorded.data.tags["gpc.state"] == "stopped"
+
+    elsewhere = ("--nodes", 1, "--ranks-per-node", 2, "--cpus-per-rank", 2, "--follow")
+    done = command("submit", "train", long_recipe, *elsewhere, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(losses(tmp_path / "here")) == 6
-    same_run(tmp_path / "there", tmp_path / "here")
-    facts = json.loads((tmp_path / "there" / "facts.json").read_text())
-    assert facts["slurm_job_id"] == job_of(done.stdout)
-    assert facts["slurm_nodes"] == "node[01-02]"
+    assert {"--ntasks-per-node=2", "--mincpus=4"} <= set(
+        json.loads((run.job / "job.json").read_text())["sbatch"]
+    )
+    assert json.loads(run.result.read_text())["world_size"] == 2
+    same_run(run.path, undisturbed)
+    recorded_once(run.path)
 
 
-def test_a_submission_is_kept_as_it_was(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_an_array_of_seeds_is_kept_as_it_was_submitted(
+    slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path, mlflow_store: Path
+) -> None:
+    """One of its tasks also when Slurm starts it a second time."""
+    from mlflow import MlflowClient
+
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    shutil.copy(mlflow_store, runs / "mlflow.db")
     recipe, regime = tmp_path / "mine.yaml", tmp_path / "mine.json"
     recipe.write_text(tiny_recipe.read_text())
     regime.write_text(
         (shipped_folder("ds_configs") / "zero0.json").read_text().replace("{", '{"mine": 7,', 1)
     )
+    settings = ("--train.lr", 0.02, "--engine.ds_config", regime.name)
+    first, second = (runs / f"tiny-seed-{seed}" for seed in (42, 20240))
+    own = ("--run.seed", 20240, "--run.name", second.name, "--run.dir", tmp_path / "undisturbed")
+    here = command("train", recipe, *settings, *own, cwd=tmp_path)
+    assert here.returncode == 0, here.stderr
+    hold = Hold(second, 6)
     done = command(
-        *("submit", "train", recipe, "--nodes", 1, "--time", 5, "--snapshot"),
-        *("--train.lr", 0.02, "--engine.ds_config", regime.name),
+        *("submit", "train", recipe, "--seeds", "42,20240", "--nodes", 1, "--ranks-per-node", 1),
+        *("--sbatch=--array=0-1%2", "--time", 10, "--snapshot", *settings),
+        *("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     for path in (recipe, regime):
         path.write_text("changed")  # too late to matter
     job = job_of(done.stdout)
-    assert slurm.wait(job)["JobState"] == "COMPLETED"
-    folder = tmp_path / "runs" / "tiny"
-    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["lr"] == 0.02
-    assert json.loads((folder / "ds_config.json").read_text())["mine"] == 7
-    (code,) = folder.glob("job/code-*")
-    assert list(code.glob("gpc_dist/training/__pycache__/*.pyc"))  # it has been run
-    record = json.loads((folder / "job" / "job.json").read_text())
-    assert record["job_id"] == job
-    assert record["command"][:3] == ["gpc-dist", "submit", "train"]
-    assert str(code / "train.sbatch") in record["sbatch"]
-    assert "exit code" not in Path(record["log"]).read_text()
-    table = command("jobs", cwd=tmp_path).stdout
-    assert re.search(rf"tiny +{job} +finished +100 % +accuracy", table), table
-
-
-def test_an_array_of_seeds(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path, mlflow_store: Path) -> None:
-    from mlflow import MlflowClient
-
-    (tmp_path / "runs").mkdir()
-    shutil.copy(mlflow_store, tmp_path / "runs" / "mlflow.db")
-    done = command(
-        *("submit", "train", tiny_recipe, "--seeds", "42,20240", "--ranks-per-node", 1),
-        "--sbatch=--array=0-1%2",
-        *("--tracking.enabled", "true", "--tracking.finish_timeout_s", TIMEOUT_S),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    job = job_of(done.stdout)
     assert slurm.job(f"{job}_1")["ArrayTaskThrottle"] == "2"
-    for task in range(2):
-        assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
-    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    hold.wait()
+    slurm.call("scontrol", "requeue", f"{job}_1")
+    ended = [slurm.wait(f"{job}_{task}") for task in range(2)]
+    assert [(found["JobState"], found["Restarts"]) for found in ended] == [
+        ("COMPLETED", "0"),
+        ("COMPLETED", "1"),
+    ]
+    same_run(second, tmp_path / "undisturbed")
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'gpc-dist'")
-    runs = client.search_runs([experiment.experiment_id], "tags.group = 'tiny'")
-    assert sorted(run.info.run_name for run in runs) == ["tiny-seed-20240", "tiny-seed-42"]
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert sorted(run.data.params["run.seed"] for run in runs) == ["20240", "42"]
-    folders = [tmp_path / "runs" / f"tiny-seed-{seed}" for seed in (42, 20240)]
-    assert len({tuple(losses(folder).values()) for folder in folders}) == 2
-    for folder in folders:
+    recorded = client.search_runs([experiment.experiment_id], "tags.group = 'tiny'")
+    assert sorted(run.info.run_name for run in recorded) == [second.name, first.name]
+    assert {run.info.status for run in recorded} == {"FINISHED"}
+    assert sorted(run.data.params["run.seed"] for run in recorded) == ["20240", "42"]
+    assert losses(first) != losses(second)
+    table = command("jobs", cwd=tmp_path).stdout
+    (code,) = first.glob("job/code-*")
+    assert list(code.glob("gpc_dist/training/__pycache__/*.pyc"))  # it has been run
+    for task, folder in enumerate((first, second)):
+        assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["lr"] == 0.02
+        assert json.loads((folder / "ds_config.json").read_text())["mine"] == 7
         record = json.loads((folder / "job" / "job.json").read_text())
-        assert Path(record["log"]) == folder / "job" / f"{job}.log"
-        assert "gpc-dist train" in Path(record["log"]).read_text()
+        assert record["job_id"] == f"{job}_{task}"
+        assert record["command"][:3] == ["gpc-dist", "submit", "train"]
+        assert str(code / "train.sbatch") in record["sbatch"]
+        log = folder / "job" / f"{job}.log"
+        assert Path(record["log"]) == log
+        assert "gpc-dist train" in log.read_text()
+        assert re.search(rf"{folder.name} +{job}_{task} +finished +100 % +accuracy", table), table
+    assert "exit code" not in (first / "job" / f"{job}.log").read_text()
 
 
 def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
@@ -122,39 +162,6 @@ def test_an_array_of_settings(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path
     assert [config["run"]["name"] for config in configs] == ["tiny-0", "tiny-1"]
     assert [config["train"]["lr"] for config in configs] == [0.01, 0.05]
     assert [config["adapter"]["cell"] for config in configs] == ["recurrent", "gated"]
-
-
-def test_jobs_and_cancel(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "tiny"
-
-    def submit(nodes: int) -> str:
-        done = command(
-            *("submit", "train", long_recipe, "--nodes", nodes, "--tracking.enabled", "false"), cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        return job_of(done.stdout)
-
-    first = Hold(folder, HELD)
-    job = submit(2)
-    again = command("submit", "train", long_recipe, cwd=tmp_path)
-    assert again.returncode == 2
-    assert f"has job {job}" in again.stderr
-    first.wait()
-    shown = command("jobs", cwd=tmp_path).stdout
-    assert re.search(rf"tiny +{job} +running +node\[01-02\]", shown), shown
-    cancelled = command("cancel", "runs/tiny", cwd=tmp_path)
-    assert job in cancelled.stdout
-    assert slurm.wait(job)["JobState"] == "CANCELLED"
-    shown = command("jobs", "runs/tiny", cwd=tmp_path).stdout
-    assert re.search(rf"tiny +{job} +stopped", shown), shown
-    assert "SIGTERM at step" in shown
-    # submitted again, the run goes on
-    second = Hold(folder, max(losses(folder)) + 1)
-    job = submit(1)
-    second.wait()
-    command("cancel", job)
-    slurm.wait(job)
-    assert sorted(losses(folder)) == list(range(1, max(losses(folder)) + 1))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +235,10 @@ def test_the_planner_finds_the_nodes(slurm: SlurmLab, tiny_recipe: Path, tmp_pat
 
 
 def test_doctor(slurm: SlurmLab, tmp_path: Path) -> None:
+    """Beside scripts of the user that have the names of modules: no rank imports them."""
+    for name in MODULES:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} of the user was imported')\n")
+    own = sorted(tmp_path.iterdir())
     done = command("doctor", "--slurm", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
@@ -239,7 +250,7 @@ def test_doctor(slurm: SlurmLab, tmp_path: Path) -> None:
         r"ok +versions +the same on all nodes",
     ):
         assert re.search(line, done.stdout), (line, done.stdout)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == own
 
 
 def test_a_shell_that_srun_opened_is_no_rank(slurm: SlurmLab, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -12,8 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpc_dist.runs.folder import RunFolder
-from gpc_dist.tracking.state import ExportState
 from tests.cluster.conftest import HELD, SlurmLab, recorded_once, same_run
 from tests.conftest import ROOT
 from tests.holds import Hold
@@ -22,23 +19,21 @@ from tests.processes import command, wait_until
 pytestmark = pytest.mark.slurm
 
 
-@pytest.fixture(autouse=True)
-def _store(tmp_path: Path, mlflow_store: Path) -> None:
-    shutil.copy(mlflow_store, tmp_path / "mlflow.db")
+ALONE = ("--engine.ranks", "1", "--tracking.enabled", "false")
+"""Settings of a run of one rank."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def near_its_limit(
-    slurm: SlurmLab, long_recipe: Path, mlflow_store: Path, tmp_path_factory: pytest.TempPathFactory
+    slurm: SlurmLab, long_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
     """A job that stands still until Slurm warns it of its time limit, which takes a minute, and the folder of its run.
 
     Slurm looks at time limits twice a minute and warns up to a minute early: 35 to 60 s after the start at @60.
     """
     place = tmp_path_factory.mktemp("limit")
-    shutil.copy(mlflow_store, place / "mlflow.db")
     hold = Hold(place / "run", HELD)
-    job = start(slurm, long_recipe, place, "--time=2", "--signal=B:USR2@60")
+    job = start(slurm, long_recipe, place, "--nodes=1", "--time=2", "--signal=B:USR2@60", settings=ALONE)
     hold.wait(lambda: log_of(place))
     yield job, place
     slurm.call("scancel", job)
@@ -89,36 +84,13 @@ def test_a_failure_that_stays_is_given_up(slurm: SlurmLab, long_recipe: Path, tm
 
 
 def test_a_users_error_is_not_tried_again(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
-    job = start(slurm, long_recipe, tmp_path, "--nodes=1", settings=("--task.text", "[no_such_column]"))
+    job = start(
+        slurm, long_recipe, tmp_path, "--nodes=1", settings=(*ALONE, "--task.text", "[no_such_column]")
+    )
     found = slurm.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0")
     assert "no_such_column" in log_of(tmp_path)
     assert "not requeued: it would fail again" in log_of(tmp_path)
-
-
-def test_cancelled(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
-    run = RunFolder(tmp_path / "run")
-    Hold(run.path, HELD)
-    job = start(slurm, long_recipe, tmp_path, "--nodes=1")
-    wait_until(lambda: ExportState.load(run).run_id is not None, failed=lambda: log_of(tmp_path))
-    slurm.call("scancel", job)
-    assert slurm.wait(job)["JobState"] == "CANCELLED"
-    # Slurm may have ended the exporter before it could tell MLflow
-    assert command("sync", run.path).returncode == 0
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    recorded = client.get_run(str(ExportState.load(run).run_id))
-    assert recorded.info.status == "KILLED"
-    assert recorded.data.tags["gpc.state"] == "stopped"
-    assert slurm.job(job)["Restarts"] == "0"
-
-
-def test_tasks_of_a_node_are_ranks(slurm: SlurmLab, tiny_recipe: Path, tmp_path: Path) -> None:
-    options = ("--nodes=1", "--ntasks-per-node=2", "--mincpus=4")
-    job = slurm.submit(*options, SCRIPT, tiny_recipe, "--run.dir", "run", cwd=tmp_path)
-    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
 
 
 def launcher(folder: Path, text: str) -> Path:
@@ -127,25 +99,6 @@ def launcher(folder: Path, text: str) -> Path:
     path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
     return path
-
-
-def test_each_gpu_of_a_node_has_a_rank(slurm: SlurmLab, tmp_path: Path) -> None:
-    """What a rank finds, of a job that gets nothing of the submitting shell's environment."""
-    note = launcher(
-        tmp_path, "echo $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $MASTER_ADDR $MINE > rank-$SLURM_PROCID"
-    )
-    scripts = tmp_path / "scripts"
-    shutil.copytree(SCRIPT.parent, scripts)
-    (scripts / "setup").write_text(f"export MINE=here\nGPC_DIST_LAUNCHER={note}\n")
-    own = SCRIPT.read_text().replace(
-        "set -uo pipefail", f"GPC_DIST_SETUP={scripts / 'setup'}\nset -uo pipefail"
-    )
-    (scripts / SCRIPT.name).write_text(own)
-    options = ("--nodes=2", "--gpus-per-node=2", "--export=NONE")
-    job = slurm.submit(*options, scripts / SCRIPT.name, "rte", cwd=tmp_path)
-    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
-    found = {file.name: file.read_text().split() for file in tmp_path.glob("rank-*")}
-    assert found == {f"rank-{rank}": [str(rank), "4", str(rank % 2), "node01", "here"] for rank in range(4)}
 
 
 def test_a_task_of_an_array_restarts_alone(slurm: SlurmLab, tmp_path: Path) -> None:
@@ -194,21 +147,48 @@ def test_a_task_of_an_array_restarts_alone(slurm: SlurmLab, tmp_path: Path) -> N
     assert [slurm.job(f"{job}_{task}")["Restarts"] for task in range(3)] == ["1", "0", "2"]
 
 
-def test_time_limit(near_its_limit: tuple[str, Path], slurm: SlurmLab, undisturbed: Path) -> None:
+def test_each_gpu_of_a_node_has_a_rank(slurm: SlurmLab, tmp_path: Path) -> None:
+    """What a rank finds, of a job that gets nothing of the submitting shell's environment."""
+    note = launcher(
+        tmp_path, "echo $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $MASTER_ADDR $MINE > rank-$SLURM_PROCID"
+    )
+    scripts = tmp_path / "scripts"
+    shutil.copytree(SCRIPT.parent, scripts)
+    (scripts / "setup").write_text(f"export MINE=here\nGPC_DIST_LAUNCHER={note}\n")
+    own = SCRIPT.read_text().replace(
+        "set -uo pipefail", f"GPC_DIST_SETUP={scripts / 'setup'}\nset -uo pipefail"
+    )
+    (scripts / SCRIPT.name).write_text(own)
+    options = ("--nodes=2", "--gpus-per-node=2", "--export=NONE")
+    job = slurm.submit(*options, scripts / SCRIPT.name, "rte", cwd=tmp_path)
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(tmp_path)
+    found = {file.name: file.read_text().split() for file in tmp_path.glob("rank-*")}
+    assert found == {f"rank-{rank}": [str(rank), "4", str(rank % 2), "node01", "here"] for rank in range(4)}
+
+
+def test_time_limit(near_its_limit: tuple[str, Path], slurm: SlurmLab, long_recipe: Path) -> None:
     job, place = near_its_limit
+    undisturbed = place / "undisturbed"
+    done = command("train", long_recipe, *ALONE, "--run.dir", undisturbed)
+    assert done.returncode == 0, done.stderr
     found = slurm.wait(job)
     assert found["JobState"] == "COMPLETED", log_of(place)
     assert int(found["Restarts"]) >= 1
     assert "stopped on request: requeued" in log_of(place)
     same_run(place / "run", undisturbed)
-    recorded_once(place / "run")
 
 
 def test_a_job_disturbed_in_every_way_ends_as_the_undisturbed_one(
-    slurm: SlurmLab, long_recipe: Path, undisturbed: Path, near_its_limit: tuple[str, Path], tmp_path: Path
+    slurm: SlurmLab,
+    long_recipe: Path,
+    undisturbed: Path,
+    near_its_limit: tuple[str, Path],
+    mlflow_store: Path,
+    tmp_path: Path,
 ) -> None:
     """One disturbance after the other, each in a start of its own; between checkpoints, which are every 20 steps."""
-    holds = [Hold(tmp_path / "run", step) for step in (13, 24, 33, 44, 53)]
+    shutil.copy(mlflow_store, tmp_path / "mlflow.db")
+    holds = [Hold(tmp_path / "run", step) for step in (24, 33, 44, 53)]
     job = start(slurm, long_recipe, tmp_path, "--partition=spot", settings=("--engine.timeout_s", "20"))
     said = [""]
 
@@ -219,24 +199,21 @@ def test_a_job_disturbed_in_every_way_ends_as_the_undisturbed_one(
         return said[-1].removeprefix(said[-2])
 
     held(0)
-    slurm.call("scontrol", "requeue", job)
-
-    held(1)
     ranks_of(tmp_path)[1].kill()  # for which rank 0 would wait for ever
 
-    assert "failure 1: requeued" in held(2)
+    assert "failure 1: requeued" in held(1)
     os.kill(ranks_of(tmp_path)[1].pid, signal.SIGSTOP)
-    holds[2].release()
+    holds[1].release()
 
-    assert "did not answer for 20 s (engine.timeout_s)" in held(3)
+    assert "did not answer for 20 s (engine.timeout_s)" in held(2)
     slurm.wait(near_its_limit[0])  # the other job is to have the nodes for itself
     slurm.wait(slurm.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=tmp_path))
 
-    assert "stopped by SIG" in held(4)
+    assert "stopped by SIG" in held(3)
     slurm.down("--node", "node02")
-    slurm.wait_for(job, lambda found: found["Restarts"] == "5")
+    slurm.wait_for(job, lambda found: found["Restarts"] == "4")
     slurm.up()
     found = slurm.wait(job)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "5"), log_of(tmp_path)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "4"), log_of(tmp_path)
     same_run(tmp_path / "run", undisturbed)
     recorded_once(tmp_path / "run")
