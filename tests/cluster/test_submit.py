@@ -55,10 +55,12 @@ def test_a_run_is_shown_and_cancelled_and_goes_on(
     facts = json.loads(run.facts.read_text())
     assert (facts["slurm_job_id"], facts["slurm_nodes"]) == (job, "node[01-02]")
     wait_until(lambda: ExportState.load(run).run_id is not None)
-    cancelled = command("cancel", "runs/tiny", cwd=tmp_path)
-    assert job in cancelled.stdout
-    assert slurm.wait(job)["JobState"] == "CANCELLED"
-    assert slurm.job(job)["Restarts"] == "0"
+    waiting = slurm.submit("--hold", "--output=/dev/null", "--wrap=true", cwd=tmp_path)
+    cancelled = command("cancel", "runs/tiny", waiting, cwd=tmp_path)
+    assert f"asked to end: {job}, {waiting}" in cancelled.stdout
+    for each in (job, waiting):
+        found = slurm.wait(each)
+        assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
     shown = command("jobs", "runs/tiny", cwd=tmp_path).stdout
     assert re.search(rf"tiny +{job} +stopped", shown), shown
     assert "SIGTERM at step" in shown
