@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from gpc_dist import cli
 from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError
-from gpc_dist.private import CHECKED, check_version, checked
+from gpc_dist.private import CHECKED, check_version, checked, without
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +80,16 @@ def test_importing_the_parts_of_a_library_checks_it(
     monkeypatch.delitem(sys.modules, f"gpc_dist.private.{library}", raising=False)
     with pytest.raises(MachineError, match=f"{library} 0.1 is installed"):
         importlib.import_module(f"gpc_dist.private.{library}")
+
+
+def test_a_module_seems_to_be_missing_unless_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with without("colorsys"), pytest.raises(ImportError):
+        importlib.import_module("colorsys")
+    there = importlib.import_module("colorsys")
+    with without("colorsys"):
+        assert importlib.import_module("colorsys") is there
+    assert sys.modules["colorsys"] is there
 
 
 def test_doctor_tells_what_to_do(install: Install, capsys: pytest.CaptureFixture[str]) -> None:

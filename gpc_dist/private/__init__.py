@@ -7,6 +7,7 @@ program names these parts. Whoever widens a range, here and in pyproject.toml, t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,17 @@ def checked(package: str) -> Iterator[None]:
             f"{package} {metadata.version(package)} lacks what gpc-dist needs of it ({error}): "
             f"pip install '{package}=={CHECKED[package].newest}', with which it was checked"
         ) from None
+
+
+@contextmanager
+def without(module: str) -> Iterator[None]:
+    """Let a module that is not imported yet seem to be missing to what is imported in the block."""
+    there = sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if there is None:
+            del sys.modules[module]
 
 
 def require(owner: object, *names: str) -> None:

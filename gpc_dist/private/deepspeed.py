@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpc_dist.private import checked, require
+from gpc_dist.private import checked, require, without
 
-with checked("deepspeed"):
+# DeepSpeed's autotuner would import MLflow, which takes seconds and memory on every rank
+with checked("deepspeed"), without("mlflow"):
     from deepspeed import ops
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import AsyncIOBuilder
