@@ -83,9 +83,9 @@ class Started:
         return self.returncode
 
 
-def start_call(call: Callable[..., Any], *arguments: Any) -> Started:
+def start_call(call: Callable[..., Any], *arguments: Any, **environment: str) -> Started:
     """Start a function of some module."""
-    return Started(call, arguments, None, {})
+    return Started(call, arguments, None, environment)
 
 
 def start(*words: object, cwd: Path | None = None, **environment: str) -> Started:

@@ -15,7 +15,20 @@ from pathlib import Path
 
 import psutil
 
-from tests.processes import Started, free_port, wait_until
+from tests.processes import TIMEOUT_S, Started, free_port, wait_until
+
+_CLIENT = """
+import sys
+import ray
+from ray._raylet import GcsClient
+
+for enter in (lambda: GcsClient(address=sys.argv[1]).internal_kv_keys(b""), lambda: ray.init(address=sys.argv[1])):
+    try:
+        enter()
+        print("entered")
+    except Exception as error:
+        print(type(error).__name__)
+"""
 
 
 @contextmanager
@@ -23,7 +36,7 @@ def ray_cluster(asks: bool = True) -> Iterator[dict[str, str]]:
     """A Ray cluster with this machine's cores, which ends with the block: environment variables that lead to it.
 
     Args:
-        asks: whether it answers only those who know its token.
+        asks: whether it answers only those who know its token; one that does not gets no cores either.
     """
     port = free_port()
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -36,6 +49,7 @@ def ray_cluster(asks: bool = True) -> Iterator[dict[str, str]]:
             "--include-log-monitor=false",
             "--min-worker-port=0",
             "--max-worker-port=0",
+            *([] if asks else ["--num-cpus=0"]),
         ]
         ray = subprocess.Popen(
             words,
@@ -80,3 +94,32 @@ def workers_in(place: Path, kind: str = "ray::") -> list[psutil.Process]:
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def refused_without_the_token(driver: int, home: Path) -> None:
+    """Assert that nobody enters the Ray that a search has of its own but the search.
+
+    As any process of this machine: the cluster's store is asked, and a driver tries to enter.
+
+    Args:
+        home: of these processes.
+    """
+    (store,) = [
+        each for each in psutil.Process(driver).children(recursive=True) if each.name() == "gcs_server"
+    ]
+    port = min(each.laddr.port for each in store.net_connections() if each.status == psutil.CONN_LISTEN)
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    without |= {"HOME": str(home), "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", _CLIENT, f"127.0.0.1:{port}"],
+            env=without | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for more in ({}, wrong)
+    ]
+    said = [client.communicate(timeout=TIMEOUT_S)[0].split() for client in clients]
+    assert said == [["AuthenticationError", "ConnectionError"]] * 2

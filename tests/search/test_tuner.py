@@ -25,7 +25,7 @@ from gpc_dist.search import ray_cluster, tuner
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import command, start, start_call, wait_until
-from tests.rays import kill_search, workers_in
+from tests.rays import kill_search, refused_without_the_token, workers_in
 from tests.tracking.searches import children_of, parent_of
 
 pytestmark = pytest.mark.ray
@@ -79,8 +79,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_a_packed_search(place: Path, shared_ray: dict[str, str]) -> None:
-    path = write_search(place, seeds=[0, 1], trials=2, tracking={"enabled": True})
-    search = tune(place, shared_ray, path)
+    """Of Optuna: each configuration that it draws is run with every seed."""
+    path = write_search(place, algorithm="optuna", seeds=[3, 5], trials=2, tracking={"enabled": True})
+    done = command("tune", path, cwd=place, **shared_ray)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # one name and one metric for a trial, from the table to the last line
+    *_, last = [line for line in done.stdout.splitlines() if line.startswith("best of 4 trials: ")]
+    name, value = last.split(": ")[1].split(", accuracy ")
+    assert f"best accuracy {value} by {name};" in done.stdout
+    assert "4 of 4 trials ended" in done.stdout
+    search = place / "searches" / "mine"
     found = trials(search)
     assert sorted(found) == [0, 1, 2, 3]
     records = [read(path / "trial.json") for path in found.values()]
@@ -89,7 +97,7 @@ def test_a_packed_search(place: Path, shared_ray: dict[str, str]) -> None:
     groups = {record["seed_group"]: set() for record in records}
     for record, path in zip(records, found.values(), strict=True):
         groups[record["seed_group"]].add(yaml.safe_load((path / "config.yaml").read_text())["run"]["seed"])
-    assert sorted(map(sorted, groups.values())) == [[0, 1], [0, 1]]
+    assert list(groups.values()) == [{3, 5}, {3, 5}]
     result = read(search / "result.json")
     assert (result["trials"], result["finished"], result["failed"]) == (4, 4, 0)
     assert read(search / "status.json")["state"] == "finished"
@@ -99,10 +107,11 @@ def test_a_packed_search(place: Path, shared_ray: dict[str, str]) -> None:
     # all of it is in MLflow
     parent, children = parent_of(SearchFolder(search)), children_of(SearchFolder(search))
     assert parent.info.status == "FINISHED"
-    assert sorted(name.rpartition("_")[2] for name in children) == ["00000", "00001", "00002", "00003"]
+    assert set(children) == {record["trial"] for record in records}
     assert {child.info.status for child in children.values()} == {"FINISHED"}
     # a trial is the run that its configuration makes alone
-    done = command("train", found[3] / "config.yaml", "--run.dir", place / "alone")
+    alone = ("--run.dir", place / "alone", "--tracking.enabled", "false")
+    done = command("train", found[3] / "config.yaml", *alone)
     assert done.returncode == 0, done.stderr
     mine, theirs = losses(found[3]), losses(place / "alone")
     assert len(mine) == 24
@@ -114,13 +123,14 @@ def test_ranks_and_more_trials_than_lanes(place: Path, shared_ray: dict[str, str
     path = write_search(
         place,
         resources={"ranks": 2, "pack": 2},
-        space={},
-        configurations=[{"train.lr": rate, "train.cell_lr": rate} for rate in (0.03, 0.02, 1e-9, 1e-10)],
+        space={"train.lr": {"grid": [0.03, 0.02, 1e-9, 1e-10]}},
+        algorithm="grid",
         trials=None,
-        # a cell that does nothing at the start: what cannot learn cannot be right by a lucky draw
+        # a cell that does nothing: what cannot learn cannot be right by a lucky draw
         settings={
             "adapter.cell": "residual",
-            "train.steps": 60,
+            "train.cell_lr": 1e-9,
+            "train.steps": 40,
             "train.eval_every": 20,
             "engine.zero_stage": 3,
         },
@@ -139,7 +149,7 @@ def test_ranks_and_more_trials_than_lanes(place: Path, shared_ray: dict[str, str
     for number in stopped:
         folder = trials(search)[number]
         assert read(folder / "status.json")["state"] == "stopped"
-        assert max(losses(folder)) < 60
+        assert max(losses(folder)) < 40
 
 
 def most_at_once(trials: dict[int, Path]) -> int:
@@ -152,39 +162,45 @@ def most_at_once(trials: dict[int, Path]) -> int:
     return max(running)
 
 
-def test_each_configuration_of_optuna_is_run_with_every_seed(place: Path, shared_ray: dict[str, str]) -> None:
-    search = tune(place, shared_ray, write_search(place, algorithm="optuna", trials=2, seeds=[3, 5]))
-    groups: dict[str, set[int]] = {}
-    for path in trials(search).values():
-        seed = yaml.safe_load((path / "config.yaml").read_text())["run"]["seed"]
-        groups.setdefault(read(path / "trial.json")["seed_group"], set()).add(seed)
-    assert list(groups.values()) == [{3, 5}, {3, 5}]
-
-
-def test_a_search_ends_when_patience_with_it_does(place: Path, shared_ray: dict[str, str]) -> None:
-    """The first trial is the best: two more are tried, and not the other two."""
-    rates = (0.03, 1e-9, 1e-10, 1e-11, 1e-12)
+def test_a_search_goes_on_when_a_trial_fails_and_ends_when_patience_with_it_does(
+    place: Path, shared_ray: dict[str, str]
+) -> None:
+    """The first trial is the best: two more are tried that do not fail, and not the other two."""
+    rates = (0.03, 1e30, 1e-9, 1e-10, 1e-11, 1e-12)
     path = write_search(
         place,
         space={},
-        configurations=[{"train.lr": rate, "train.cell_lr": rate} for rate in rates],
+        configurations=[{"train.lr": rate, "train.cell_lr": min(rate, 1)} for rate in rates],
         trials=None,
-        settings={"adapter.cell": "residual", "train.steps": 60, "train.eval_every": 20},
+        settings={
+            "adapter.cell": "residual",
+            "train.steps": 40,
+            "train.eval_every": 20,
+            "train.clip_norm": None,
+            "train.warmup": 0,
+        },
         resources=WHOLE | {"concurrent": 1},
         stop={"patience": 2},
     )
-    search = tune(place, shared_ray, path)
-    assert [read(each / "status.json")["state"] for each in trials(search).values()][:3] == ["finished"] * 3
-    assert len(trials(search)) <= 4  # a trial may begin before the last one's end is known
-    assert read(search / "result.json")["best_trial"] == "000"
+    done = command("tune", path, cwd=place, **shared_ray)
+    assert done.returncode == 0, done.stderr
+    assert "trial 001 failed: the loss was not finite" in done.stderr
+    search = place / "searches" / "mine"
+    states = [read(each / "status.json")["state"] for each in trials(search).values()]
+    assert states[:4] == ["finished", "failed", "finished", "finished"]
+    assert len(states) <= 5  # a trial may begin before the last one's end is known
+    decisions = [read(each / "trial.json")["decision"] for each in trials(search).values()]
+    assert decisions[:4] == ["completed", "failed", "completed", "completed"]
+    result = read(search / "result.json")
+    assert (result["best_trial"], result["failed"]) == ("000", 1)
 
 
 def test_trials_of_other_shapes_go_to_another_pack(place: Path, shared_ray: dict[str, str]) -> None:
-    space = {"adapter.prompt_tokens": {"grid": [4, 6]}, "train.lr": {"grid": [0.01, 0.02]}}
+    shapes = [(4, 0.01), (4, 0.02), (6, 0.01)]
     path = write_search(
         place,
-        space=space,
-        algorithm="grid",
+        space={},
+        configurations=[{"adapter.prompt_tokens": tokens, "train.lr": rate} for tokens, rate in shapes],
         trials=None,
         settings={"train.steps": 8},
         resources={"pack": 4, "cpus_per_rank": os.cpu_count() // 2},
@@ -193,25 +209,7 @@ def test_trials_of_other_shapes_go_to_another_pack(place: Path, shared_ray: dict
     records = [read(path / "trial.json") for path in trials(search).values()]
     assert {record["decision"] for record in records} == {"completed"}
     lanes = [(record["settings"]["adapter.prompt_tokens"], record["lane"]) for record in records]
-    assert sorted(lanes) == [(4, 0), (4, 1), (6, 0), (6, 1)]
-
-
-def test_a_trial_that_fails_does_not_end_the_search(place: Path, shared_ray: dict[str, str]) -> None:
-    space = {"train.lr": {"grid": [0.01, 1e30]}}
-    settings = {"train.steps": 24, "train.clip_norm": None, "train.warmup": 0}
-    path = write_search(place, space=space, algorithm="grid", trials=None, settings=settings)
-    done = command("tune", path, cwd=place, **shared_ray)
-    assert done.returncode == 0, done.stderr
-    assert "trial 001 failed: the loss was not finite" in done.stderr
-    search = place / "searches" / "mine"
-    decisions = {
-        yaml.safe_load((path / "config.yaml").read_text())["train"]["lr"]: read(path / "trial.json")[
-            "decision"
-        ]
-        for path in trials(search).values()
-    }
-    assert decisions == {0.01: "completed", 1e30: "failed"}
-    assert read(search / "result.json")["failed"] == 1
+    assert sorted(lanes) == [(4, 0), (4, 1), (6, 0)]
 
 
 @dataclass(frozen=True)
@@ -239,27 +237,37 @@ class Planted:
             (folder / name).write_bytes(pickled)
 
 
-def test_a_search_that_was_killed_goes_on(
-    place: Path, shared_ray: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+def test_a_search_that_is_killed_and_stopped_and_loses_its_ranks_goes_on(
+    place: Path,
+    shared_ray: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And runs nothing that somebody has put into its folder."""
+    """Runs nothing that somebody has put into its folder, and leaves nothing of its own Ray outside of it."""
+    # evaluations are far apart: what is done between two of them is to be kept when it is stopped. No trial is stopped
+    # by the scheduler before the last hold
     path = write_search(
         place,
-        settings={"train.steps": 24, "train.eval_every": 4, "train.log_every": 4},
+        settings={"train.steps": 60, "train.eval_every": 20, "train.log_every": 5},
         resources=WHOLE | {"pack": 2},
-        scheduler={"name": "asha", "grace_steps": 8, "reduction_factor": 2},
+        scheduler={"name": "asha", "grace_steps": 40, "reduction_factor": 2},
+        retries=1,
     )
     search = place / "searches" / "mine"
-    hold = Hold(search / "trials" / "000", 12)
-    driver = start("tune", path, cwd=place)
-    hold.wait(lambda: driver.stdout + driver.stderr)
+    # the last trial begins after both: when the search is told to stop, the first may be anywhere
+    holds = [Hold(search / "trials" / name, step) for name, step in (("000", 25), ("000", 30), ("003", 25))]
+    first, second, third = holds
+    driver = start("tune", path, cwd=place, **shared_ray)
+    first.wait(lambda: driver.stdout + driver.stderr)
     before = {number: reached(path) for number, path in trials(search).items()}
-    assert before[0] == 12
+    assert before[0] == 25
     kill_search(driver, place)
-    done = command("tune", path, cwd=place)
-    assert done.returncode == EXIT_USAGE
-    assert "holds a search already: go on with it by --resume" in done.stderr
+    monkeypatch.chdir(place)
+    assert gpc("tune", path) == EXIT_USAGE
+    assert "holds a search already: go on with it by --resume" in capsys.readouterr().err
     records = {number: read(path / "trial.json") for number, path in trials(search).items()}
+    assert [record["trial"].rpartition("_")[2] for record in records.values()][:2] == ["00000", "00001"]
     planted, elsewhere = Planted(place / "ran"), tmp_path_factory.mktemp("elsewhere") / "ray"
     planted.write(elsewhere)
     (left,) = search.glob(".ray-*")  # by the one that was killed
@@ -268,11 +276,39 @@ def test_a_search_that_was_killed_goes_on(
     planted.write(left / "trials" / "again")
     (search / ".ray-notes").mkdir()
     (search / ".ray-notes" / "mine.txt").touch()
-    tune(place, shared_ray, path, "--resume")
+
+    # with a folder for temporary files whose path is too long for Ray's sockets, and nothing set for Ray
+    home, temporary = place / "home", place / ("long" * 20)
+    home.mkdir()
+    temporary.mkdir()
+    own = {"HOME": str(home), "TMPDIR": str(temporary), "GPC_DIST_IDLE": str(place / "idle")}
+    theirs = set(Path("/tmp").glob("gpc-ray-*"))
+    words = [str(search / "search.yaml"), "--resume"]
+    driver = start_call(tune_and_note, words, place / "note", **own)
+    second.wait(lambda: driver.stdout + driver.stderr)
+    refused_without_the_token(driver.pid, place)
+    driver.send_signal(signal.SIGTERM)  # which Ray would take for itself
+    wait_until((place / "note").exists)
+    second.release()
+    assert driver.wait() == 75, driver.stdout + driver.stderr
+    assert "stopped by SIGTERM; go on with" in driver.stderr
+    assert not (place / "idle").exists()
+    assert read(search / "status.json")["state"] == "stopped"
+    for trial in trials(search).values():
+        assert saved(trial) >= reached(trial)
+    assert not [path for path in home.rglob("*") if "ray" in path.name or "token" in path.name]
+    assert not list(temporary.iterdir())
+    assert set(Path("/tmp").glob("gpc-ray-*")) <= theirs
     assert not planted.note.exists()
     assert len(list(elsewhere.iterdir())) == 5
     assert sorted(each.name for each in search.glob(".ray-*")) == [".ray-linked", ".ray-notes"]
     assert (search / ".ray-notes" / "mine.txt").exists()
+
+    driver = start("tune", path, "--resume", cwd=place, **shared_ray)
+    third.wait(lambda: driver.stdout + driver.stderr)
+    (rank,) = workers_in(place, "ray::Rank")
+    rank.kill()
+    assert driver.wait() == 0, driver.stdout + driver.stderr
     found = trials(search)
     assert sorted(found) == [0, 1, 2, 3]
     for number, record in records.items():
@@ -282,14 +318,15 @@ def test_a_search_that_was_killed_goes_on(
     for number, step in before.items():
         assert reached(found[number]) >= step
     for path in found.values():
-        steps = [
-            line["step"]
-            for line in map(json.loads, (path / "metrics.jsonl").open())
-            if "val/accuracy" in line
-        ]
-        assert steps == list(range(4, max(steps) + 1, 4))
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").open()]
+        for key, every in (("val/accuracy", 20), ("train/loss", 5)):
+            steps = [line["step"] for line in lines if key in line]
+            assert steps == list(range(every, max(steps) + 1, every))
+        ended = read(path / "trial.json")["decision"], max(steps)
+        assert ended in {("completed", 60), ("stopped by scheduler", 40)}
     result = read(search / "result.json")
     assert result["finished"] + result["stopped"] == 4
+    assert result["finished"]
     assert result["failed"] == 0
 
 
@@ -317,32 +354,6 @@ def tune_and_note(words: list[str], note: Path) -> int:
 
     os.kill = kill_and_note
     return cli.main(["tune", *words])
-
-
-def test_a_stopped_search_goes_on(
-    place: Path, shared_ray: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # evaluations are far apart: what is done between two of them is to be kept
-    path = write_search(
-        place, trials=2, settings={"train.steps": 60, "train.eval_every": 30, "train.log_every": 5}
-    )
-    search = place / "searches" / "mine"
-    hold = Hold(search / "trials" / "000", 10)
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("GPC_DIST_IDLE", str(place / "idle"))
-    driver = start_call(tune_and_note, [str(path)], place / "note")
-    hold.wait(lambda: driver.stdout + driver.stderr)
-    driver.send_signal(signal.SIGTERM)  # which Ray would take for itself
-    wait_until((place / "note").exists)
-    hold.release()
-    assert driver.wait() == 75, driver.stdout + driver.stderr
-    assert "stopped by SIGTERM; go on with" in driver.stderr
-    assert not (place / "idle").exists()
-    assert read(search / "status.json")["state"] == "stopped"
-    for trial in trials(search).values():
-        assert saved(trial) >= reached(trial)
-    tune(place, shared_ray, search / "search.yaml", "--resume")
-    assert {max(losses(path)) for path in trials(search).values()} == {60}
 
 
 @pytest.mark.parametrize(("steps", "idle"), [((), True), ((1,), True), ((1, 5), False)])
@@ -386,30 +397,12 @@ def test_a_search_of_a_version_that_did_not_write_its_goal_goes_on(
     assert "differs from the search that is to go on" in capsys.readouterr().err
 
 
-def test_a_trial_whose_ranks_die_is_tried_again(place: Path, shared_ray: dict[str, str]) -> None:
-    path = write_search(
-        place,
-        settings={"train.steps": 24, "train.eval_every": 4, "train.log_every": 2},
-        trials=1,
-        resources={},
-        retries=1,
-    )
-    trial = place / "searches" / "mine" / "trials" / "000"
-    hold = Hold(trial, 14)
-    driver = start("tune", path, cwd=place, **shared_ray)
-    hold.wait(lambda: driver.stdout + driver.stderr)
-    (rank,) = workers_in(place, "ray::Rank")
-    rank.kill()
-    assert driver.wait() == 0, driver.stdout + driver.stderr
-    assert max(losses(trial)) == 24
-    assert read(trial / "trial.json")["decision"] == "completed"
-
-
 def test_population_based_training_copies_the_better(place: Path, shared_ray: dict[str, str]) -> None:
     space = {"train.lr": {"loguniform": [1e-6, 1e-1]}}
     path = write_search(
         place,
         space=space,
+        trials=2,
         scheduler={"name": "pbt", "perturb_every": 8, "quantile_fraction": 0.5},
         settings={"train.steps": 48, "train.schedule": "constant", "train.eval_every": 4},
         seed=3,
@@ -430,8 +423,9 @@ def reached(path: Path) -> int:
 
 
 def saved(path: Path) -> int:
-    """Step of a run's newest checkpoint."""
-    return max(int(state.name.removeprefix("step-")) for state in (path / "checkpoints").glob("step-*"))
+    """Step of a run's newest checkpoint; 0 of one that has not begun."""
+    states = (path / "checkpoints").glob("step-*")
+    return max((int(state.name.removeprefix("step-")) for state in states), default=0)
 
 
 def test_trials_that_train_their_encoder_begin_from_a_fresh_one(
