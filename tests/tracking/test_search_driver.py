@@ -1,4 +1,4 @@
-"""A exporter beside a search's driver: real processes, one of which is killed, and 16 trials that write at once."""
+"""A exporter beside a search's driver: real processes, one of which is killed, and 64 trials that write at once."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def test_killed_driver_and_resumed_search(
     assert steps_of(search, resumed["t1"], "val/accuracy") == [1, 2, 3]
 
 
-def test_sixteen_trials_at_once(make_search: MakeSearch, add_trial: AddTrial, driver: Start) -> None:
+def test_sixty_four_trials_at_once(make_search: MakeSearch, add_trial: AddTrial, driver: Start) -> None:
     search = make_search(register_as=None)
-    for number in range(16):
+    for number in range(64):
         add_trial(search, number, {}, "running", "running")
     process = driver(
         search,
@@ -100,7 +100,7 @@ def test_sixteen_trials_at_once(make_search: MakeSearch, add_trial: AddTrial, dr
     assert process.communicate(timeout=TIMEOUT_S)[0] == "True\n"
     assert "failed" not in search.tracking_log.read_text(), search.tracking_log.read_text()
     children = children_of(search)
-    assert len(children) == 16
+    assert len(children) == 64
     for child in children.values():
         assert child.info.status == "FINISHED"
         assert child.data.metrics["final/best"] == 0.19
