@@ -26,7 +26,8 @@ from torch import nn
 from transformers import AutoModel
 
 from gpc_dist.adapter.families import locate
-from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
+from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.make import new_adapter
 from gpc_dist.config import AdapterConfig, EncoderConfig
 from gpc_dist.encoder.attention import choose_kernels
 from gpc_dist.encoder.frozen import encoder_path

@@ -38,7 +38,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from gpc_dist.adapter.families import EncoderParts, locate
-from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
+from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.make import new_adapter
 from gpc_dist.bench.machine import synchronize
 from gpc_dist.config import AdapterConfig, EncoderConfig
 from gpc_dist.encoder.frozen import encoder_path, load_tokenizer

@@ -6,8 +6,9 @@ Works with plain PyTorch and transformers; does not use DeepSpeed or MLflow.
     loss = cross_entropy(model(**tokenizer(texts, return_tensors="pt", padding=True)), labels)
 """
 
-from gpc_dist.adapter.graft import GraftedEncoder, attach
+from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.adapter.lane import Adapter
+from gpc_dist.adapter.make import attach
 from gpc_dist.config import AdapterConfig
 
 __all__ = ["Adapter", "AdapterConfig", "GraftedEncoder", "attach"]

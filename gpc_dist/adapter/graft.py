@@ -24,16 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
-from gpc_dist.adapter.halves import LowerHalf, UpperHalf, check_halves
+from gpc_dist.adapter.families import EncoderParts, locate
+from gpc_dist.adapter.halves import LowerHalf, UpperHalf
 from gpc_dist.adapter.lane import Adapter
-from gpc_dist.adapter.prompt import starting_prompt
 from gpc_dist.adapter.update import read_prompt, write_prompt
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -286,7 +285,7 @@ class GraftedEncoder(nn.Module):
         from gpc_dist.adapter.store import load_adapter
 
         adapter, card = load_adapter(folder)
-        _refuse_training_the_encoder(card.adapter)
+        refuse_training_the_encoder(card.adapter)
         parts = locate(encoder)
         card.check_encoder(identify(parts.encoder), parts.shape)
         device = next(parts.token_embeddings.parameters()).device
@@ -305,96 +304,8 @@ def shared_prompt_tokens(lanes: Sequence[Adapter]) -> int:
     return lengths.pop()
 
 
-def attach(
-    encoder: PreTrainedModel,
-    config: AdapterConfig | None = None,
-    *,
-    outputs: int = 2,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    label_words: Sequence[str] = (),
-    seed: int = 0,
-) -> GraftedEncoder:
-    """Attach a new adapter to a pretrained encoder of `transformers`.
-
-    The encoder is frozen and put in eval mode; train `result.adapter.parameters()`.
-
-    Args:
-        config: method, prompt, cell; GPC with its defaults when not given.
-        outputs: classes of a classification, or 1 for a score or a number.
-        tokenizer, label_words: for the prompt's starting values (`AdapterConfig.prompt_init`).
-        seed: seed of all starting values.
-
-    Raises:
-        UserError: the encoder's family cannot hold a prompt, or the method trains the encoder.
-    """
-    config = config or AdapterConfig()
-    _refuse_training_the_encoder(config)
-    parts = locate(encoder)
-    first_layer = config.entry_layer(parts.shape.layers)
-    if encoder.config.model_type not in TESTED:
-        probe(parts)
-        check_halves(parts, first_layer)
-    model = GraftedEncoder(parts, [], first_layer)
-    model.lanes.append(
-        new_adapter(model, config, outputs, tokenizer=tokenizer, label_words=label_words, seed=seed)
-    )
-    return model
-
-
-def new_adapter(
-    model: GraftedEncoder,
-    config: AdapterConfig,
-    outputs: int,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    label_words: Sequence[str] = (),
-    seed: int = 0,
-    entering: Callable[[Tensor], Tensor] | None = None,
-) -> Adapter:
-    """A new adapter for a graft, not attached to it. Its prompt starts from what enters layer k: embeddings, whose
-    table must not be sharded, or text states.
-
-    Args:
-        entering: token ids `[n]` of a text -> its states that enter layer k > 0, `[n, H]`; computed by the graft's
-            lower half when not given.
-
-    Raises:
-        UserError: the prompt leaves no room for text in the encoder's position table, or no layer reads it.
-    """
-    parts = model.parts
-    embeddings: Any = parts.token_embeddings
-    device: torch.device = embeddings.weight.device if entering is None else torch.device("cpu")
-    adapter = Adapter(config, parts.shape, outputs, seed).to(device)
-    if adapter.prompt is None:
-        return adapter
-    if parts.max_positions is not None and config.prompt_tokens >= parts.max_positions:
-        raise UserError(
-            f"adapter.prompt_tokens {config.prompt_tokens} leaves no room for text: the encoder has "
-            f"{parts.max_positions} positions"
-        )
-
-    def states(ids: Tensor) -> Tensor:
-        if model.lower is None:
-            return embeddings(ids.to(device))
-        if entering is not None:
-            return entering(ids)
-        row = ids.to(device)[None]
-        return model.lower(row, torch.ones_like(row))[0]
-
-    with torch.no_grad():
-        start = starting_prompt(
-            config,
-            states,
-            embeddings.num_embeddings,
-            tokenizer,
-            label_words,
-            torch.Generator().manual_seed(seed),
-        )
-        adapter.prompt.start.copy_(start)
-    return adapter
-
-
-def _refuse_training_the_encoder(config: AdapterConfig) -> None:
+def refuse_training_the_encoder(config: AdapterConfig) -> None:
+    """Raise `UserError` if a method trains the encoder, which no graft in a notebook does."""
     if config.trains_encoder:
         raise UserError(
             "adapter.method 'fine-tuning' has nothing to attach to a frozen encoder: use gpc-dist train, evaluate and "

@@ -16,9 +16,10 @@ from torch import Tensor
 from gpc_dist import own_folders
 from gpc_dist.adapter.families import TESTED, EncoderParts
 from gpc_dist.adapter.fingerprint import EncoderIdentity, identify
-from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
+from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.adapter.halves import check_halves
 from gpc_dist.adapter.lane import Adapter
+from gpc_dist.adapter.make import new_adapter
 from gpc_dist.config import Config
 from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.memory import return_freed_memory
@@ -120,7 +121,7 @@ class Session:
         """Make the adapter of a run on this session's device, initialised from `run.seed`.
 
         Raises:
-            UserError: see `graft.new_adapter` and `hand_over_encoder`.
+            UserError: see `make.new_adapter` and `hand_over_encoder`.
         """
         adapter = new_adapter(
             self.model,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpc_dist.adapter import Adapter, GraftedEncoder
-from gpc_dist.adapter.graft import new_adapter
+from gpc_dist.adapter.make import new_adapter
 
 from .encoders import P, batch_for, randomise
 from .grafts import grafted, options

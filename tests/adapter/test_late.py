@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
 from gpc_dist.adapter.families import locate
-from gpc_dist.adapter.graft import new_adapter
 from gpc_dist.adapter.halves import check_halves
+from gpc_dist.adapter.make import new_adapter
 from gpc_dist.errors import UserError
 
 from .encoders import FAMILIES, VOCAB, H, L, P, batch_for, randomise, tiny

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
-from gpc_dist.adapter.graft import new_adapter
+from gpc_dist.adapter.make import new_adapter
 from gpc_dist.config import build
 from gpc_dist.errors import UserError
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gpc_dist.adapter.families import EncoderParts, locate
-from gpc_dist.adapter.graft import GraftedEncoder, new_adapter
+from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.make import new_adapter
 from gpc_dist.config import AdapterConfig, EncoderConfig, build
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.frozen import encoder_path, load_encoder, place

@@ -72,6 +72,7 @@ def run_once(
     return loss, states, encoded
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_slope_of_the_loss(session: Session) -> None:
     """Of each value of the prompt by itself: central differences, wide enough for the head's float32 loss."""
     session.model.double()

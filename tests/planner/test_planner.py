@@ -225,6 +225,7 @@ def test_a_workload_is_described_from_configurations_alone() -> None:
     assert found.passes.recomputed.at(8).saved < found.passes.kept.at(8).saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first_layer", "layers"), [(0.5, 2), (3, 1)])
 def test_a_late_workload_has_two_halves(first_layer: float, layers: int) -> None:
     config = tiny_config("bert", num_hidden_layers=4)

@@ -28,6 +28,7 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_packaged_study_is_valid_and_says_how_to_run_it(name: str) -> None:
     loaded = spec.load(name)

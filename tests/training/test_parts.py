@@ -364,6 +364,7 @@ def test_adafactor_is_that_of_its_paper_with_a_given_rate() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
