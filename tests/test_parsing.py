@@ -58,6 +58,7 @@ TREES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(TREES)
 def test_what_was_written_is_read(tree: object) -> None:
     assert parse_json(json.dumps(tree), "card") == tree

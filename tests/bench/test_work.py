@@ -45,6 +45,7 @@ def test_rows_of_any_length_are_counted_exactly(lengths: list[int]) -> None:
     assert again.hardware - needed == pytest.approx(sum(each.forward for each in rows), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_what_a_pass_computes_once_for_all_rows_is_left_out() -> None:
     """DeBERTa's frozen relative positions, which the method could keep."""
     config = tiny_config("deberta-v2")

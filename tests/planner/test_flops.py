@@ -42,6 +42,7 @@ def counted(
     return found.at(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_counted_exactly(family: str) -> None:
     config = tiny_config(family, num_hidden_layers=LAYERS)
@@ -63,6 +64,7 @@ def test_every_family_is_counted_exactly(family: str) -> None:
     assert (found.forward_flops, found.backward_flops) == (forward, backward)
 
 
+@pytest.mark.slow
 def test_a_well_known_encoder_costs_4n_per_token() -> None:
     """Beside attention, at the size the planner is made for. The cell's share is what it trains at P positions."""
     config = known_config("t5-v1_1-xl")
@@ -87,6 +89,7 @@ def test_a_linear_probe_has_no_backward_pass_through_the_encoder() -> None:
     assert cached.forward_flops == cached.backward_flops == found.backward_flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_layer", [1, 2])
 @pytest.mark.parametrize("family", ["bert", "t5", "umt5", "xlm-roberta-xl"])
 def test_a_late_prompt_costs_what_its_layers_cost(family: str, first_layer: int) -> None:
@@ -103,6 +106,7 @@ def test_a_late_prompt_costs_what_its_layers_cost(family: str, first_layer: int)
     assert computed.forward_flops - given.forward_flops == layers_flops(below, config, T, ROWS).forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_recomputation_runs_the_layers_once_more(family: str) -> None:
     """But not a last product whose result nothing in the backward pass needs: T5's, where torch's own linear layer

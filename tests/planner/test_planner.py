@@ -215,6 +215,7 @@ def test_more_nodes_add_communication_and_nothing_else(large: Workload) -> None:
     assert [e.mfu for e in found] == sorted((e.mfu for e in found), reverse=True)
 
 
+@pytest.mark.slow
 def test_a_workload_is_described_from_configurations_alone() -> None:
     model = ModelSpec(tiny_config("bert"), torch.float32, AdapterConfig(prompt_tokens=20), outputs=2)
     found = describe(model, optimizer="adamw", max_length=256, rows=8)

@@ -140,6 +140,7 @@ def test_fewer_seeds_than_wanted_are_said() -> None:
     assert "0.7000 (1 of 3 seeds)" in to_markdown("x", report.tables(StudyResult(STUDY, [one], [])))
 
 
+@pytest.mark.slow
 def test_the_page_and_the_plots(tmp_path: Path) -> None:
     found = StudyResult(STUDY, [EASY, HARD], ["later"])
     drawn = plots(found)

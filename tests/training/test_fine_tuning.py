@@ -250,6 +250,7 @@ def test_a_damaged_folder_is_refused(
     assert "into its encoder: it lacks 'encoder.embeddings.weight'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_the_checkpoint_and_what_others_read_of_it_as_they_were(
     tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -276,6 +276,7 @@ def test_a_non_finite_loss_ends_the_run_with_one_message(
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [

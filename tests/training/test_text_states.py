@@ -25,6 +25,8 @@ from tests.conftest import gpc, losses
 from tests.processes import call_on_ranks, on_ranks
 from tests.training.packed import run_pack
 
+pytestmark = pytest.mark.slow
+
 FIRST = ("--adapter.first_layer", "2")  # of 4
 Usage = namedtuple("Usage", "total used free")
 
@@ -93,7 +95,6 @@ def test_what_lies_below_is_not_read(tiny_recipe: Path) -> None:
     assert of(session(tiny_recipe, "adapter.method", "linear-probe")) == [True] * 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "stage", "cache"),
     [(2, 0, "disk"), (2, 3, "disk"), (2, 2, "memory"), (2, 3, "none"), (1, 3, "auto")],
@@ -113,7 +114,6 @@ def test_any_ranks_find_the_same_losses(
     assert not list(Path("/dev/shm").glob("gpc-dist-*/*/states.bin"))
 
 
-@pytest.mark.slow
 def test_states_do_not_depend_on_the_number_of_ranks(tiny_recipe: Path, tmp_path: Path, root: Path) -> None:
     found = {}
     for ranks in (1, 2):
@@ -247,7 +247,6 @@ def test_a_cache_that_has_no_room(
         assert "engine.state_cache none" in said
 
 
-@pytest.mark.slow
 def test_packed_runs_are_the_runs_alone(tiny_recipe: Path, tmp_path: Path) -> None:
     settings = {"adapter.first_layer": "2", "train.steps": "8"}
     runs = {
