@@ -20,6 +20,8 @@ TRAIN_LOSS = "train/loss"
 EVALUATION = "val/"
 # a record has the seed in a field of its own; the other keys do not change what is learnt
 _NO_SETTINGS = ("run.", "tracking.", "train.resume")
+_DIGITS = 10
+"""Of the largest seed."""
 
 Curve = list[tuple[int, float]]
 """Steps and finite values."""
@@ -131,7 +133,7 @@ def make_record(
     return Record(
         name=name,
         task=str(known.task or keys.get("task.name") or "unknown"),
-        seed=int(keys.get("run.seed") or 0),
+        seed=_seed(keys),
         settings={key: value for key, value in keys.items() if not key.startswith(_NO_SETTINGS)},
         main_metric=main,
         best=_finite(known.metrics.best) if result else _best_evaluation(lines, main),
@@ -159,6 +161,12 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         else:
             found[f"{path}{key}"] = value
     return found
+
+
+def _seed(keys: Mapping[str, Any]) -> int:
+    """The seed of a run, which MLflow has as text; 0 if what stands there is none."""
+    given = str(keys.get("run.seed"))
+    return int(given) if given.isdecimal() and len(given) <= _DIGITS else 0
 
 
 def _configured_ranks(keys: Mapping[str, Any], facts: Mapping[str, Any]) -> int | None:
