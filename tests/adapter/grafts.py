@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
+from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach
+from gpc_dist.adapter.store import load_adapter
 
 from .encoders import P, randomise, tiny
 
@@ -72,6 +74,25 @@ def read_of(states: Tensor, config: AdapterConfig) -> Tensor:
 
 def trained(graft: GraftedEncoder) -> dict[str, nn.Parameter]:
     return dict(graft.adapter.named_parameters())
+
+
+def assert_lanes_as_alone(
+    graft: GraftedEncoder, batch: dict[str, Tensor], lanes: list[Adapter], counts: list[int]
+) -> None:
+    """Each lane, with random values, gives its rows of the batch what it gives them alone."""
+    for seed, lane in enumerate(lanes):
+        randomise(lane, seed=10 + seed)
+    together = graft(**batch, lane_rows=counts, lanes=lanes)
+    first = 0
+    for lane, count, outputs in zip(lanes, counts, together, strict=True):
+        rows = slice(first, first := first + count)
+        single = graft(**{name: x[rows] for name, x in batch.items()}, lanes=[lane])
+        torch.testing.assert_close(outputs, single, rtol=1e-5, atol=1e-6)
+
+
+def assert_loads(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = dict(load_adapter(folder)[0].named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def gradients(graft: GraftedEncoder, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from gpc_dist.config import build
 from gpc_dist.errors import UserError
 
 from .encoders import FAMILIES, L, batch_for, randomise, tiny
-from .grafts import gradients, grafted, options
+from .grafts import assert_lanes_as_alone, gradients, grafted, options
 
 PLACES = [("recurrent", 0), ("recurrent", 1), ("deep-prompt", 1), ("prompt-tuning", 2)]
 
@@ -122,12 +122,7 @@ def test_lanes_that_mix_and_lanes_that_do_not_give_what_they_give_alone() -> Non
     batch = batch_for("bert", lengths=(9, 4, 7, 9))
     graft = grafted("bert", options("gated"))
     lanes = [new_adapter(graft, options("gated", head_layers=layers), 3) for layers in ("mix", "last", "mix")]
-    for seed, lane in enumerate(lanes):
-        randomise(lane, seed=10 + seed)
-    together = graft(**batch, lane_rows=[1, 2, 1], lanes=lanes)
-    for lane, rows, outputs in zip(lanes, [slice(0, 1), slice(1, 3), slice(3, 4)], together, strict=True):
-        single = graft(**{name: x[rows] for name, x in batch.items()}, lanes=[lane])
-        torch.testing.assert_close(outputs, single, rtol=1e-5, atol=1e-6)
+    assert_lanes_as_alone(graft, batch, lanes, [1, 2, 1])
 
 
 def test_recomputed_layers_give_the_same_gradients() -> None:
