@@ -152,7 +152,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         encoder = Path(scratch) / "encoder"
         if any(side in PEERS for side in sides):
-            write_encoder(options.shape, device, encoder)
+            write_encoder(options.shape, "float32" if options.cpu else "bfloat16", encoder)
         for lengths in options.lengths:
             setting = Setting(
                 shape=options.shape,

@@ -5,10 +5,12 @@ one side after the other in one go. Our side runs with the prompt before layers 
 empty cache, over `--epochs` epochs; what filling it took counts.
 
     python benchmarks/late_prompt.py --data SuperGLUE                         # MiniLM on RTE and BoolQ
-    python benchmarks/late_prompt.py --shapes t5-v1_1-base t5-v1_1-large      # random weights, SuperGLUE's lengths
+    python benchmarks/late_prompt.py --shapes t5-v1_1-base --out shape.json   # random weights, SuperGLUE's lengths
+    python benchmarks/late_prompt.py --memory t5-v1_1-large --out memory.json # peak memory with a bf16 checkpoint
 
-The table is printed; `late_prompt.json` keeps the figures with the machine's description, `late_prompt.png` shows them.
-On a shape the steps of one epoch are measured and counted `--epochs` times; on a task all of them are run.
+With `--data` it also measures a linear probe, which with cached states reads no encoder after the first epoch. The
+tables are printed; the JSON file keeps the figures with the machine's description, a plot stands beside it. On a shape
+the steps of one epoch are measured and counted `--epochs` times; on a task all of them are run.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import peer_peft
 from common import machine
 from sides import Setting, prebuild_peer, run_ours, run_peer, write_encoder
 from tabulate import tabulate
+from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 SHARES = (0, 0.25, 0.5, 0.75)
@@ -33,44 +36,86 @@ SHARES = (0, 0.25, 0.5, 0.75)
 
 def on_task(task: str, stage: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Both sides on real examples, trained as users start them."""
-    steps = options.steps * options.epochs
-    settings = argparse.Namespace(
-        data=options.data, steps=options.steps, batch_size=options.batch_size, max_length=256,
-        prompt_tokens=options.prompt_tokens, method="prompt-tuning",
-    )  # fmt: skip
-    data = scratch / task
-    if not data.exists():
-        peer_peft.sample(settings, task, scratch)
-    settings.steps = steps
+    settings, data = _task(task, "prompt-tuning", options, scratch)
     peer = peer_peft.run_peer(task, stage, settings, data, scratch / f"peer-{task}-{stage}")
     found: dict[str, Any] = {"peer": _figures(peer, peer["samples_per_s"])}
     for share in SHARES:
-        folder = scratch / f"ours-{task}-{stage}-{share}"
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["GPC_DIST_CACHE"] = cache
-            ours = peer_peft.run_ours(task, stage, settings, data, folder, {"adapter.first_layer": share})
+        ours = _ours(task, stage, settings, data, scratch, {"adapter.first_layer": share})
         found[str(share)] = _figures(ours, ours["samples_per_s_with_state_cache"])
     return found
 
 
+def probe(task: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Examples per second of a linear probe whose pooled states are computed in each pass, and read from a cache."""
+    settings, data = _task(task, "linear-probe", options, scratch)
+    found = {}
+    for side in ("none", "auto"):
+        ours = _ours(task, 0, settings, data, scratch, {"engine.state_cache": side})
+        found[side] = _figures(ours, ours["samples_per_s_with_state_cache"])
+    steps = [side["examples_per_s_of_steps"] for side in found.values()]
+    return {"task": task, "sides": found, "later_epoch_pct": 100 * steps[0] / steps[1]}
+
+
+def _task(
+    task: str, method: str, options: argparse.Namespace, scratch: Path
+) -> tuple[argparse.Namespace, Path]:
+    """Settings of both sides, and the folder with the rows of an epoch."""
+    settings = argparse.Namespace(
+        data=options.data, steps=options.steps, batch_size=options.batch_size, max_length=256,
+        prompt_tokens=options.prompt_tokens, method=method,
+    )  # fmt: skip
+    data = scratch / task
+    if not data.exists():
+        peer_peft.sample(settings, task, scratch)
+    settings.steps = options.steps * options.epochs
+    return settings, data
+
+
+def _ours(
+    task: str, stage: int, settings: argparse.Namespace, data: Path, scratch: Path, keys: dict[str, Any]
+) -> dict[str, Any]:
+    """`gpc-dist train` with an empty cache."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    os.environ["GPC_DIST_CACHE"] = str(folder / "cache")
+    return peer_peft.run_ours(task, stage, settings, data, folder / "run", keys)
+
+
 def on_shape(shape: str, stage: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Both sides on random weights and synthetic examples of SuperGLUE's lengths."""
-    setting = Setting(
-        shape=shape, device="cpu", lengths="mix", max_length=256, batch_size=options.shape_batch_size,
-        prompt_tokens=options.prompt_tokens, steps=options.shape_steps, ranks=peer_peft.RANKS,
-    )  # fmt: skip
-    encoder = scratch / shape
-    if not encoder.exists():
-        write_encoder(shape, "cpu", encoder)
+    setting, encoder = _shape(shape, "float32", options, scratch)
     peer = run_peer(setting, encoder, stage, recompute=False)
     found = {"peer": _figures(peer, peer["examples_per_s"])}
     for share in SHARES:
         keys = {"adapter.method": "prompt-tuning", "adapter.first_layer": share, "engine.zero_stage": stage}
-        ours = run_ours(setting, keys)
+        ours = run_ours(setting, keys, encoder)
         examples = setting.steps * setting.batch_size * options.epochs
         seconds = examples / ours["examples_per_s"] + ours["state_cache_s"]
         found[str(share)] = _figures(ours, examples / seconds)
     return found
+
+
+def memory(shape: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Peak memory of a rank at stage 0 with a bf16 checkpoint, filling included."""
+    setting, encoder = _shape(shape, "bfloat16", options, scratch)
+    peaks = {}
+    for share in SHARES:
+        keys = {"adapter.method": "prompt-tuning", "adapter.first_layer": share, "engine.dtype": "bf16"}
+        peaks[str(share)] = max(run_ours(setting, keys, encoder)["peak_memory_mib"])
+    return {"shape": shape, "peak_memory_mib": peaks, "of_k_0": {k: v / peaks["0"] for k, v in peaks.items()}}
+
+
+def _shape(shape: str, dtype: str, options: argparse.Namespace, scratch: Path) -> tuple[Setting, Path]:
+    """What both sides run, and the encoder's folder."""
+    encoder = scratch / f"{shape}-{dtype}"
+    if not encoder.exists():
+        write_encoder(shape, dtype, encoder)
+        # a run wants one, and no figure depends on it
+        AutoTokenizer.from_pretrained(peer_peft.encoder()).save_pretrained(encoder)
+    setting = Setting(
+        shape=shape, device="cpu", lengths="mix", max_length=256, batch_size=options.shape_batch_size,
+        prompt_tokens=options.prompt_tokens, steps=options.shape_steps, ranks=peer_peft.RANKS,
+    )  # fmt: skip
+    return setting, encoder
 
 
 def _figures(found: dict[str, Any], examples_per_s: float) -> dict[str, Any]:
@@ -132,31 +177,54 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with SuperGLUE's RTE and BoolQ folders")
     parser.add_argument("--tasks", nargs="+", default=["rte", "boolq"])
     parser.add_argument("--shapes", nargs="+", default=[])
+    parser.add_argument("--memory", nargs="+", default=[], help="shapes")
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 3], choices=range(4))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of an epoch, on a task")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--shape-steps", type=int, default=6, help="of an epoch, on a shape")
-    parser.add_argument("--shape-batch-size", type=int, default=8)
+    parser.add_argument("--shape-steps", type=int, default=8, help="of an epoch, on a shape")
+    parser.add_argument("--shape-batch-size", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=20)
     parser.add_argument("--out", type=Path, default=HERE / "late_prompt.json")
     options = parser.parse_args()
 
     left_out = ("data", "out")
     settings = {key: value for key, value in vars(options).items() if key not in left_out}
-    report: dict[str, Any] = {"machine": machine(), "settings": settings, "runs": []}
-    prebuild_peer()
-    with tempfile.TemporaryDirectory() as scratch:
-        kinds = [(on_task, options.tasks if options.data else []), (on_shape, options.shapes)]
-        for measure, names in kinds:
+    report: dict[str, Any] = {
+        "machine": machine(), "settings": settings, "runs": [], "probe": [], "memory": [],
+    }  # fmt: skip
+
+    def keep(kind: str, found: dict[str, Any]) -> None:
+        report[kind].append(found)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for shape in options.memory:
+            keep("memory", memory(shape, options, scratch))
+        if options.data or options.shapes:
+            prebuild_peer()
+        for measure, names in ((on_task, options.tasks if options.data else []), (on_shape, options.shapes)):
             for name in names:
                 for stage in options.stages:
-                    sides = measure(name, stage, options, Path(scratch))
                     what = f"MiniLM, {name}" if measure is on_task else name
-                    report["runs"].append({"what": what, "stage": stage, "sides": sides})
-                    options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report["runs"]))
-    plot(report["runs"], options.out.with_suffix(".png"))
+                    sides = measure(name, stage, options, scratch)
+                    keep("runs", {"what": what, "stage": stage, "sides": sides})
+        if options.data:
+            keep("probe", probe(options.tasks[0], options, scratch))
+    for found in report["memory"]:
+        rows = [
+            (f"k = {share} L", peak, found["of_k_0"][share])
+            for share, peak in found["peak_memory_mib"].items()
+        ]
+        print(tabulate(rows, headers=[found["shape"], "peak MiB", "of k = 0"], floatfmt=".2f"))
+    for found in report["probe"]:
+        print(
+            f"linear probe, {found['task']}: a later epoch takes {found['later_epoch_pct']:.1f} % of one without"
+        )
+    if report["runs"]:
+        print(table(report["runs"]))
+        plot(report["runs"], options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

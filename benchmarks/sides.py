@@ -40,11 +40,12 @@ class Setting:
     ranks: int = 1
 
 
-def run_ours(setting: Setting, overrides: dict[str, Any]) -> dict[str, Any]:
+def run_ours(setting: Setting, overrides: dict[str, Any], encoder: Path | None = None) -> dict[str, Any]:
     """What `gpc-dist bench` finds.
 
     Args:
         overrides: configuration keys beyond those of the setting.
+        encoder: see `write_encoder`; weights that each rank draws by itself when not given.
 
     Raises:
         SideError: with the command's last words.
@@ -62,7 +63,8 @@ def run_ours(setting: Setting, overrides: dict[str, Any]) -> dict[str, Any]:
         recipe, out = Path(scratch) / "defaults.yaml", Path(scratch) / "found.json"
         recipe.write_text("{}\n")
         command = [sys.executable, "-m", "gpc_dist", "bench", str(recipe), "--json", str(out)]
-        command += ["--shape", setting.shape, "--lengths", setting.lengths, "--steps", str(setting.steps)]
+        command += ["--lengths", setting.lengths, "--steps", str(setting.steps)]
+        command += ["--encoder.path", str(encoder)] if encoder else ["--shape", setting.shape]
         command += [word for key, value in keys.items() for word in (f"--{key}", str(value).lower())]
         _run(command, dict(os.environ))
         return json.loads(out.read_text())
@@ -119,15 +121,19 @@ def prebuild_peer() -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def write_encoder(shape: str, device: str, folder: Path) -> None:
-    """An encoder of this shape with random weights, as a checkpoint that the peer loads."""
+def write_encoder(shape: str, dtype: str, folder: Path) -> None:
+    """An encoder of this shape with random weights, as a checkpoint without a tokenizer.
+
+    Args:
+        dtype: float32 or bfloat16.
+    """
     import torch
 
     from gpc_dist.adapter.families import locate
     from gpc_dist.encoder.shapes import known_config
     from gpc_dist.encoder.skeleton import fill_random, skeleton_model
 
-    model = skeleton_model(known_config(shape), torch.bfloat16 if device == "cuda" else torch.float32)
+    model = skeleton_model(known_config(shape), getattr(torch, dtype))
     fill_random(locate(model), torch.device("cpu"))
     model.save_pretrained(folder)
 

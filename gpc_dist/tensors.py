@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,30 @@ _DTYPES = {
 _TYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+class WeightFile:
+    """A file of tensors, with one memory map for all that view it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def storage(self) -> Any:
+        return torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
+
+
 @dataclass(frozen=True)
 class Stored:
     """Place of a tensor in a file."""
 
-    file: Path
+    source: WeightFile
     offset: int
     """Bytes from the start of the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def file(self) -> Path:
+        return self.source.path
 
     @property
     def numel(self) -> int:
@@ -70,17 +85,17 @@ class Stored:
         return _TYPE_NAMES[self.dtype]
 
     def mapped(self) -> Tensor:
-        """The tensor as a view of the file, in memory of the page cache, which all processes share.
+        """The tensor as a view of the file, in memory of the page cache, which all processes share. The pages count as
+        this process's until all views of the same header's tensors are gone, and their places.
 
         Writing to it does not reach the file. A tensor whose bytes do not start at a multiple of its
         type's size cannot be a view and is read.
         """
         if self.offset % self.dtype.itemsize:
             return self.loaded()
-        storage = _map_file(self.file)
         values = torch.empty(0, dtype=self.dtype)
         strides = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
-        return values.set_(storage, self.offset // self.dtype.itemsize, self.shape, strides)  # type: ignore[call-overload]
+        return values.set_(self.source.storage, self.offset // self.dtype.itemsize, self.shape, strides)  # type: ignore[call-overload]
 
     def loaded(self) -> Tensor:
         """The tensor in memory of its own.
@@ -156,13 +171,13 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise UserError(f"{file} is damaged ({reason}): fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-    found, place = dict[str, Stored](), 8 + size
+    found, place, source = dict[str, Stored](), 8 + size, WeightFile(file)
     for name, (kind, shape) in listed.items():
         if kind not in _DTYPES:
             raise UserError(f"{file}: {name!r} has type {kind}, which is not supported: give plain weights")
         if prod(max(1, size) for size in shape) >= 2**59:  # possible with a 0 in it
             raise UserError(f"{file} is damaged (the shape of {name!r} is too large): fetch it again")
-        found[name] = Stored(file, place, _DTYPES[kind], shape)
+        found[name] = Stored(source, place, _DTYPES[kind], shape)
         place += found[name].numel * found[name].dtype.itemsize
     return found
 
@@ -184,17 +199,6 @@ def check_like(found: Mapping[str, Stored | Tensor], wanted: Mapping[str, Sequen
             raise UserError(f"{name!r} has shape {shape}, not {right}")
         if shape and not tensor.dtype.is_floating_point:
             raise UserError(f"{name!r} holds {tensor.dtype}, not floating-point numbers")
-
-
-def _map_file(file: Path) -> Any:
-    found = file.stat()
-    return _mapping(str(file), found.st_size, (found.st_ino, found.st_mtime_ns))
-
-
-@lru_cache(maxsize=64)
-def _mapping(file: str, size: int, version: tuple[int, int]) -> Any:
-    """One memory map of a file for all its tensors, until the file changes."""
-    return torch.UntypedStorage.from_file(file, shared=False, nbytes=size)
 
 
 def _read_bytes(descriptor: int, place: int, target: Tensor) -> None:

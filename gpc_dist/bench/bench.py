@@ -27,7 +27,7 @@ from gpc_dist.distributed.optimizer import LaneOptimizer
 from gpc_dist.distributed.world import World, encoder_dtype, init_world
 from gpc_dist.encoder.frozen import Encoder, count_parameters
 from gpc_dist.encoder.shapes import known_config, shape_names
-from gpc_dist.encoder.skeleton import build_skeleton, fill_random
+from gpc_dist.encoder.skeleton import build_skeleton, drawn
 from gpc_dist.errors import EXIT_DONE, MachineError, UserError
 from gpc_dist.planner.devices import DEVICES
 from gpc_dist.planner.dry_run import ModelSpec
@@ -182,20 +182,21 @@ def _task() -> Task:
 
 
 def _random_base(shape: str, config: Config, world: World) -> Base:
-    """An encoder of random weights, on its device already where that saves a copy."""
+    """An encoder of random weights, which are drawn as those of a checkpoint are read: only those that are needed."""
     start = time.monotonic()
     model_config = known_config(shape)
     if model_config is None:
         raise UserError(f"--shape '{shape}' is unknown: give one of {', '.join(shape_names())}")
-    engine = config.engine
-    on_host = engine.zero_stage == 3 or engine.token_table == "host" or engine.quantize != "none"
+    dtype = encoder_dtype(config.engine, world.device)
 
-    def load() -> Encoder:
-        parts = build_skeleton(model_config, encoder_dtype(engine, world.device))
-        fill_random(parts, torch.device("cpu") if on_host else world.device)
-        return Encoder(parts, None)
+    def load(table: bool = True) -> Encoder:
+        parts = build_skeleton(model_config, dtype)
+        encoder = Encoder(parts, drawn(parts))
+        if table:
+            encoder.read_table()
+        return encoder
 
-    encoder = load()
+    encoder = load(table=config.adapter.entry_layer(model_config.num_hidden_layers) == 0)
     parts = encoder.parts
     identity = EncoderIdentity(
         path=f"{shape}, random weights",

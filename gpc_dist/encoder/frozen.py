@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gpc_dist.adapter.fingerprint import PICKLED, SAFETENSORS, weight_files
 from gpc_dist.config import EncoderConfig, EngineConfig
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.sharding import shard
-from gpc_dist.encoder.skeleton import auto_class, freeze, give_values, skeleton_model
+from gpc_dist.encoder.skeleton import Drawn, auto_class, freeze, give_values, skeleton_model
 from gpc_dist.encoder.weights import check_sums, match
 from gpc_dist.errors import UserError
 from gpc_dist.files import few
@@ -71,8 +71,8 @@ class Encoder:
     """A frozen encoder that is not placed yet."""
 
     parts: EncoderParts
-    places: dict[nn.Parameter, Stored] | None
-    """Places in files of the weights that are still to be read; None if all are in memory."""
+    places: dict[nn.Parameter, Stored] | dict[nn.Parameter, Drawn] | None
+    """Places in files of the weights that are still to be read, or what is drawn instead; None if all are in memory."""
     files: Sequence[Path] = ()
     """Those its weights come from; for a Hub id, in the snapshot of the revision in the cache."""
 
@@ -228,13 +228,15 @@ class _NoTable(nn.Module):
     """Placeholder for the token table."""
 
 
-def _read_module(module: nn.Module, places: dict[nn.Parameter, Stored] | None, device: torch.device) -> None:
+def _read_module(
+    module: nn.Module, places: Mapping[nn.Parameter, Stored | Drawn] | None, device: torch.device
+) -> None:
     for parameter in module.parameters():
         if places is not None and parameter.device.type == "meta":
             _materialise(parameter, places[parameter], device)
 
 
-def _materialise(parameter: nn.Parameter, place: Stored, device: torch.device) -> None:
+def _materialise(parameter: nn.Parameter, place: Stored | Drawn, device: torch.device) -> None:
     if device.type == "cpu" and parameter.dtype == place.dtype:
         values = place.mapped()
     else:

@@ -12,20 +12,24 @@ from torch import Tensor, nn
 from gpc_dist import own_folders
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.distributed.world import World
+from gpc_dist.encoder.skeleton import Drawn
 from gpc_dist.errors import UserError
 from gpc_dist.tensors import Stored
 
 
 def shard(
-    parts: EncoderParts, places: Mapping[nn.Parameter, Stored] | None, world: World, ds_config: dict[str, Any]
+    parts: EncoderParts,
+    places: Mapping[nn.Parameter, Stored | Drawn] | None,
+    world: World,
+    ds_config: dict[str, Any],
 ) -> None:
     """Partition the encoder over the ranks, in place.
 
     Each layer is gathered as a whole when it runs, and released after it.
 
     Args:
-        places: places in files of a skeleton's weights; None for an encoder that is whole in memory on
-            every rank, whose values rank 0 gives.
+        places: places in files of a skeleton's weights, or what is drawn instead; None for an encoder that is whole
+            in memory on every rank, whose values rank 0 gives.
 
     Raises:
         MachineError: DeepSpeed is missing, or of a version that this program was not checked with.

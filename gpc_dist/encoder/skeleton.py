@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,23 +76,55 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-@torch.no_grad()
-def fill_random(parts: EncoderParts, device: torch.device, seed: int = 0) -> None:
-    """Give a skeleton random weights on `device`, in place: for benchmarks, where only the shape matters.
+@dataclass(frozen=True)
+class Drawn:
+    """Random values of a weight, drawn when they are asked for: for benchmarks, where only the shape matters. They
+    can stand where a place in a file would (`tensors.Stored`).
 
     Matrices are scaled by their input width, so that states neither vanish nor overflow in bf16.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    for module in nn.ModuleList([parts.encoder, parts.token_embeddings]).modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.device.type != "meta":
-                continue
-            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            if parameter.dim() > 1:
-                values.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-            else:
-                values.fill_(0.0 if name == "bias" else 1.0)
-            give_values(parameter, values)
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float
+    """Value of all elements of a vector."""
+    seed: int
+
+    def mapped(self) -> torch.Tensor:
+        values = torch.empty(self.shape, dtype=self.dtype)
+        self.read(0, values.view(-1))
+        return values
+
+    def read(self, start: int, target: torch.Tensor) -> None:
+        """Draw the elements from `start` into `target`, on its device. Ranks that ask for the same get the same."""
+        if len(self.shape) > 1:
+            generator = torch.Generator(target.device).manual_seed(self.seed + start)
+            target.normal_(std=self.shape[-1] ** -0.5, generator=generator)
+        else:
+            target.fill_(self.fill)
+
+
+def drawn(parts: EncoderParts, seed: int = 0) -> dict[nn.Parameter, Drawn]:
+    """Random values for each weight of a skeleton."""
+    modules = nn.ModuleList([parts.encoder, parts.token_embeddings])
+    return {
+        parameter: Drawn(
+            tuple(parameter.shape),
+            parameter.dtype,
+            0.0 if name.endswith("bias") else 1.0,
+            (seed << 16) + number,
+        )
+        for number, (name, parameter) in enumerate(modules.named_parameters())
+    }
+
+
+@torch.no_grad()
+def fill_random(parts: EncoderParts, device: torch.device, seed: int = 0) -> None:
+    """Give a skeleton the weights of `drawn` on `device`, in place."""
+    for parameter, place in drawn(parts, seed).items():
+        values = torch.empty(place.shape, dtype=place.dtype, device=device)
+        place.read(0, values.view(-1))
+        give_values(parameter, values)
     parts.encoder.to(device)
 
 

@@ -6,6 +6,7 @@ any number of ranks. Ranks that see the same folder fill one cache; otherwise ea
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -26,7 +27,7 @@ from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.adapter.halves import LowerHalf
 from gpc_dist.adapter.head import pooled
 from gpc_dist.config import EngineConfig
-from gpc_dist.distributed.memory import available_bytes
+from gpc_dist.distributed.memory import available_bytes, trim_heap
 from gpc_dist.distributed.world import World, encoder_dtype
 from gpc_dist.encoder import frozen
 from gpc_dist.encoder.attention import choose_kernels
@@ -46,7 +47,7 @@ from gpc_dist.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
-_PASS_TOKENS = 16384
+_PASS_TOKENS = 4096
 """Padded tokens of a pass that fills a cache. Not configurable, because the states depend on it by rounding."""
 _MOST = 0.9
 """Share of what is free on a disk, or available in memory, that a cache may take."""
@@ -104,6 +105,8 @@ class TextStates:
         """Release the layers below k, unless every pass runs them."""
         if not self._in_every_pass:
             self._lower = None
+            gc.collect()  # modules of transformers refer to each other
+            trim_heap()
             if self._world.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -19,7 +19,7 @@ from gpc_dist.distributed.world import World
 from gpc_dist.encoder import frozen, weights
 from gpc_dist.encoder.frozen import load_encoder, place
 from gpc_dist.errors import UserError
-from gpc_dist.tensors import Stored
+from gpc_dist.tensors import Stored, WeightFile
 from gpc_dist.training.session import load_base
 from tests.adapter.encoders import FAMILIES, tiny
 
@@ -312,7 +312,7 @@ def test_prefixes_are_chosen_by_most_matches() -> None:
     names = [f"{p}.block.0.{m}" for p, ms in (("decoder", ("q",)), ("encoder", ("q", "ff"))) for m in ms]
     shapes = {f"{n}.weight": (2, 2) for n in names} | {f"{n}.bias": (2,) for n in names}
     stored = {
-        name: Stored(Path("x"), place, torch.float32, shape)
+        name: Stored(WeightFile(Path("x")), place, torch.float32, shape)
         for place, (name, shape) in enumerate(shapes.items())
     }
     found = weights.match(model, stored)
