@@ -163,12 +163,20 @@ class AdapterConfig(Section):
         return self
 
     def entry_layer(self, layers: int) -> int:
-        """The first layer, of `layers`, that depends on what is trained, or that the head reads (k): where the prompt
-        enters, and `layers` if only a head on the last states is trained."""
+        """k: the first of `layers` layers that depends on what is trained; `layers` if none does, because only a head
+        is trained."""
         if self.trains_encoder:
             return 0
-        if not self.has_prompt and self.head_layers == "last":
+        return self._first_of(layers) if self.has_prompt else layers
+
+    def read_from(self, layers: int) -> int:
+        """The first of `layers` layers whose incoming states the head reads; `layers` if it reads the last alone."""
+        if self.head_layers == "last":
             return layers
+        return 0 if self.trains_encoder else self._first_of(layers)
+
+    def _first_of(self, layers: int) -> int:
+        """`first_layer` as a number."""
         if isinstance(self.first_layer, int):
             return self.first_layer
         # rounded first, because a tenth of ten layers can come out slightly below one
@@ -179,9 +187,10 @@ class AdapterConfig(Section):
         """The same for adapters that read the same states, in every encoder."""
         if self.trains_encoder:
             return self.method
-        if self.has_prompt or self.head_layers == "mix":
+        if self.has_prompt:
             return self.first_layer
-        return f"{self.method}, {self.pooling}"
+        mixed = f" from {self.first_layer}" if self.head_layers == "mix" else ""
+        return f"{self.method}, {self.pooling}{mixed}"
 
     @property
     def has_prompt(self) -> bool:

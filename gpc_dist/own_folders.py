@@ -58,7 +58,7 @@ def keep_compiled_code() -> None:
 
     Call it before something is compiled. Folders that the user has named stay.
     """
-    folder = _cache()
+    folder = on_this_machine() or temporary()
     for name, own in (_INDUCTOR | (_IN_HOME if "SLURM_JOB_ID" in os.environ else {})).items():
         # torch puts its choice into the environment when it is imported
         if not (given := os.environ.get(name)) or Path(given).name.startswith("torchinductor_"):
@@ -67,13 +67,12 @@ def keep_compiled_code() -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
-def _cache() -> Path:
-    """The folder that this user's processes share on this machine, from job to job, or one of this process alone."""
-    shared = Path(tempfile.gettempdir()) / f"gpc-dist-cache-{os.geteuid()}"
+def on_this_machine() -> Path | None:
+    """The folder that this user's processes share on this machine, from job to job; None if others might enter it."""
+    name, place = f"gpc-dist-cache-{os.geteuid()}", Path(tempfile.gettempdir())
+    # it is what processes that keep compiled code have for temporary files
+    shared = place if place.name == name else place / name
     if make(shared):
         return shared
-    log.warning(
-        "%s is not a folder of yours that nobody else can enter: what is compiled is kept for this process only",
-        shared,
-    )
-    return temporary()
+    log.warning("%s is not a folder of yours that nobody else can enter: nothing is cached there", shared)
+    return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,14 @@ class _Pass:
     """Mask of the text, `[R, T]`."""
     prompts: dict[int, Tensor] = field(default_factory=dict)
     """`p_l [R, P, H]` of a layer, while it runs."""
-    pooled: list[list[Tensor]] = field(default_factory=list)
-    """For each layer that has begun, the pooled text states that entered it, `[R_k, H]` for each lane; only if a head
-    mixes them."""
+    pooled: list[list[Tensor]] = field(init=False)
+    """For each lane, the pooled text states `[R_k, H]` that entered each layer from its `read_from` on."""
 
-    @property
-    def mixes(self) -> bool:
-        return any(lane.config.head_layers == "mix" for lane in self.lanes)
+    def __post_init__(self) -> None:
+        self.pooled = [[] for _ in self.lanes]
+
+    def read_of(self, layer: int) -> bool:
+        return any(layer >= lane.read_from for lane in self.lanes)
 
     def rewrites_after(self, layer: int) -> bool:
         return any(lane.rewrites_after(layer) for lane in self.lanes)
@@ -79,9 +80,8 @@ class GraftedEncoder(nn.Module):
         self.parts = parts
         self.lanes = nn.ModuleList(lanes)
         self.first_layer = first_layer
-        self.lower = LowerHalf(parts, first_layer) if first_layer else None
-        """The layers below k; None if there are none."""
-        self.upper = UpperHalf(parts, first_layer) if 0 < first_layer < len(parts.layers) else None
+        self._late = 0 < first_layer < len(parts.layers)
+        self.upper = UpperHalf(parts, first_layer) if self._late else None
         """The layers from k on, if they are some of the encoder's."""
         self.autocast: torch.dtype | None = None
         """dtype of the encoder's matrix products; None if it is that of the weights."""
@@ -91,12 +91,17 @@ class GraftedEncoder(nn.Module):
         self._handles = [
             handle
             for index, layer in enumerate(parts.layers)
-            if index >= first_layer
+            if index >= first_layer or first_layer == len(parts.layers)
             for handle in (
                 layer.register_forward_pre_hook(partial(self._before, index)),
                 layer.register_forward_hook(partial(self._after, index)),
             )
         ]
+
+    @cached_property
+    def lower(self) -> LowerHalf | None:
+        """The layers below k, if they are some of the encoder's."""
+        return LowerHalf(self.parts, self.first_layer) if self._late else None
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -138,7 +143,8 @@ class GraftedEncoder(nn.Module):
             lane_rows: rows of each lane: the batch holds the rows of the first lane, then those of the second, and
                 so on. Not needed for one lane.
             lanes: adapters of this pass, on the device of the batch; the attached ones when not given.
-            text_states: what `lower` gives for these tokens, `[R, T, H]`, if it was computed before.
+            text_states: what `lower` gives for these tokens, `[R, T, H]`, if it was computed before; for k = L what
+                `halves.PooledStates` gives, `[R, n, H]`.
 
         Returns:
             float32 `[R, outputs]`, or with `lane_rows` a list of `[R_k, outputs_k]`, one for each lane.
@@ -162,11 +168,14 @@ class GraftedEncoder(nn.Module):
                 text_states = self.lower(input_ids, attention_mask, token_type_ids)
         if text_states is None:
             states = self._encode(input_ids, token_type_ids, this_pass)
+        elif self.upper is not None:
+            states = self._encode_late(self.upper, text_states, this_pass)
         else:
-            states = self._encode_late(text_states, this_pass)
+            read = [lane.head(text_states[r].unbind(1)) for lane, r in zip(lanes, rows, strict=True)]
+            return read[0] if lane_rows is None else read
         outputs = [
-            lane.read_out(states[r], attention_mask[r], [layer[number] for layer in this_pass.pooled])
-            for number, (lane, r) in enumerate(zip(lanes, rows, strict=True))
+            lane.read_out(states[r], attention_mask[r], earlier)
+            for lane, r, earlier in zip(lanes, rows, this_pass.pooled, strict=True)
         ]
         return outputs[0] if lane_rows is None else outputs
 
@@ -181,15 +190,13 @@ class GraftedEncoder(nn.Module):
         with self._running(this_pass), self._cast(embeds.device):
             return self.parts.run(embeds, mask, token_types)
 
-    def _encode_late(self, text_states: Tensor, this_pass: _Pass) -> Tensor:
+    def _encode_late(self, upper: UpperHalf, text_states: Tensor, this_pass: _Pass) -> Tensor:
         """States of the last layer from text states that enter layer k: `[R, P+T, H]`."""
-        if self.upper is None:
-            return text_states
         self._check_length(this_pass.prompt_tokens, text_states)
         states = self._behind_prompts(text_states, this_pass)
         mask = _pad_left(this_pass.attention_mask, this_pass.prompt_tokens, 1)
         with self._running(this_pass):
-            return self.upper(states, mask)
+            return upper(states, mask)
 
     def _check_length(self, prompt_tokens: int, text: Tensor) -> None:
         positions, length = self.parts.max_positions, text.shape[1]
@@ -223,10 +230,11 @@ class GraftedEncoder(nn.Module):
         """Forward pre-hook of layer `index`: save the prompt state that enters it, and pool the text states."""
         if self._pass is None:
             return None
-        if self._pass.mixes:
+        if self._pass.read_of(index):
             text, mask = args[0][:, self._pass.prompt_tokens :], self._pass.attention_mask
-            lanes = zip(self._pass.lanes, self._pass.rows, strict=True)
-            self._pass.pooled.append([lane.pooled(text[r], mask[r]) for lane, r in lanes])
+            for lane, r, found in zip(self._pass.lanes, self._pass.rows, self._pass.pooled, strict=True):
+                if index >= lane.read_from:
+                    found.append(lane.pooled(text[r], mask[r]))
         if not self._pass.rewrites_after(index):
             return None
         states, self._pass.prompts[index] = read_prompt(args[0], self._pass.prompt_tokens)

@@ -9,30 +9,25 @@ angles are made for the rows that a half is given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gpc_dist.adapter.families import EncoderParts
+from gpc_dist.adapter.head import pooled
 from gpc_dist.errors import UserError
 
 
 class LowerHalf:
-    """Layers 0 to k-1 of an encoder, which run on the text alone and without gradients.
-
-    Args:
-        first_layer: k; if it is L, all layers, and what the head reads comes out.
-    """
+    """Layers 0 to k-1 of an encoder, 0 < k < L, which run on the text alone and without gradients."""
 
     def __init__(self, parts: EncoderParts, first_layer: int):
-        layers, self._tap = list(parts.layers[:first_layer]), None
-        if first_layer < len(parts.layers):
-            self._tap = _Tap(parts.layers[first_layer], layers[-1])
-            layers.append(self._tap)
-        self.parts, _ = _with_layers(parts, layers)
+        below = list(parts.layers[:first_layer])
+        self._tap = _Tap(parts.layers[first_layer], below[-1])
+        self.parts, _ = _with_layers(parts, [*below, self._tap])
         """The encoder without the other layers."""
 
     @torch.no_grad()
@@ -44,12 +39,42 @@ class LowerHalf:
         Args:
             input_ids, attention_mask, token_type_ids: as of a `GraftedEncoder`.
         """
-        embeds = self.parts.embed(input_ids)
-        if self._tap is None:
-            return self.parts.run(embeds, attention_mask, token_type_ids)
         with self._tap.open() as states:
-            self.parts.run(embeds, attention_mask, token_type_ids)
+            self.parts.run(self.parts.embed(input_ids), attention_mask, token_type_ids)
         return states[0]
+
+
+class PooledStates:
+    """A whole encoder as a head reads it that is trained alone: pooled text states, without gradients.
+
+    Args:
+        read_from: the first layer whose incoming states are pooled; L for those after the last layer alone.
+    """
+
+    def __init__(self, parts: EncoderParts, pooling: Literal["mean", "first"], read_from: int):
+        self.parts, self._pooling = parts, pooling
+        self._read = parts.layers[read_from:]
+
+    @property
+    def count(self) -> int:
+        """n, the number of pooled states of a row."""
+        return len(self._read) + 1
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """The pooled states that entered each layer, and those after the last one, float32 `[R, n, H]`."""
+        found: list[Tensor] = []
+
+        def pool(_: nn.Module | None, args: tuple[Any, ...]) -> None:
+            found.append(pooled(args[0], attention_mask, self._pooling))
+
+        with ExitStack() as hooks:
+            for layer in self._read:
+                hooks.callback(layer.register_forward_pre_hook(pool).remove)
+            pool(None, (self.parts.run(self.parts.embed(input_ids), attention_mask, token_type_ids),))
+        return torch.stack(found, dim=1)
 
 
 class UpperHalf:

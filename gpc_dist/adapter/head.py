@@ -1,4 +1,4 @@
-"""The head: computes the task's outputs from states of the last layer, or of several."""
+"""The head: computes the task's outputs from pooled states of the last layer, or of several."""
 
 from __future__ import annotations
 
@@ -16,27 +16,17 @@ class Head(nn.Module):
 
     Args:
         outputs: classes of a classification, or 1 for a score or a number.
-        pooling: `mean` of the states, or the `first` one.
         mixed: number of pooled states, of several layers, whose mix is read; only the last one's when not given.
     """
 
-    def __init__(
-        self, hidden_size: int, outputs: int, pooling: Literal["mean", "first"], mixed: int | None = None
-    ):
+    def __init__(self, hidden_size: int, outputs: int, mixed: int | None = None):
         super().__init__()
-        self.pooling = pooling
         self.linear = nn.Linear(hidden_size, outputs)
         self.mix = None if mixed is None else nn.Parameter(torch.zeros(mixed))
 
-    def forward(self, states: Tensor, attention_mask: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
-        """`[R, T, H]` states and their mask `[R, T]` -> float32 outputs `[R, outputs]`.
-
-        Args:
-            earlier: pooled states of earlier layers, `[R, H]` each, which a mix needs.
-        """
-        read = pooled(states, attention_mask, self.pooling)
-        if self.mix is not None:
-            read = mixed([*earlier, read], self.mix)
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Pooled states `[R, H]` of each layer that it reads, in order -> float32 outputs `[R, outputs]`."""
+        read = states[-1] if self.mix is None else mixed(states, self.mix)
         return self.linear(read.to(self.linear.weight.dtype))
 
 

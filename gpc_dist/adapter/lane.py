@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +66,23 @@ class Adapter(nn.Module):
         self.outputs = outputs
         self.first_layer = config.entry_layer(shape.layers)
         """k: the first layer that depends on the adapter; L if none does."""
+        self.read_from = config.read_from(shape.layers)
+        """The first layer whose incoming states the head reads; L if it reads the last ones alone."""
+        self.pooling: Literal["mean", "first"] = "first" if config.pooling == "first" else "mean"
+        """How the head pools the states that it reads."""
         method = config.method
         most = shape.layers - 1 if config.has_prompt else shape.layers
-        if self.first_layer > most:
+        chosen = self.first_layer if config.has_prompt else self.read_from
+        if chosen > most:
             raise UserError(
-                f"adapter.first_layer: there is no layer {self.first_layer}: the encoder has {shape.layers} layers, "
+                f"adapter.first_layer: there is no layer {chosen}: the encoder has {shape.layers} layers, "
                 f"give one of 0 to {most}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pooling = "mean" if config.pooling == "prompt" else config.pooling
-            states = shape.layers - self.first_layer + 1 if config.head_layers == "mix" else None
+            mixed = shape.layers - self.read_from + 1 if config.head_layers == "mix" else None
             # first, so that it starts alike in all methods
-            head = Head(shape.hidden_size, outputs, pooling, states)
+            head = Head(shape.hidden_size, outputs, mixed)
             self.prompt = None
             if config.has_prompt:
                 self.prompt = Prompt(
@@ -138,7 +143,7 @@ class Adapter(nn.Module):
 
     def pooled(self, text: Tensor, attention_mask: Tensor) -> Tensor:
         """States of the text `[R, T, H]` as the head pools them, float32 `[R, H]`."""
-        return pooled(text, attention_mask, self.head.pooling)
+        return pooled(text, attention_mask, self.pooling)
 
     def read_out(self, states: Tensor, attention_mask: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
         """Outputs of the head, float32 `[R, outputs]`.
@@ -146,12 +151,12 @@ class Adapter(nn.Module):
         Args:
             states: output of the last layer, `[R, P+T, H]`.
             attention_mask: mask of the text, `[R, T]`.
-            earlier: pooled states that entered layer k and each later one, for a head that mixes them.
+            earlier: pooled states that entered layer `read_from` and each later one.
         """
         if self.config.pooling == "prompt":
             prompt = states[:, : self.prompt_tokens]
-            return self.head(prompt, attention_mask.new_ones(prompt.shape[:2]))
-        return self.head(states[:, self.prompt_tokens :], attention_mask, earlier)
+            return self.head([pooled(prompt, attention_mask.new_ones(prompt.shape[:2]), "mean")])
+        return self.head([*earlier, self.pooled(states[:, self.prompt_tokens :], attention_mask)])
 
     def next_prompt(
         self, layer: int, encoded: Tensor, previous: Tensor, text: Tensor, attention_mask: Tensor

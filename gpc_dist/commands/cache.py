@@ -38,6 +38,8 @@ COMMAND = Command(
     add_arguments,
     run,
     "Runs with adapter.first_layer above 0, and linear probes, keep what the lower layers make of their data in\n"
-    "the folder GPC_DIST_CACHE, by default ~/.cache/gpc-dist/states (see engine.state_cache). What is removed is\n"
-    "computed again when it is needed.\n\nexample: gpc-dist cache --older-than 30",
+    "the folder GPC_DIST_CACHE, by default ~/.cache/gpc-dist/states, and in Slurm jobs one of each node (see\n"
+    "engine.state_cache). What is removed is computed again when it is needed.\n\n"
+    "example: gpc-dist cache --older-than 30\n"
+    "         srun -w NODE gpc-dist cache        what jobs keep on a node",
 )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpc_dist import files
+from gpc_dist import files, own_folders
 from gpc_dist.errors import UserError
 from gpc_dist.locks import hold
 from gpc_dist.shown import one_line
@@ -43,9 +43,9 @@ class StatesKey:
     encoder_sha256: str
     """See `EncoderIdentity.sha256`."""
     first_layer: int
-    """The layer that they enter; L for what the head reads."""
+    """The layer that they enter, or the first of those that pooled states enter; L for those after the last layer."""
     pooling: str
-    """How the states of a row are pooled to one; empty if they are not."""
+    """How the states of a row are pooled, to one for each layer from the first on; empty if they are not."""
     dtype: str
     """`float32` or `bfloat16`."""
     quantize: str
@@ -77,9 +77,12 @@ class Index:
 
 
 def default_root() -> Path:
-    """The folder of this user's caches: `GPC_DIST_CACHE`, or `gpc-dist/states` where programs keep such files."""
+    """The folder of this user's caches: `GPC_DIST_CACHE`; in a Slurm job `states` in the folder that the user's jobs
+    share on the node, whose disk is near; else `gpc-dist/states` where programs keep such files."""
     if given := os.environ.get("GPC_DIST_CACHE"):
         return Path(given)
+    if "SLURM_JOB_ID" in os.environ and (shared := own_folders.on_this_machine()):
+        return shared / "states"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpc-dist" / "states"
 
 

@@ -64,13 +64,11 @@ class ModelSpec:
     def with_upper_layers(self, count: int) -> ModelSpec:
         """The same with `count` layers from layer k on, and one below them if there are any."""
         first, below = self.first_layer, min(1, self.first_layer)
-        config, adapter = copy.deepcopy(self.encoder), self.adapter
+        config = copy.deepcopy(self.encoder)
         config.num_hidden_layers = below + count
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[first - below : first + count]
-        if adapter.has_prompt:
-            adapter = adapter.model_copy(update={"first_layer": below})
-        return replace(self, encoder=config, adapter=adapter)
+        return replace(self, encoder=config, adapter=self.adapter.model_copy(update={"first_layer": below}))
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def measure_ways(model: ModelSpec, tokens: int, ways: Sequence[Way]) -> list[Act
 
     first, layers = model.first_layer, model.encoder.num_hidden_layers
     computed = first > 0 and not model.states_given
-    if computed or model.adapter.cell_layers is not None:
+    if computed or first == layers or model.adapter.cell_layers is not None:
         return measure(model)  # not linear in the number of layers
     kinds = getattr(model.encoder, "layer_types", None) or [None] * layers
     shallow, deeper = _depths(kinds[first:])
@@ -253,8 +251,11 @@ def dry_run(model: GraftedEncoder, rows: int, tokens: int, states_given: bool = 
     standing = [*model.parameters(), *model.buffers()]
     states = None
     if model.first_layer and states_given:
-        weight = next(model.encoder.parameters())
-        states = weight.new_zeros(rows, tokens, model.parts.shape.hidden_size)
+        weight, shape = next(model.encoder.parameters()), model.parts.shape
+        if model.first_layer == shape.layers:
+            states = torch.zeros(rows, shape.layers - model.adapter.read_from + 1, shape.hidden_size)
+        else:
+            states = weight.new_zeros(rows, tokens, shape.hidden_size)
     targets = torch.zeros(rows, dtype=torch.long)
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     mask = torch.ones_like(input_ids)

@@ -131,17 +131,17 @@ def describe(model: ModelSpec, *, optimizer: str, max_length: int, rows: int) ->
     first, layers = model.first_layer, parts.shape.layers
     weights, lower, row_bytes = count_weights(parts), None, 0
     if first > 0 and model.states_given:
-        lower = replace(
-            count_weights(LowerHalf(parts, first).parts), layers=first
-        )  # what stands for k is none
         if first < layers:
+            lower = count_weights(LowerHalf(parts, first).parts)
+            lower = replace(lower, layers=first)  # what stands for k is none
             weights = count_weights(UpperHalf(parts, first).parts, table=False)
             row_bytes = tokens * parts.shape.hidden_size * weights.element_bytes
         else:
+            lower = weights
             weights = replace(
                 weights, layers=0, table=0, tensors=(), layer=0, matrices=0, matrix_rows=0, largest_matrix=0
             )
-            row_bytes = parts.shape.hidden_size * _FLOAT
+            row_bytes = (layers - trained.read_from + 1) * parts.shape.hidden_size * _FLOAT
     return Workload(
         weights=weights,
         lower=lower,

@@ -66,15 +66,15 @@ class Encoded:
         """Numbers of the rows of these examples, in their order, int64."""
         return ranges(self.example_starts[indices], self.sizes.rows[indices])
 
-    def with_rows_of_one_token(self) -> Encoded:
-        """The same examples, with one token in each row: for what is computed of a row as a whole."""
+    def with_rows_of(self, tokens: int) -> Encoded:
+        """The same examples, with so many tokens in each row: for what is computed of a row as a whole."""
         rows = len(self.row_kept)
         return replace(
             self,
-            segment_ids=np.zeros(1, dtype=np.int32),
-            segment_starts=np.array([0, 1]),
+            segment_ids=np.zeros(tokens, dtype=np.int32),
+            segment_starts=np.array([0, tokens]),
             row_segments=np.zeros((rows, 1), dtype=np.int64),
-            row_kept=np.ones((rows, 1), dtype=np.int64),
+            row_kept=np.full((rows, 1), tokens),
             frame=((None, 0),),
             has_token_types=False,
         )

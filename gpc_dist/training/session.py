@@ -39,13 +39,13 @@ class Split:
     examples: list[Example]
     encoded: Encoded
     states: CachedStates | None = None
-    pooled: bool = False
-    """Whether `states` are one for each row."""
+    pooled: int = 0
+    """How many pooled states `states` hold for each row; 0 if they are those of its tokens."""
 
     @cached_property
     def rows(self) -> Encoded:
         """What passes are made of: the tokens, or one in the place of each pooled state."""
-        return self.encoded.with_rows_of_one_token() if self.pooled else self.encoded
+        return self.encoded.with_rows_of(self.pooled) if self.pooled else self.encoded
 
 
 def lane_batch(lanes: Sequence[tuple[Split, np.ndarray]], pad_id: int) -> LaneBatch:
@@ -176,9 +176,7 @@ class Session:
         if self.text_states is None:
             return split
         states = self.text_states.cached(split.encoded)
-        return replace(
-            split, states=states, pooled=states is not None and self.text_states.pooling is not None
-        )
+        return split if states is None else replace(split, states=states, pooled=self.text_states.pooled)
 
 
 def text_tokens(config: Config, parts: EncoderParts) -> int:
@@ -274,9 +272,8 @@ def open_session(
             ds_config,
             base.identity,
             base.load,
-            first_layer=first_layer,
-            pooling="first" if config.adapter.pooling == "first" else "mean",
-            pad_id=base.pad_id,
+            config.adapter,
+            base.pad_id,
         )
     load_s = base.load_s + time.monotonic() - start
     session = Session(

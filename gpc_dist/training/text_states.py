@@ -24,9 +24,8 @@ from torch import Tensor
 
 from gpc_dist import own_folders
 from gpc_dist.adapter.fingerprint import EncoderIdentity
-from gpc_dist.adapter.halves import LowerHalf
-from gpc_dist.adapter.head import pooled
-from gpc_dist.config import EngineConfig
+from gpc_dist.adapter.halves import LowerHalf, PooledStates
+from gpc_dist.config import AdapterConfig, EngineConfig
 from gpc_dist.distributed.memory import available_bytes, trim_heap
 from gpc_dist.distributed.world import World, encoder_dtype
 from gpc_dist.encoder import frozen
@@ -42,7 +41,7 @@ from gpc_dist.encoder.state_cache import (
     new_cache,
 )
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import Encoded, LaneBatch, collate, evaluation_batches, one_text
+from gpc_dist.tasks import Batch, Encoded, LaneBatch, collate, evaluation_batches, one_text
 from gpc_dist.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class TextStates:
 
     Args:
         load: loads the encoder, see `Base.load`.
-        pooling: how states of the last layer (k = L) are pooled to one for each row.
+        adapter: its method, where its prompt enters, and what its head reads if it has no prompt.
     """
 
     def __init__(
@@ -73,24 +72,24 @@ class TextStates:
         ds_config: dict[str, Any],
         identity: EncoderIdentity,
         load: Callable[[], frozen.Encoder],
-        *,
-        first_layer: int,
-        pooling: Literal["mean", "first"],
+        adapter: AdapterConfig,
         pad_id: int,
     ):
         self._world, self._engine, self._ds_config = world, engine, ds_config
         self._identity, self._load, self._pad_id = identity, load, pad_id
-        self._first_layer = first_layer
-        self.pooling: Literal["mean", "first"] | None = pooling if first_layer == identity.layers else None
-        """Set if a cache holds one pooled state for each row."""
+        self._adapter = adapter
+        self._first_layer = adapter.entry_layer(identity.layers)
+        self._read_from = adapter.read_from(identity.layers)
+        self.pooled = 0 if adapter.has_prompt else identity.layers - self._read_from + 1
+        """Pooled states of a row, if they are what is cached; 0 if it has states of all its tokens."""
         self.spent_s = 0.0
         """Seconds that this process has spent on filling caches."""
-        self._lower: LowerHalf | None = None
+        self._lower: LowerHalf | PooledStates | None = None
         self._in_every_pass = False
 
-    def computed(self, batch: LaneBatch) -> Tensor:
-        """The states of a batch on its device, `[R, T, H]`."""
-        return self._lower_half()(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    def computed(self, batch: Batch | LaneBatch) -> Tensor:
+        """The states of a batch on its device, `[R, T, H]`, or pooled `[R, n, H]`."""
+        return self._encoder()(batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
     def entering(self, ids: Tensor) -> Tensor:
         """The states of a text of these tokens `[n]`: float32 `[n, H]` on the CPU, the same on every rank."""
@@ -118,7 +117,7 @@ class TextStates:
             UserError: there is no room where `engine.state_cache` wants them, or a cache is damaged.
         """
         wanted = self._engine.state_cache
-        rows = encoded.with_rows_of_one_token() if self.pooling else encoded
+        rows = encoded.with_rows_of(self.pooled) if self.pooled else encoded
         key = self._key(encoded)
         layout = Layout(rows.lengths, key.hidden_size, key.dtype)
         for where in ("disk", "memory"):
@@ -191,28 +190,28 @@ class TextStates:
         return [rank for rank, each in enumerate(marks) if each == marks[world.rank]]
 
     def _pass(self, encoded: Encoded, indices: np.ndarray) -> Tensor:
-        """The states of all rows of some examples, on the CPU: `[R, T, H]`, or pooled `[R, 1, H]`."""
-        batch = collate(encoded, indices, self._pad_id).to(self._world.device)
-        states = self._lower_half()(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        if self.pooling:
-            states = pooled(states, batch.attention_mask, self.pooling)[:, None]
-        return states.cpu()
+        """The states of all rows of some examples, on the CPU: `[R, T, H]`, or pooled `[R, n, H]`."""
+        return self.computed(collate(encoded, indices, self._pad_id).to(self._world.device)).cpu()
 
-    def _lower_half(self) -> LowerHalf:
+    def _encoder(self) -> LowerHalf | PooledStates:
+        """What computes states, loaded when it is needed."""
         if self._lower is None:
             encoder = self._load()
             choose_kernels(encoder.parts.layers)
-            self._lower = LowerHalf(encoder.parts, self._first_layer)
+            if self.pooled:
+                self._lower = PooledStates(encoder.parts, self._pooling, self._read_from)
+            else:
+                self._lower = LowerHalf(encoder.parts, self._first_layer)
             frozen.place(encoder, self._world, self._engine, self._ds_config, self._lower.parts)
         return self._lower
 
     def _key(self, encoded: Encoded) -> StatesKey:
-        dtype = torch.float32 if self.pooling else encoder_dtype(self._engine, self._world.device)
+        dtype = torch.float32 if self.pooled else encoder_dtype(self._engine, self._world.device)
         return StatesKey(
             encoder=self._identity.path,
             encoder_sha256=self._identity.sha256,
-            first_layer=self._first_layer,
-            pooling=self.pooling or "",
+            first_layer=self._read_from if self.pooled else self._first_layer,
+            pooling=self._pooling if self.pooled else "",
             dtype=str(dtype).removeprefix("torch."),
             quantize=self._engine.quantize,
             hidden_size=self._identity.hidden_size,
@@ -221,7 +220,11 @@ class TextStates:
 
     @property
     def _entered(self) -> str:
-        return "the head" if self.pooling else f"layer {self._first_layer}"
+        return "the head" if self.pooled else f"layer {self._first_layer}"
+
+    @property
+    def _pooling(self) -> Literal["mean", "first"]:
+        return "first" if self._adapter.pooling == "first" else "mean"
 
     def _say_no_room(self, where: str, size: int) -> None:
         wanted = self._engine.state_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -50,21 +51,18 @@ def grafted(encoder: str | Any, config: AdapterConfig, outputs: int = 3, draw: b
     return graft
 
 
-class StatesOf(nn.Module):
-    """Stands for a head: gives the text states to the test."""
-
-    def forward(self, read_states: Tensor, attention_mask: Tensor, *_: Any) -> Tensor:
-        return read_states
-
-
 def read_states(graft: GraftedEncoder, batch: dict[str, Tensor]) -> Tensor:
     """States of the positions that the head reads, after the last layer: the text's with its padding `[B, T, H]`,
     or the prompt's `[B, P, H]`."""
-    head, graft.adapter.head = graft.adapter.head, StatesOf()
-    try:
+    adapter = graft.adapter
+
+    def positions(states: Tensor, *_: Any) -> Tensor:
+        prompt, text = states[:, : adapter.prompt_tokens], states[:, adapter.prompt_tokens :]
+        return prompt if adapter.config.pooling == "prompt" else text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "read_out", positions)
         return graft(**batch)
-    finally:
-        graft.adapter.head = head
 
 
 def read_of(states: Tensor, config: AdapterConfig) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpc_dist.adapter import AdapterConfig, GraftedEncoder, attach
+from gpc_dist.adapter.halves import PooledStates
 from gpc_dist.adapter.make import new_adapter
 from gpc_dist.config import build
 from gpc_dist.errors import UserError
@@ -50,14 +51,19 @@ def test_a_probe_mixes_the_encoders_own_hidden_states(family: str, pooling: str,
     config = AdapterConfig(method="linear-probe", head_layers="mix", pooling=pooling, first_layer=first)
     graft = attach(tiny(family), config, outputs=3)
     randomise(graft.adapter, seed=1)
-    assert graft.first_layer == first
+    assert graft.first_layer == L
     # from embeddings, because RoBERTa numbers the padding of ids in another way
     plain = tiny(family)
     inputs = {"inputs_embeds": plain.get_input_embeddings()(batch.pop("input_ids")), **batch}
     states = list(plain(**inputs, output_hidden_states=True).hidden_states)
     assert len(states) == L + 1
     expected = by_formula(graft.adapter.head, states[first:], batch["attention_mask"], pooling)
-    torch.testing.assert_close(graft(**batch_for(family)).double(), expected, rtol=1e-4, atol=1e-5)
+    batch = batch_for(family)
+    torch.testing.assert_close(graft(**batch).double(), expected, rtol=1e-4, atol=1e-5)
+    read = PooledStates(graft.parts, pooling, first)
+    given = read(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+    assert given.shape == (len(expected), read.count, graft.parts.shape.hidden_size)
+    torch.testing.assert_close(graft(**batch, text_states=given).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "first"), PLACES)
@@ -125,6 +131,18 @@ def test_lanes_that_mix_and_lanes_that_do_not_give_what_they_give_alone() -> Non
     assert_lanes_as_alone(graft, batch, lanes, [1, 2, 1])
 
 
+def test_probes_of_other_layers_and_poolings_share_a_pass() -> None:
+    batch = batch_for("bert", lengths=(9, 4, 7, 9))
+    configs = [
+        AdapterConfig(method="linear-probe", head_layers="mix"),
+        AdapterConfig(method="linear-probe", pooling="first"),
+        AdapterConfig(method="linear-probe", head_layers="mix", first_layer=2, pooling="first"),
+    ]
+    graft = attach(tiny("bert"), configs[1], outputs=3)
+    lanes = [new_adapter(graft, config, 3) for config in configs]
+    assert_lanes_as_alone(graft, batch, lanes, [1, 2, 1])
+
+
 def test_recomputed_layers_give_the_same_gradients() -> None:
     batch = batch_for("t5")
     expected = gradients(mixing("t5", "gated", 0), batch)
@@ -139,6 +157,13 @@ def test_a_mix_starts_as_the_mean_of_its_layers() -> None:
         tiny("bert"), AdapterConfig(method="linear-probe", head_layers="mix", first_layer=2)
     ).adapter.head
     assert head.mix.tolist() == [0.0, 0.0]
+
+
+def test_a_mix_reads_layers_that_are_there() -> None:
+    config = AdapterConfig(method="linear-probe", head_layers="mix", first_layer=L)
+    assert attach(tiny("bert"), config).adapter.head.mix.shape == (1,)
+    with pytest.raises(UserError, match=f"there is no layer {L + 1}: .* give one of 0 to {L}"):
+        attach(tiny("bert"), config.model_copy(update={"first_layer": L + 1}))
 
 
 @pytest.mark.parametrize("first", [0, 2, 0.5])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpc_dist.adapter.head import Head
+from gpc_dist.adapter.head import Head, pooled
 
 from .encoders import FAMILIES, P, batch_for, tiny
 from .grafts import grafted, options, read_states
@@ -96,23 +96,23 @@ def states_and_mask() -> tuple[Tensor, Tensor]:
 
 
 def test_mean_pooling_is_the_mean_of_the_text() -> None:
-    head, (states, mask) = Head(8, 3, "mean"), states_and_mask()
-    expected = head.linear(torch.stack([states[0, :3].mean(0), states[1, 0]]))
-    torch.testing.assert_close(head(states, mask), expected, rtol=1e-6, atol=1e-6)
+    states, mask = states_and_mask()
+    expected = torch.stack([states[0, :3].mean(0), states[1, 0]])
+    torch.testing.assert_close(pooled(states, mask, "mean"), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_first_pooling_is_the_first_text_token() -> None:
-    head, (states, mask) = Head(8, 3, "first"), states_and_mask()
-    assert torch.equal(head(states, mask), head.linear(states[:, 0]))
+    states, mask = states_and_mask()
+    assert torch.equal(pooled(states, mask, "first"), states[:, 0])
 
 
 def test_a_row_without_text_gets_the_bias() -> None:
-    head, (states, mask) = Head(8, 3, "mean"), states_and_mask()
-    assert torch.equal(head(states, torch.zeros_like(mask)), head.linear.bias.expand(2, 3))
+    head, (states, mask) = Head(8, 3), states_and_mask()
+    read = pooled(states, torch.zeros_like(mask), "mean")
+    assert torch.equal(head([read]), head.linear.bias.expand(2, 3))
 
 
 def test_long_bf16_texts_are_averaged_in_float32() -> None:
-    head = Head(8, 3, "mean")
     states = torch.randn(1, 2000, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = head.linear(states.float().mean(1))
-    torch.testing.assert_close(head(states, torch.ones(1, 2000)), expected, rtol=1e-6, atol=1e-6)
+    read = pooled(states, torch.ones(1, 2000), "mean")
+    torch.testing.assert_close(read, states.float().mean(1), rtol=1e-6, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,9 +150,16 @@ def test_the_index_says_what_is_cached(tmp_path: Path) -> None:
 
 
 def test_where_caches_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("GPC_DIST_CACHE", "elsewhere")
     assert default_root() == Path("elsewhere")
     monkeypatch.delenv("GPC_DIST_CACHE")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    shared = tmp_path / f"gpc-dist-cache-{os.geteuid()}"
+    assert default_root() == shared / "states"
+    monkeypatch.setattr("tempfile.tempdir", str(shared))  # once compiled code is kept
+    assert default_root() == shared / "states"
+    monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_root() == tmp_path / "gpc-dist" / "states"
     monkeypatch.delenv("XDG_CACHE_HOME")

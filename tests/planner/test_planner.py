@@ -244,10 +244,12 @@ def test_a_late_workload_has_two_halves(first_layer: float, layers: int) -> None
     assert (computed.lower, computed.states_row_bytes, computed.weights) == (None, 0, whole)
 
 
-def test_a_linear_probe_keeps_one_state_for_each_row() -> None:
-    model = ModelSpec(tiny_config("bert"), torch.bfloat16, AdapterConfig(method="linear-probe"), outputs=2)
+@pytest.mark.parametrize(("layers", "count"), [("last", 1), ("mix", 3)])
+def test_a_linear_probe_keeps_pooled_states_for_each_row(layers: str, count: int) -> None:
+    probe = AdapterConfig(method="linear-probe", head_layers=layers, first_layer=2)
+    model = ModelSpec(tiny_config("bert", num_hidden_layers=4), torch.bfloat16, probe, outputs=2)
     found = describe(model, optimizer="adamw", max_length=48, rows=8)
-    assert (found.states_row_bytes, found.weights.total) == (32 * 4, 0)
+    assert (found.states_row_bytes, found.weights.total) == (count * 32 * 4, 0)
     for regime in (Regime(0), Regime(3), Regime(0, "none", "int8")):
         assert Planner(found, ZERO3).estimate(regime, cluster()).fits
 

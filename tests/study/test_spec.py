@@ -50,7 +50,7 @@ def test_every_packaged_study_is_valid_and_says_how_to_run_it(name: str) -> None
 
 
 def test_the_promised_studies_are_there() -> None:
-    assert {"minilm", "minilm-full", "roberta-large", "t5-v1_1-xl", "ablations"} <= set(STUDIES)
+    assert {"minilm", "minilm-full", "roberta-large", "t5-v1_1-xl", "ablations", "late"} <= set(STUDIES)
 
 
 def test_every_key_is_documented() -> None:

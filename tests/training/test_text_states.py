@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections import namedtuple
@@ -78,7 +79,7 @@ def test_cached_states_are_those_that_are_computed(
         raise AssertionError("the layers below are not needed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextStates, "_lower_half", never)
+        patch.setattr(TextStates, "_encoder", never)
         again = train(tiny_recipe, tmp_path / "again")
     assert losses(tmp_path / "again") == losses(tmp_path / "filled")
     assert again["state_cache_s"] == 0
@@ -93,6 +94,19 @@ def test_what_lies_below_is_not_read(tiny_recipe: Path) -> None:
     assert of(session(tiny_recipe)) == [True, True, True, False, False]
     assert of(session(tiny_recipe, "adapter.first_layer", "0")) == [False] * 5
     assert of(session(tiny_recipe, "adapter.method", "linear-probe")) == [True] * 5
+
+
+def test_once_they_are_released_they_are_in_no_memory(tiny_recipe: Path) -> None:
+    def views() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count("model.safetensors")
+
+    before = views()
+    opened = session(tiny_recipe)
+    opened.split(opened.task.read("validation"))
+    assert views() == before + 2  # the layers from k on, and those below
+    opened.release_lower_layers()
+    assert views() == before + 1
 
 
 @pytest.mark.parametrize(
@@ -154,11 +168,14 @@ def test_a_linear_probe_runs_the_encoder_once(tiny_recipe: Path, tmp_path: Path,
     assert probe["padding_pct"] == plain["padding_pct"]  # that of the text, not of what is cached
 
 
-def test_a_probe_that_mixes_layers_reads_those_from_its_first_one(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_probe_that_mixes_layers_reads_those_from_its_first_one(
+    tiny_recipe: Path, tmp_path: Path, root: Path
+) -> None:
     more = ("--adapter.method", "linear-probe", "--adapter.head_layers", "mix")
     result = train(tiny_recipe, tmp_path / "run", *more)
-    assert result["first_layer"] == 2
+    assert result["first_layer"] == 4
     assert result["trainable_parameters"] == 32 * 2 + 2 + 3  # and one weight for each of the states mixed
+    assert {len((folder / STATES).read_bytes()) % (3 * 32 * 4) for folder in caches(root)} == {0}
     train(tiny_recipe, tmp_path / "none", *more, "--engine.state_cache", "none")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
@@ -269,6 +286,8 @@ def test_only_adapters_of_one_entry_share_an_encoder() -> None:
         AdapterConfig(first_layer=0.5).entry,
         AdapterConfig(method="linear-probe").entry,
         AdapterConfig(method="linear-probe", pooling="first").entry,
+        AdapterConfig(method="linear-probe", head_layers="mix").entry,
+        AdapterConfig(method="linear-probe", head_layers="mix", first_layer=2).entry,
         AdapterConfig(method="fine-tuning").entry,
     ]
     assert len(set(entries)) == len(entries)
