@@ -291,7 +291,8 @@ class EngineConfig(Section):
     state_cache: Literal["auto", "disk", "memory", "none"] = "auto"
     """With `adapter.first_layer` above 0, and for `linear-probe`: where the text states that enter that layer are kept,
     computed once. `disk`: in the folder `GPC_DIST_CACHE`, for all runs (see `gpc-dist cache`); `memory`: for this run,
-    in memory that the ranks of a machine share; `none`: every pass computes them; `auto`: the first that has room."""
+    in memory that the ranks of a machine share; `none`: every pass computes them; `auto`: the first that has room, and
+    `none` for training data of which the run reads less than half."""
     compile: bool = False
     """Compile the encoder's layers with `torch.compile`; the first steps are slower; stages 0 to 2."""
     activation_checkpointing: bool = False

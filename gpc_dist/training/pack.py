@@ -141,5 +141,6 @@ class Pack:
         limit = data.limit_train if part == "train" else data.limit_eval
         key = (part, limit, seed if part == "train" and limit is not None else None)
         if key not in self._splits:
-            self._splits[key] = self._session.split(read_part(self._session.task, data, part, seed))
+            examples = read_part(self._session.task, data, part, seed)
+            self._splits[key] = self._session.split(examples, run=config if part == "train" else None)
         return self._splits[key]

@@ -18,14 +18,12 @@ from gpc_dist.distributed.optimizer import LaneOptimizer, schedule_factor
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import MetricLog
-from gpc_dist.tasks import EpochPlan, Task
+from gpc_dist.tasks import Task
 from gpc_dist.training.evaluation import Evaluation
 from gpc_dist.training.losses import class_weights
-from gpc_dist.training.session import Session, Split
+from gpc_dist.training.session import Session, Split, plan_of
 from gpc_dist.training.state import Position, restore_state, save_state
 from gpc_dist.training.step import Done, LaneExamples
-
-_EPOCHS = 10.0
 
 
 @dataclass
@@ -102,10 +100,7 @@ class Run:
         settings = config.train
         self.name, self.session, self.config, self.folder = name, session, config, folder
         self.adapter, self.training, self.validation = adapter, training, validation
-        self.plan = EpochPlan(
-            training.encoded.sizes, config.run.seed, settings.batch_size, settings.batch_tokens
-        )
-        self.total = settings.steps or self.plan.total_steps(settings.epochs or _EPOCHS)
+        self.plan, self.total = plan_of(config, training.encoded)
         self.optimizer = LaneOptimizer(self.adapter, settings, session.world, config.engine.zero_stage)
         encoder = session.base.identity
         self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()

@@ -28,8 +28,11 @@ from gpc_dist.encoder import frozen
 from gpc_dist.encoder.attention import choose_kernels
 from gpc_dist.encoder.state_cache import CachedStates
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import Encoded, Example, LaneBatch, Task, collate, encode, merge_lanes
+from gpc_dist.tasks import Encoded, EpochPlan, Example, LaneBatch, Task, collate, encode, merge_lanes
 from gpc_dist.training.text_states import TextStates
+
+_EPOCHS = 10.0
+"""Of a run that gives neither epochs nor steps."""
 
 
 @dataclass(frozen=True)
@@ -159,24 +162,36 @@ class Session:
         if self.text_states is not None:
             self.text_states.release()
 
-    def split(self, examples: list[Example], cached: bool = True) -> Split:
+    def split(self, examples: list[Example], cached: bool = True, run: Config | None = None) -> Split:
         """Tokenise examples for this session's encoder.
 
         Args:
             cached: also find or compute the text states of all of them; for examples that run more than once.
+            run: configuration of the run that is trained on them, if one is.
 
         Raises:
             UserError: see `TextStates.cached`.
         """
         split = Split(examples, encode(examples, self.base.tokenizer, self.text_tokens))
-        return self.with_states(split) if cached else split
+        return self.with_states(split, run) if cached else split
 
-    def with_states(self, split: Split) -> Split:
-        """The split with its text states, if this session's passes need any and there is room for them."""
+    def with_states(self, split: Split, run: Config | None = None) -> Split:
+        """The split with its text states, if this session's passes need any and they are worth their room."""
         if self.text_states is None:
             return split
-        states = self.text_states.cached(split.encoded)
+        part = 1.0
+        if run is not None:
+            plan, steps = plan_of(run, split.encoded)
+            part = steps / plan.total_steps(1)
+        states = self.text_states.cached(split.encoded, part)
         return split if states is None else replace(split, states=states, pooled=self.text_states.pooled)
+
+
+def plan_of(config: Config, encoded: Encoded) -> tuple[EpochPlan, int]:
+    """The order in which a run reads its training examples, and the number of its steps."""
+    train = config.train
+    plan = EpochPlan(encoded.sizes, config.run.seed, train.batch_size, train.batch_tokens)
+    return plan, train.steps or plan.total_steps(train.epochs or _EPOCHS)
 
 
 def text_tokens(config: Config, parts: EncoderParts) -> int:

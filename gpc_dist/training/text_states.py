@@ -50,6 +50,8 @@ _PASS_TOKENS = 4096
 """Padded tokens of a pass that fills a cache. Not configurable, because the states depend on it by rounding."""
 _MOST = 0.9
 """Share of what is free on a disk, or available in memory, that a cache may take."""
+_WORTH = 0.5
+"""Part of the data that a run must read, for all states to be computed and kept: a second run makes up for it."""
 _MEMORY = Path("/dev/shm")
 """A file system in memory, in which each user makes folders of his own."""
 
@@ -109,9 +111,12 @@ class TextStates:
             if self._world.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def cached(self, encoded: Encoded) -> CachedStates | None:
-        """The states of all rows of a data set, which are computed if no cache has them; None if there is no room, so
-        that each pass computes its own.
+    def cached(self, encoded: Encoded, part: float = 1.0) -> CachedStates | None:
+        """The states of all rows of a data set, which are computed if no cache has them. None if each pass is to
+        compute its own: there is no room, or with `engine.state_cache` auto so few are read that it is not worth it.
+
+        Args:
+            part: how many of the examples the run reads, as a part of all; above 1 if it reads them again.
 
         Raises:
             UserError: there is no room where `engine.state_cache` wants them, or a cache is damaged.
@@ -120,6 +125,12 @@ class TextStates:
         rows = encoded.with_rows_of(self.pooled) if self.pooled else encoded
         key = self._key(encoded)
         layout = Layout(rows.lengths, key.hidden_size, key.dtype)
+        if wanted == "auto" and part < _WORTH:
+            found = self._complete(default_root(), key, layout)
+            if found is None and self._world.is_main:
+                log.info("each pass computes its text states: this run reads %.2g %% of the data", 100 * part)
+            self._in_every_pass |= found is None
+            return found
         for where in ("disk", "memory"):
             if wanted in (where, "auto"):
                 found = self._find(where, key, layout, encoded)
@@ -128,6 +139,11 @@ class TextStates:
                 self._say_no_room(where, layout.bytes)
         self._in_every_pass = True
         return None
+
+    def _complete(self, root: Path, key: StatesKey, layout: Layout) -> CachedStates | None:
+        """A cache that is complete for every rank."""
+        missing = self._world.any(not is_complete(root / key.folder))
+        return None if missing else CachedStates(root / key.folder, key, layout)
 
     def _find(self, where: str, key: StatesKey, layout: Layout, encoded: Encoded) -> CachedStates | None:
         """A complete cache on disk or in memory, the same on every rank; None if any rank has no room for it."""

@@ -144,7 +144,7 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
         config,
         folder,
         adapter=session.new_adapter(config),
-        training=session.split(inputs.training),
+        training=session.split(inputs.training, run=config),
         validation=session.split(inputs.validation),
         saved=inputs.saved,
         filled_s=session.text_states_s,

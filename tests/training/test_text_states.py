@@ -16,7 +16,7 @@ import torch
 from gpc_dist import config as configuration
 from gpc_dist.config import AdapterConfig
 from gpc_dist.distributed.world import alone
-from gpc_dist.encoder.state_cache import STATES, CachedStates
+from gpc_dist.encoder.state_cache import INDEX, STATES, CachedStates
 from gpc_dist.inference.adapters import Predictor
 from gpc_dist.tasks import make_task
 from gpc_dist.training import text_states
@@ -126,6 +126,22 @@ def test_any_ranks_find_the_same_losses(
     assert (result["state_cache_mib"] > 0) == (cache != "none")
     assert root.exists() == (cache in ("disk", "auto"))
     assert not list(Path("/dev/shm").glob("gpc-dist-*/*/states.bin"))
+
+
+def test_a_run_that_reads_little_computes_what_it_reads(
+    tiny_recipe: Path, tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = ("--train.steps", "2", "--train.batch_size", "2")
+    result = train(tiny_recipe, tmp_path / "few", *few)
+    assert "each pass computes its text states: this run reads" in caplog.text
+    kept = {json.loads((folder / INDEX).read_text())["rows"] for folder in caches(root)}
+    train(tiny_recipe, tmp_path / "all", *few, "--engine.state_cache", "disk")
+    rows = {json.loads((folder / INDEX).read_text())["rows"] for folder in caches(root)}
+    assert max(kept) < max(rows)  # those of the validation split, and of the training split too
+    assert losses(tmp_path / "few") == pytest.approx(losses(tmp_path / "all"), rel=1e-5)
+    again = train(tiny_recipe, tmp_path / "again", *few)  # what is there is read
+    assert losses(tmp_path / "again") == losses(tmp_path / "all")
+    assert again["state_cache_mib"] > result["state_cache_mib"]
 
 
 def test_states_do_not_depend_on_the_number_of_ranks(tiny_recipe: Path, tmp_path: Path, root: Path) -> None:
