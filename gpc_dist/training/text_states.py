@@ -104,7 +104,7 @@ class TextStates:
 
     def release(self) -> None:
         """Release the layers below k, unless every pass runs them."""
-        if not self._in_every_pass:
+        if self._lower is not None and not self._in_every_pass:
             self._lower = None
             gc.collect()  # modules of transformers refer to each other
             trim_heap()
