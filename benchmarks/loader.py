@@ -128,7 +128,7 @@ def measure(side: str, ranks: int, folder: Path, scratch: Path) -> dict[str, flo
 
     out = scratch / "rank.json"
     command = [sys.executable, __file__, "--rank-of", side, "--folder", str(folder), "--out", str(out)]
-    if code := start_ranks(command, ranks, cpu_only=True):
+    if code := start_ranks(command, ranks):
         raise SystemExit(f"{side} on {ranks} ranks ended with exit code {code}")
     found = json.loads(out.read_text())
     return {key: max(rank[key] for rank in found) for key in found[0]}
