@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 FILE_BYTES = 512 * 2**20
 """Of a file, and so about what a conversion takes in memory; a tensor that is larger has its own."""
 _MARKER, _LOCK, _INDEX = "conversion.json", ".lock", f"{SAFETENSORS}.index.json"
+_UNFINISHED = ".unfinished"
+"""A folder for what is being written: the safetensors library writes files of other names first."""
 _COMPARED = 2**24
 """Numbers that are compared at once."""
 
@@ -83,6 +85,8 @@ def convert(config: EncoderConfig, target: Path, dtype: torch.dtype) -> dict[str
         _check_target(target, wanted, {*parts, *(file.name for file in small)})
         with _alone(target):
             files.write_json(target / _MARKER, asdict(wanted))
+            shutil.rmtree(target / _UNFINISHED, ignore_errors=True)  # what a killed process left
+            (target / _UNFINISHED).mkdir()
             for file in small:
                 with _whole(target / file.name) as unfinished:
                     shutil.copyfile(file, unfinished)
@@ -91,6 +95,7 @@ def convert(config: EncoderConfig, target: Path, dtype: torch.dtype) -> dict[str
             sums = "".join(f"{files.sha256(target / name)}  {name}\n" for name in parts)
             files.write_text(target / SUMS, sums)
             size = sum(place.numel for place in tensors.values()) * dtype.itemsize
+            (target / _UNFINISHED).rmdir()
             where = {tensor: name for name, part in parts.items() for tensor in part}
             files.write_json(target / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
     return {name: (target / name).stat().st_size for name in parts}
@@ -113,8 +118,7 @@ def _parts(tensors: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, dict[
 
 def _check_target(target: Path, wanted: _Conversion, names: set[str]) -> None:
     """Refuse a folder that is not this conversion's: complete, begun, or new."""
-    names = names | {SUMS, _INDEX}
-    names |= {_unfinished(Path(name)).name for name in names} | {_MARKER, _LOCK}
+    names = names | {SUMS, _INDEX, _MARKER, _LOCK, _UNFINISHED}
     found = read_as(_Conversion, target / _MARKER) if target.is_dir() else None
     if found is not None and found != wanted:
         raise UserError(
@@ -133,15 +137,13 @@ def _alone(target: Path) -> Iterator[None]:
         raise UserError(f"{target} is being written by another process: wait until it ends") from None
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file that takes the place of `path` when the block ends; what a killed process left of it is written over."""
-    unfinished = _unfinished(path)
+    """A file that takes the place of `path` when the block ends."""
+    folder = path.parent / _UNFINISHED
+    unfinished = folder / path.name
     yield unfinished
+    unfinished.chmod(folder.stat().st_mode & 0o666)  # as the umask allows; the library makes private files
     with unfinished.open("rb") as handle:
         os.fsync(handle.fileno())
     unfinished.replace(path)
