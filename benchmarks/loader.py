@@ -2,11 +2,12 @@
 
     python benchmarks/loader.py
 
-Writes a T5-large-shaped encoder (335 M parameters, bf16, random values) and loads it, sharded over 1, 2 and 4 CPU
-ranks, on both sides in turns, `--repeats` times. Printed and kept in `loader.json`: seconds from the configuration to
-the sharded model (the slowest rank, the median of the repeats) and the peak of resident memory above the same process
-before loading (VmHWM, the largest rank); the file is in the page cache on both sides. Imports are done before
-the clock starts.
+Writes a T5-large-shaped encoder (335 M parameters, bf16, random values) as safetensors, and the same tensors as
+`pytorch_model.bin`, and loads it, sharded over 1, 2 and 4 CPU ranks, on all sides in turns, `--repeats` times: with
+transformers and GPC-Dist from safetensors, and with GPC-Dist from the `.bin` (`bin`), which may take 1.5 times as much
+as from safetensors. Printed and kept in `loader.json`: seconds from the configuration to the sharded model (the slowest
+rank, the median of the repeats) and the peak of resident memory above the same process before loading (VmHWM, the
+largest rank); the files are in the page cache on all sides. Imports are done before the clock starts.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from tabulate import tabulate
 
 SHAPE = "t5-v1_1-large"
 RANKS = (1, 2, 4)
+SIDES = ("transformers", "ours", "bin")
 
 
-def write_checkpoint(folder: Path, shape: str) -> int:
-    """An encoder of this shape with random weights; returns its bytes."""
+def write_checkpoints(safe: Path, pickled: Path, shape: str) -> int:
+    """An encoder of this shape with random weights, in both formats; returns its bytes."""
     import torch
     from safetensors.torch import save_file
 
@@ -38,10 +40,12 @@ def write_checkpoint(folder: Path, shape: str) -> int:
 
     config = known_config(shape)
     config.architectures = ["T5EncoderModel"]
-    config.save_pretrained(folder)
+    for folder in (safe, pickled):
+        config.save_pretrained(folder)
     model = skeleton_model(config, torch.bfloat16)
     tensors = {name: torch.randn(p.shape).bfloat16() for name, p in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, safe / "model.safetensors", metadata={"format": "pt"})
+    torch.save(tensors, pickled / "pytorch_model.bin")
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -94,7 +98,7 @@ def run_rank(side: str, folder: Path, out: Path) -> None:
     dist.barrier()
     before_mib = _reset_peak_mib()
     start = time.perf_counter()
-    model = (load_ours if side == "ours" else load_peer)(folder, ds_config)
+    model = (load_peer if side == "transformers" else load_ours)(folder, ds_config)
     seconds = time.perf_counter() - start
     mine = {"seconds": seconds, "peak_mib": _status_mib("VmHWM") - before_mib}
     shard = sum(p.ds_tensor.nbytes for p in model.parameters() if hasattr(p, "ds_tensor"))
@@ -124,7 +128,7 @@ def measure(side: str, ranks: int, folder: Path, scratch: Path) -> dict[str, flo
 
     out = scratch / "rank.json"
     command = [sys.executable, __file__, "--rank-of", side, "--folder", str(folder), "--out", str(out)]
-    if code := start_ranks(command, ranks, cpu_only=True):
+    if code := start_ranks(command, ranks):
         raise SystemExit(f"{side} on {ranks} ranks ended with exit code {code}")
     found = json.loads(out.read_text())
     return {key: max(rank[key] for rank in found) for key in found[0]}
@@ -137,7 +141,7 @@ def main() -> None:
     parser.add_argument("--shape", default=SHAPE)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--rank-of", choices=["ours", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--rank-of", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
@@ -145,35 +149,30 @@ def main() -> None:
         return
     lines, report = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "encoder"
-        folder.mkdir()
-        size_mib = write_checkpoint(folder, options.shape) / 2**20
+        safe, pickled = Path(scratch) / "safe", Path(scratch) / "pickled"
+        size_mib = write_checkpoints(safe, pickled, options.shape) / 2**20
         for ranks in RANKS:
-            found: dict[str, list[dict[str, float]]] = {"transformers": [], "ours": []}
+            found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
             for _ in range(options.repeats):
                 for side, runs in found.items():
+                    folder = pickled if side == "bin" else safe
                     runs.append(measure(side, ranks, folder, Path(scratch)))
             sides = {
                 side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 for side, runs in found.items()
             }
-            ours, peer = sides["ours"], sides["transformers"]
-            ratios = {key: ours[key] / peer[key] for key in ("seconds", "peak_mib")}
-            report.append({"ranks": ranks, **sides, "ratios": ratios, "runs": found})
-            lines.append(
-                [ranks, peer["seconds"], ours["seconds"], ratios["seconds"]]
-                + [peer["peak_mib"], ours["peak_mib"], ratios["peak_mib"], ours["shard_mib"]]
+            keys = ("seconds", "peak_mib")
+            ratios = {key: sides["ours"][key] / sides["transformers"][key] for key in keys}
+            bin_ratios = {key: sides["bin"][key] / sides["ours"][key] for key in keys}
+            report.append(
+                {"ranks": ranks, **sides, "ratios": ratios, "bin_ratios": bin_ratios, "runs": found}
             )
-    headers = [
-        "ranks",
-        "s, transformers",
-        "s, ours",
-        "ratio",
-        "peak MiB, transformers",
-        "peak MiB, ours",
-        "ratio",
-        "shard MiB",
-    ]
+            row: list[float] = [ranks]
+            for key in keys:
+                row += [*(sides[side][key] for side in SIDES), ratios[key], bin_ratios[key]]
+            lines.append([*row, sides["ours"]["shard_mib"]])
+    measured = ["transformers", "ours", "ours, .bin", "ours / transformers", ".bin / safetensors"]
+    headers = ["ranks", *(f"{what}\n{side}" for what in ("s", "peak MiB") for side in measured), "shard MiB"]
     print(tabulate(lines, headers=headers, floatfmt=".2f"))
     settings = {"shape": options.shape, "checkpoint_mib": size_mib, "repeats": options.repeats}
     options.out.write_text(

@@ -1,14 +1,15 @@
-"""Tensors of safetensors files: where each is stored, and reading any flat part of it.
+"""Tensors in files: where each is stored, and reading any flat part of it.
 
 A safetensors file is a table of names, types, shapes and byte ranges, followed by the tensors as flat row-major
 bytes. So a rank can read its own part of a tensor and nothing else, without unpickling and without a whole tensor
-in memory.
+in memory. `pickled` says the same of `pytorch_model.bin` files.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -25,6 +26,8 @@ from gpc_dist.parsing import parse_json
 from gpc_dist.shown import one_line
 
 _CHUNK_BYTES = 8 * 2**20
+LARGEST = 2**59
+"""Below it are sizes, and how many numbers a tensor has if no size is 0: with them torch computes."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -70,6 +73,8 @@ class Stored:
     """Bytes from the start of the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    """In numbers, of a tensor that is not stored row by row: in files of PyTorch, which keep what it had in memory."""
 
     @property
     def file(self) -> Path:
@@ -89,12 +94,13 @@ class Stored:
         this process's until all views of the same header's tensors are gone, and their places.
 
         Writing to it does not reach the file. A tensor whose bytes do not start at a multiple of its
-        type's size cannot be a view and is read.
+        type's size cannot be a view and is read. One that is not stored row by row has the strides that it is stored
+        with.
         """
         if self.offset % self.dtype.itemsize:
             return self.loaded()
         values = torch.empty(0, dtype=self.dtype)
-        strides = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        strides = row_major(self.shape) if self.strides is None else self.strides
         return values.set_(self.source.storage, self.offset // self.dtype.itemsize, self.shape, strides)  # type: ignore[call-overload]
 
     def loaded(self) -> Tensor:
@@ -116,6 +122,9 @@ class Stored:
         Raises:
             UserError: the file became shorter.
         """
+        if self.strides is not None:
+            _copy_part(self._of_file(), start, target)
+            return
         size = self.dtype.itemsize
         begin, end = self.offset + start * size, self.offset + (start + len(target)) * size
         with self.file.open("rb", buffering=0) as handle:
@@ -129,23 +138,40 @@ class Stored:
                 first = (place - begin) // size
                 target[first : first + len(piece)].copy_(piece)
 
+    def _of_file(self) -> Tensor:
+        """The tensor as a view of the file, whose pages are let go with it."""
+        assert self.strides is not None
+        count = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        with self.file.open("rb") as handle:
+            mapped = mmap.mmap(
+                handle.fileno(), 0, access=mmap.ACCESS_COPY
+            )  # torch takes only what can be written
+        if self.offset + count * self.dtype.itemsize > len(mapped):
+            raise _shorter()
+        values = torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=self.offset)
+        return values.as_strided(self.shape, self.strides)
 
-def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
-    """Name -> place of every tensor of safetensors files.
 
-    Raises:
-        UserError: see `read_header`; or a name that two files hold.
-    """
-    found: dict[str, Stored] = {}
-    for file in files:
-        for name, stored in read_header(file).items():
-            if name in found:
-                raise UserError(
-                    f"{file} and {found[name].file} both hold {name!r}: remove the file that does not belong to "
-                    "the checkpoint"
-                )
-            found[name] = stored
-    return found
+def row_major(shape: Sequence[int]) -> list[int]:
+    """Strides of a contiguous tensor."""
+    return [prod(shape[place + 1 :]) for place in range(len(shape))]
+
+
+def _copy_part(values: Tensor, start: int, target: Tensor) -> None:
+    """Copy the elements from `start` of a tensor, as if it were flat, into a flat one."""
+    if values.dim() < 2:
+        target.copy_(values[start : start + len(target)])
+        return
+    size = values[0].numel()
+    first = -(-start // size)
+    head = min(len(target), first * size - start)
+    rows = (len(target) - head) // size
+    whole = target[head : head + rows * size]
+    if head:
+        _copy_part(values[first - 1], start - (first - 1) * size, target[:head])
+    whole.view(rows, *values.shape[1:]).copy_(values[first : first + rows])
+    if head + len(whole) < len(target):
+        _copy_part(values[first + rows], 0, target[head + len(whole) :])
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -175,10 +201,33 @@ def read_header(file: Path) -> dict[str, Stored]:
     for name, (kind, shape) in listed.items():
         if kind not in _DTYPES:
             raise UserError(f"{file}: {name!r} has type {kind}, which is not supported: give plain weights")
-        if prod(max(1, size) for size in shape) >= 2**59:  # possible with a 0 in it
+        if prod(max(1, size) for size in shape) >= LARGEST:  # possible with a 0 in it
             raise UserError(f"{file} is damaged (the shape of {name!r} is too large): fetch it again")
         found[name] = Stored(source, place, _DTYPES[kind], shape)
         place += found[name].numel * found[name].dtype.itemsize
+    return found
+
+
+def read_headers(
+    files: Iterable[Path], read: Callable[[Path], dict[str, Stored]] = read_header
+) -> dict[str, Stored]:
+    """Name -> place of every tensor of several files.
+
+    Args:
+        read: gives those of one.
+
+    Raises:
+        UserError: see `read_header`; or a name that two files hold.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in read(file).items():
+            if name in found:
+                raise UserError(
+                    f"{file} and {found[name].file} both hold {name!r}: remove the file that does not belong to "
+                    "the checkpoint"
+                )
+            found[name] = stored
     return found
 
 
@@ -206,5 +255,9 @@ def _read_bytes(descriptor: int, place: int, target: Tensor) -> None:
     while view:
         count = os.preadv(descriptor, [view[: 2**30]], place)
         if count == 0:
-            raise UserError("a weight file became shorter while it was read: fetch the checkpoint again")
+            raise _shorter()
         view, place = view[count:], place + count
+
+
+def _shorter() -> UserError:
+    return UserError("a weight file became shorter while it was read: fetch the checkpoint again")

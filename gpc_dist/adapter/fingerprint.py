@@ -15,7 +15,7 @@ from torch import nn
 from gpc_dist.errors import UserError
 from gpc_dist.files import few, read_small_json, sha256
 from gpc_dist.names import check_name
-from gpc_dist.shown import one_line
+from gpc_dist.pickled import open_archive
 from gpc_dist.tensors import read_headers
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -131,21 +131,12 @@ def _digest(entries: list[tuple[str, bytes]]) -> str:
 
 def _pickled_entries(file: Path) -> list[tuple[str, bytes]]:
     try:
-        if not zipfile.is_zipfile(file):
+        if file.is_file() and not zipfile.is_zipfile(file):
             return [(file.name, bytes.fromhex(sha256(file)))]
-        with zipfile.ZipFile(file) as archive:
-            found = [(i.filename, f"{i.CRC} {i.file_size}".encode()) for i in archive.infolist()]
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        NotImplementedError,
-    ) as error:  # the last: a version that zipfile lacks
-        raise UserError(f"{file} is damaged ({one_line(error)}): fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-    if len({name for name, _ in found}) < len(found):
-        raise UserError(f"{file} is damaged (it has a name twice): fetch it again")
-    return found
+    with open_archive(file) as archive:
+        return [(info.filename, f"{info.CRC} {info.file_size}".encode()) for info in archive.infolist()]
 
 
 def _folder_of(path: str) -> Path | None:

@@ -22,6 +22,9 @@ from gpc_dist.distributed.messages import Messages
 from gpc_dist.errors import MachineError, UserError
 from gpc_dist.parsing import parse_json
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By their names in `engine.dtype`."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -186,4 +189,4 @@ def encoder_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bf16 else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    return DTYPES[config.dtype]

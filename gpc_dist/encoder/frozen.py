@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from gpc_dist.config import EncoderConfig, EngineConfig
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.sharding import shard
 from gpc_dist.encoder.skeleton import Drawn, auto_class, freeze, give_values, skeleton_model
-from gpc_dist.encoder.weights import check_sums, match
-from gpc_dist.errors import UserError
+from gpc_dist.encoder.weights import check_sums, match, stored_tensors
+from gpc_dist.errors import MachineError, UserError
 from gpc_dist.files import few
-from gpc_dist.tensors import Stored, read_headers
+from gpc_dist.tensors import Stored
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def load_tokenizer(config: EncoderConfig) -> Any:
 
     Raises:
         UserError: no tokenizer could be loaded.
+        MachineError: `sentencepiece` is missing, and the tokenizer needs it.
     """
     from transformers import AutoTokenizer
 
@@ -63,7 +64,17 @@ def load_tokenizer(config: EncoderConfig) -> Any:
         tokenizer("\N{SNOWMAN}")  # a vocabulary without an unknown token is refused on use only
         return tokenizer
     except Exception as error:  # damaged files raise a dozen types in transformers and tokenizers
+        if "tiktoken" in str(error):  # what transformers tries when a SentencePiece model cannot be read
+            error = _unread_pieces()
         raise not_loaded(config, "tokenizer", error) from None
+
+
+def _unread_pieces() -> ValueError:
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise MachineError(
+            "sentencepiece is not installed, which reads tokenizers of T5 and others: pip install sentencepiece"
+        )
+    return ValueError("its SentencePiece model is damaged: fetch it again")
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,7 @@ class Encoder:
 
 def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World, table: bool = True) -> Encoder:
     """The pretrained encoder, frozen and in eval mode. Of its weights only the token table is read; `place` reads
-    the others. A checkpoint without safetensors files, or of a family this project's tests do not cover, is
-    loaded whole by `transformers`.
+    the others. A checkpoint of a family this project's tests do not cover is loaded whole by `transformers`.
 
     Args:
         table: read the token table at once; else see `Encoder.read_table`.
@@ -95,29 +105,13 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World, table:
         UserError: nothing to load, damaged files, missing or unexpected weights, or a family that cannot hold
             a prompt.
     """
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    path = encoder_path(config)
-    logging.disable_progress_bar()
-    try:
-        model_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-        files = weight_files(path, config.revision)
-        if not files:
-            raise FileNotFoundError(f"it holds no {SAFETENSORS} and no {PICKLED}")
-        if config.checksum and world.local_rank == 0:
-            check_sums(files)
-        if model_config.model_type not in TESTED or not _are_safetensors(files):
+    with _named(config):
+        model_config, files = find_checkpoint(config, check=world.local_rank == 0)
+        if model_config.model_type not in TESTED:
             parts = locate(_load_whole(files, model_config, dtype))
-            if model_config.model_type not in TESTED:
-                probe(parts)
+            probe(parts)
             return Encoder(parts, None, files)
-        model = skeleton_model(model_config, dtype)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files raise a dozen types in transformers and torch
-        raise not_loaded(config, "encoder", error) from None
-    places = match(model, read_headers(files))
+    model, places = matched_skeleton(config, model_config, files, dtype)
     parts = locate(model)
     encoder = Encoder(parts, places, files)
     if table:
@@ -125,20 +119,59 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World, table:
     return encoder
 
 
-def _are_safetensors(files: Sequence[Path]) -> bool:
-    return all(file.suffix == ".safetensors" for file in files)
+def find_checkpoint(config: EncoderConfig, check: bool = True) -> tuple[Any, list[Path]]:
+    """The configuration (of `transformers`) and the weight files of an encoder.
+
+    Args:
+        check: compare the files with their sums, where `encoder.checksum` asks for it.
+
+    Raises:
+        UserError: nothing to load, damaged files, or sums that differ.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    path = encoder_path(config)
+    logging.disable_progress_bar()
+    with _named(config):
+        model_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+        files = weight_files(path, config.revision)
+        if not files:
+            raise FileNotFoundError(f"it holds no {SAFETENSORS} and no {PICKLED}")
+    if config.checksum and check:
+        check_sums(files)
+    return model_config, files
+
+
+def matched_skeleton(
+    config: EncoderConfig, model_config: Any, files: Sequence[Path], dtype: torch.dtype
+) -> tuple[Any, dict[nn.Parameter, Stored]]:
+    """An encoder without its weights, see `skeleton.skeleton_model`, and the places of these.
+
+    Raises:
+        UserError: damaged files, or see `weights.match`.
+    """
+    with _named(config):
+        model = skeleton_model(model_config, dtype)
+    return model, match(model, stored_tensors(files))
+
+
+@contextmanager
+def _named(config: EncoderConfig) -> Iterator[None]:
+    """Say of which encoder an error is that a library raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise a dozen types in transformers and torch
+        raise not_loaded(config, "encoder", error) from None
 
 
 def _load_whole(files: Sequence[Path], model_config: Any, dtype: torch.dtype) -> Any:
     from gpc_dist.private.transformers import model_class
 
     # not from the folder, where transformers takes other files for weights too, such as an adapter's of PEFT
-    if _are_safetensors(files):
-        tensors = {name: place.mapped() for name, place in read_headers(files).items()}
-    else:
-        tensors = {}
-        for file in files:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    tensors = {name: place.mapped() for name, place in stored_tensors(files).items()}
     model, found = model_class(auto_class(model_config), model_config).from_pretrained(
         None, config=model_config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
@@ -158,8 +191,6 @@ def not_loaded(config: EncoderConfig, what: str, error: Exception) -> UserError:
             "and this program runs none: give an encoder of a family that transformers itself has"
         )
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    if isinstance(error, pickle.UnpicklingError):
-        reason = "its .bin file is damaged, or holds more than tensors: save the weights as safetensors"
     return UserError(
         f"encoder.path '{config.path}': no {what} could be loaded ({reason}). Give a local folder, a Hub id that "
         "can be reached, or 'minilm'"
@@ -210,8 +241,8 @@ def place(
 
 
 def thaw(parts: EncoderParts) -> None:
-    """Make every weight of a placed encoder trainable, in place. Each gets a storage of its own, because it may be a
-    view of the checkpoint file.
+    """Make every weight of a placed encoder trainable, in place. Each gets a storage of its own, row by row, because it
+    may be a view of the checkpoint file.
 
     Raises:
         UserError: the encoder was thawed before, so its weights are no longer the checkpoint's.
@@ -220,7 +251,7 @@ def thaw(parts: EncoderParts) -> None:
     for parameter in modules.parameters():
         if parameter.requires_grad:
             raise UserError("this encoder is being fine-tuned by another run: load one for each run")
-        give_values(parameter, parameter.detach().clone())
+        give_values(parameter, parameter.detach().clone(memory_format=torch.contiguous_format))
         parameter.requires_grad_(True)
 
 

@@ -10,9 +10,24 @@ from torch import nn
 
 from gpc_dist.errors import UserError
 from gpc_dist.files import read_text, sha256
-from gpc_dist.tensors import Stored
+from gpc_dist.pickled import read_pickled
+from gpc_dist.tensors import Stored, read_header, read_headers
 
-_SUMS = "SHA256SUMS"
+SUMS = "SHA256SUMS"
+"""A line for each weight file, as `sha256sum` writes it."""
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
+    """Name -> place of every tensor of a checkpoint's files, of either format.
+
+    Raises:
+        UserError: see `tensors.read_headers` and `pickled.read_pickled`.
+    """
+    return read_headers(files, _read_table)
+
+
+def _read_table(file: Path) -> dict[str, Stored]:
+    return read_header(file) if file.suffix == ".safetensors" else read_pickled(file)
 
 
 def match(model: nn.Module, stored: dict[str, Stored]) -> dict[nn.Parameter, Stored]:
@@ -72,7 +87,7 @@ def check_sums(files: Sequence[Path]) -> None:
 
 
 def _expected_sum(file: Path) -> str:
-    sums = file.parent / _SUMS
+    sums = file.parent / SUMS
     if sums.is_file():
         for line in read_text(sums).splitlines():
             digest, _, name = line.partition(" ")
@@ -83,7 +98,7 @@ def _expected_sum(file: Path) -> str:
     if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob := file.resolve().name):
         return blob
     raise UserError(
-        f"encoder.checksum: nothing to compare {file} with: run `sha256sum *{file.suffix} > {_SUMS}` where the "
+        f"encoder.checksum: nothing to compare {file} with: run `sha256sum *{file.suffix} > {SUMS}` where the "
         "files are known to be good, and put it beside them"
     )
 

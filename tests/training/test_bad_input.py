@@ -75,9 +75,9 @@ def test_an_encoders_own_code_is_not_run(
         (
             "pytorch_model.bin",
             "version https://git-lfs.github.com/spec/v1",
-            "its .bin file is damaged, or holds",
+            "pytorch_model.bin is damaged (File is not a zip file): fetch it again",
         ),
-        ("pytorch_model.bin", "", "no encoder could be loaded (EOFError)"),
+        ("pytorch_model.bin", "", "is damaged (File is not a zip file)"),
         ("pytorch_model.bin.index.json", "[]", "is no index of weights"),
         ("model.safetensors.index.json", "null", "is no index of weights"),
         ("model.safetensors", "", "is damaged (header too small)"),
@@ -104,22 +104,25 @@ def test_a_damaged_encoder_is_one_line(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_weights_in_an_old_pickle_and_stray_files_belong_to_no_other_encoder(
+def test_pickled_weights_and_stray_files_belong_to_no_other_encoder(
     tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A `.bin` of PyTorch before 1.6, which is no zip; and a file that comes to lie beside the weights."""
+    """And a `.bin` of PyTorch before 1.6, which is no zip, is refused with what to do."""
     encoder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
     weights = load_file(encoder / "model.safetensors")
     (encoder / "model.safetensors").unlink()
-    torch.save(weights, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(weights, encoder / "pytorch_model.bin")
     run = tmp_path / "run"
     assert gpc("train", tiny_recipe, "--encoder.path", encoder, "--run.dir", run, "--train.steps", 2) == 0
     save_file({"old": torch.zeros(2)}, encoder / "model_old.safetensors")
     assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == 0
     weights["embeddings.word_embeddings.weight"][0] += 1
-    torch.save(weights, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(weights, encoder / "pytorch_model.bin")
     assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == EXIT_USAGE
     assert "this adapter was trained on encoder" in capsys.readouterr().err
+    torch.save(weights, encoder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == EXIT_USAGE
+    assert "PyTorch before 1.6" in capsys.readouterr().err
 
 
 BAD = {
