@@ -6,7 +6,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -182,6 +183,24 @@ def init_world(config: EngineConfig) -> World:
             f"rank {rank} of {size} could not join at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')}: {str(error).strip().splitlines()[0]}"
         ) from None
+
+
+@contextmanager
+def joined(config: EngineConfig) -> Iterator[World]:
+    """The job's ranks, see `init_world`; at the end of the block this one leaves them.
+
+    Raises:
+        UserError, MachineError: as `init_world`; or another rank was lost meanwhile.
+    """
+    world = init_world(config)
+    try:
+        yield world
+    except Exception as error:
+        if lost := lost_rank(error, config):
+            raise lost from None
+        raise
+    finally:
+        world.leave()
 
 
 def alone(config: EngineConfig) -> World:
