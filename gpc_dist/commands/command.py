@@ -33,6 +33,11 @@ class Command:
         ]
 
 
+ENGINE_OF_RUN = (
+    "It runs on the ranks and at the ZeRO stage of the (first) adapter's run, if that stands in the run's folder;\n"
+    "--engine.ranks, --engine.zero_stage and the like choose others."
+)
+"""Part of the help of commands that use an adapter, see `inference.engine`."""
 _MOST = 10**6
 
 

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gpc_dist import config
-from gpc_dist.commands.command import Command
-from gpc_dist.distributed import launch
+from gpc_dist.commands.command import ENGINE_OF_RUN, Command
+from gpc_dist.inference import engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
-    if (code := launch.run_as_ranks(config.build({}, settings).engine, words)) is not None:
+    if (code := engine.run_as_ranks(options.adapter, settings, words)) is not None:
         return code
     from gpc_dist.inference.adapters import run_evaluation
 
@@ -35,6 +34,7 @@ COMMAND = Command(
     run,
     "Prints JSON: the metrics and, for a classification, precision, recall and F1 of each label and the confusion\n"
     "matrix.\n\n"
+    f"{ENGINE_OF_RUN}\n\n"
     "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
     settings="recipe",
     on_ranks=True,

@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gpc_dist import config
-from gpc_dist.commands.command import Command
-from gpc_dist.distributed import launch
+from gpc_dist.commands.command import ENGINE_OF_RUN, Command
 from gpc_dist.errors import UserError
+from gpc_dist.inference import engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +22,7 @@ def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
     if not options.input.is_file():
         raise UserError(f"--input {options.input} does not exist")
     _check_output(options.output)
-    if (code := launch.run_as_ranks(config.build({}, settings).engine, words)) is not None:
+    if (code := engine.run_as_ranks(options.adapter, settings, words)) is not None:
         return code
     from gpc_dist.inference.adapters import run_prediction
 
@@ -50,6 +49,7 @@ COMMAND = Command(
     "A packaged task is written in its benchmark's submission format, any other as JSON lines with the\n"
     "probability of each label, or as CSV if the output's name ends in .csv. The input has the text columns of\n"
     "the training data; its `id` is kept, and a label column is not read.\n\n"
+    f"{ENGINE_OF_RUN}\n\n"
     "example: gpc-dist predict runs/rte/adapter --input SuperGLUE/RTE/test.jsonl --output RTE.jsonl",
     settings="recipe",
     on_ranks=True,

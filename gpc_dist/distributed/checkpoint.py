@@ -74,14 +74,32 @@ def newest(folder: Path) -> Path | None:
     return max(_complete(folder), default=None, key=step_of)
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint and verify its checksums.
+def seal(path: Path) -> str:
+    """What tells this checkpoint's content from every other: the SHA-256 of its checksums.
 
     Raises:
-        UserError: incomplete, damaged or of another format; the message names the file and the remedy.
+        UserError: it is incomplete.
+    """
+    try:
+        return sha256(path / _MARKER)
+    except OSError as error:
+        raise damaged(str(path), str(error)) from None
+
+
+def load(path: Path, expected: str | None = None) -> Checkpoint:
+    """Read a checkpoint and verify its checksums.
+
+    Args:
+        expected: the `seal` that another rank found.
+
+    Raises:
+        UserError: incomplete, damaged, of another format or with another seal; the message names the file and the
+            remedy.
     """
     from safetensors import SafetensorError
 
+    if expected is not None:
+        _check_seal(path, expected)
     try:
         digests = _json_object(path / _MARKER)
         if changed := [name for name in _FILES if sha256(path / name) != digests.get(name)]:
@@ -95,6 +113,17 @@ def load(path: Path) -> Checkpoint:
         f"checkpoint {path} has format {found!r}; this version reads {FORMAT}: go on with the version of gpc-dist that "
         "wrote it, or give --train.resume false to start again"
     )
+
+
+def _check_seal(path: Path, expected: str) -> None:
+    remedy = (
+        "all ranks must see the same run folder (run.dir); on a file system that shows late what another machine "
+        "wrote, start again"
+    )
+    if not (path / _MARKER).is_file():
+        raise UserError(f"checkpoint {path}, which rank 0 found, is not there: {remedy}")
+    if seal(path) != expected:
+        raise UserError(f"checkpoint {path} is not the one that rank 0 found: {remedy}")
 
 
 def _content(path: Path, state: dict[str, Any]) -> Checkpoint:

@@ -110,6 +110,12 @@ def wanted_ranks(config: EngineConfig) -> int:
     return 1 if config.device == "cpu" else max(1, visible_gpus())
 
 
+def fitting_ranks(config: EngineConfig) -> int:
+    """`wanted_ranks`, but no more than this machine has visible GPUs, or cores where it runs on these."""
+    gpus = 0 if config.device == "cpu" else visible_gpus()
+    return min(wanted_ranks(config), gpus or _cores())
+
+
 def command_started_s() -> float:
     """Unix time at which the user's command began, also in the ranks that it started."""
     return float(os.environ.get(_STARTED_S, time.time()))
@@ -169,7 +175,7 @@ def start_ranks(command: Sequence[str], ranks: int) -> int:
                     process.send_signal(number)
 
         for number in FORWARDED:
-            signal.signal(number, forward)
+            stack.callback(signal.signal, number, signal.signal(number, forward))
         return _wait(processes, errors)
 
 

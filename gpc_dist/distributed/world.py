@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,8 @@ from gpc_dist.parsing import parse_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By their names in `engine.dtype`."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,25 +96,62 @@ class World:
     def _messages(self) -> Messages:
         return Messages(self.rank, self.size, self.device, rendezvous.secret())
 
-    def on_main(self, call: Callable[[], None]) -> None:
+    def on_main(self, call: Callable[[], Any]) -> Any:
         """Call something on rank 0; every rank must call this.
 
+        Returns:
+            What the call returned, as JSON has it, on every rank.
+
         Raises:
-            UserError: what the call raised, on every rank.
+            UserError: what the call raised, on every rank; a `MachineError` for an OSError.
         """
-        problem = ""
-        if self.is_main:
-            try:
-                call()
-            except UserError as error:
-                problem = str(error)
-        if problem := self.from_main(problem):
-            raise UserError(problem)
+        found, problem = _tried(call) if self.is_main else (None, None)
+        found, problem = self.from_main([found, problem])
+        if problem:
+            raise _refusal(problem)
+        return found
+
+    def on_all(self, call: Callable[[], T]) -> T:
+        """Call something on every rank; every rank must call this.
+
+        Returns:
+            What the call returned on this rank.
+
+        Raises:
+            UserError: what the call raised on the lowest rank on which it did, on every rank; a `MachineError` for
+                an OSError.
+        """
+        found, problem = _tried(call)
+        problems = self.from_all([problem, socket.gethostname()])
+        for rank, (each, host) in enumerate(problems):
+            if each:
+                raise _refusal(each, f"rank {rank} on {host}: " if rank else "")
+        return found  # type: ignore[return-value]
 
     def leave(self) -> None:
         """Close the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+_Problem = tuple[str, bool]
+"""What a call was refused with, and whether the machine is at fault."""
+
+
+def _tried(call: Callable[[], T]) -> tuple[T | None, _Problem | None]:
+    """What a call returned, or why it was refused."""
+    try:
+        return call(), None
+    except UserError as error:
+        return None, (str(error), isinstance(error, MachineError))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return None, (f"{where}{error.strerror or error}", True)
+
+
+def _refusal(problem: _Problem, prefix: str = "") -> UserError:
+    said, machine = problem
+    return (MachineError if machine else UserError)(prefix + said)
 
 
 def init_world(config: EngineConfig) -> World:
@@ -145,6 +186,24 @@ def init_world(config: EngineConfig) -> World:
             f"rank {rank} of {size} could not join at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')}: {str(error).strip().splitlines()[0]}"
         ) from None
+
+
+@contextmanager
+def joined(config: EngineConfig) -> Iterator[World]:
+    """The job's ranks, see `init_world`; at the end of the block this one leaves them.
+
+    Raises:
+        UserError, MachineError: as `init_world`; or another rank was lost meanwhile.
+    """
+    world = init_world(config)
+    try:
+        yield world
+    except Exception as error:
+        if lost := lost_rank(error, config):
+            raise lost from None
+        raise
+    finally:
+        world.leave()
 
 
 def alone(config: EngineConfig) -> World:

@@ -7,20 +7,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from gpc_dist import config as configuration
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
 from gpc_dist.config import Config
-from gpc_dist.distributed.world import World, alone, init_world
+from gpc_dist.distributed import launch
+from gpc_dist.distributed.world import World, alone, init_world, joined
 from gpc_dist.errors import UserError
+from gpc_dist.inference.engine import engine_of
 from gpc_dist.shown import one_line
 from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session
 
 
-def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None) -> Config:
+def adapter_config(
+    card: AdapterCard, overrides: Mapping[str, str] | None = None, engine: Mapping[str, Any] | None = None
+) -> Config:
     """The configuration of an adapter: that of its card, with overrides on top.
+
+    Args:
+        engine: keys of the engine of its run, see `engine_of`.
 
     Raises:
         UserError: a key is unknown, or its value is not valid; or the card names no task, or none that is valid.
@@ -39,16 +48,31 @@ def adapter_config(card: AdapterCard, overrides: Mapping[str, str] | None = None
         raise UserError(
             f"the adapter's card is not valid, or from another version: {one_line(error)}"
         ) from None
-    return configuration.build(tree, dict(overrides or {}))
+    return configuration.build({**tree, "engine": engine or {}}, dict(overrides or {}))
+
+
+def load_on_all(folder: Path, world: World) -> tuple[Adapter, AdapterCard]:
+    """Load a saved adapter (see `load_adapter`) on every rank, all of which must call it.
+
+    Raises:
+        UserError: on any rank, the folder has no adapter, or another one than on rank 0; raised on every rank.
+    """
+    adapter, card = world.on_all(lambda: load_adapter(folder))
+    found = world.from_all(card.weights_sha256)
+    if others := [rank for rank, each in enumerate(found) if each != found[0]]:
+        raise UserError(
+            f"rank {others[0]} sees another adapter in {folder} than rank 0: give a folder that all ranks see alike"
+        )
+    return adapter, card
 
 
 def open_adapter(folder: Path, config: Config, world: World) -> Session:
-    """Open a session that runs a saved adapter.
+    """Open a session that runs a saved adapter, at the stage of the configuration. Every rank must call it.
 
     Raises:
         UserError: the folder has no adapter, or one that belongs to another encoder or task.
     """
-    adapter, card = load_adapter(folder)
+    adapter, card = load_on_all(folder, world)
     base = load_base(config, world)
     card.check_encoder(base.identity, base.parts.shape)
     task = make_task(config.task, config.data)
@@ -69,9 +93,8 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
     Raises:
         UserError: see `open_adapter`; or `part` is `holdout` and training held nothing out.
     """
-    config = adapter_config(read_card(folder), overrides)
-    world = init_world(config.engine)
-    try:
+    config = adapter_config(read_card(folder), overrides, engine_of(folder, overrides))
+    with joined(config.engine) as world:
         session = open_adapter(folder, config, world)
         examples = read_part(session.task, config.data, part)
         split = session.split(examples)
@@ -86,8 +109,6 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
                 **task.by_class(task.confusion(examples, outputs)),
             }
             print(json.dumps(found))
-    finally:
-        world.leave()
     return 0
 
 
@@ -95,17 +116,14 @@ def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[s
     """`gpc-dist predict`: write an adapter's predictions for a file (see `tasks.write_predictions`)."""
     # an absolute path, because `demo` and Hub ids have meanings of their own
     own = {"data.path": str(input.absolute().parent), "data.test": input.name}
-    config = adapter_config(read_card(folder), {**overrides, **own})
-    world = init_world(config.engine)
-    try:
+    config = adapter_config(read_card(folder), {**overrides, **own}, engine_of(folder, overrides))
+    with joined(config.engine) as world:
         session = open_adapter(folder, config, world)
         examples = session.task.read("test")
         outputs = adapter_outputs(session, session.split(examples, cached=False))
         if outputs is not None:
             file = write_predictions(session.task, examples, outputs, output)
             print(f"{len(examples)} predictions written to {file}")
-    finally:
-        world.leave()
     return 0
 
 
@@ -120,7 +138,11 @@ def adapter_outputs(session: Session, split: Split, adapter: Adapter | None = No
 
 
 class Predictor:
-    """An adapter and its encoder, loaded in this process to predict rows as they come.
+    """An adapter and its encoder, loaded to predict rows as they come.
+
+    By default the encoder lies whole in this process. With `engine.zero_stage` 3 it is sharded over the ranks that
+    `torchrun` or `srun` gave, each of which then makes the same calls with the same rows and gets the same predictions;
+    or, in a single process, offloaded with `engine.offload_param`.
 
     Args:
         folder: the adapter's folder.
@@ -131,9 +153,12 @@ class Predictor:
     """
 
     def __init__(self, folder: Path | str, overrides: Mapping[str, str] | None = None):
-        card = read_card(folder)
-        config = adapter_config(card, {"engine.zero_stage": "0", **(overrides or {})})
-        self.session = open_adapter(Path(folder), config, alone(config.engine))
+        config = adapter_config(read_card(folder), overrides)
+        sharded = config.engine.zero_stage == 3
+        if sharded:
+            launch.given_ranks()  # puts what `srun` says where `init_world` looks
+        world = init_world(config.engine) if sharded else alone(config.engine)
+        self.session = open_adapter(Path(folder), config, world)
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
         """A prediction for each example in the rows.
@@ -144,8 +169,8 @@ class Predictor:
         Raises:
             UserError: a row lacks a column that the task reads.
         """
-        task = self.session.task
+        task, world = self.session.task, self.session.world
         examples = task.parse([dict(row) for row in rows])
-        return task.predictions(
-            examples, adapter_outputs(self.session, self.session.split(examples, cached=False))
-        )
+        outputs = adapter_outputs(self.session, self.session.split(examples, cached=False))
+        on_main = world.from_main([each.tolist() for each in outputs or ()])
+        return task.predictions(examples, [np.array(each, np.float32) for each in on_main])

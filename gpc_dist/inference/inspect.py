@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,9 @@ class LayerFigures:
 
 @dataclass
 class _Sums:
-    """Sums of one layer's figures over the rows of all batches, to be divided by the number of rows."""
+    """Sums of one layer's figures over the rows of a rank's batches, to be divided by the number of rows."""
 
+    rows: int = 0
     cosine: float = 0.0
     prompt_rms: float = 0.0
     text_rms: float = 0.0
@@ -68,33 +70,39 @@ class _Seen:
     gates: dict[int, float] = field(default_factory=dict)
 
 
-def inspect(session: Session, examples: int) -> list[LayerFigures]:
-    """The figures of each layer, first to last, on the first `examples` examples of the validation split."""
-    model, task = session.model, session.task
+def inspect(session: Session, examples: int) -> list[LayerFigures] | None:
+    """The figures of each layer, first to last, on the first `examples` examples of the validation split.
+
+    Every rank must call it; rank 0 gets the figures, other ranks None.
+    """
+    model, task, world = session.model, session.task, session.world
     split = session.split(task.read("validation")[:examples], cached=False)
-    first = model.first_layer
+    first, count = model.first_layer, len(split.encoded)
     sums = [_Sums() for _ in session.base.parts.layers[first:]]
-    rows = 0
-    for start in range(0, len(split.encoded), _TOGETHER):
-        indices = np.arange(start, min(start + _TOGETHER, len(split.encoded)))
-        batch = lane_batch([(split, indices)], session.pad_id).to(session.world.device)
+    together = min(_TOGETHER, math.ceil(count / world.size))
+    passes = [np.arange(start, min(start + together, count)) for start in range(0, count, together)]
+    for turn in range(0, len(passes), world.size):
+        # under ZeRO-3 a pass is a collective: a rank that has none left runs one and drops what it has seen
+        own = passes[turn:][world.rank : world.rank + 1]
+        batch = lane_batch([(split, own[0] if own else passes[0])], session.pad_id).to(world.device)
         seen = _pass(session, batch)
-        rows += len(batch.input_ids)
-        for place, one in enumerate(sums):
+        for place, one in enumerate(sums if own else ()):
             _add(one, place, seen, batch.attention_mask, model.prompt_tokens)
-    return [_mean(layer, one, rows) for layer, one in enumerate(sums, start=first)]
+    gathered = world.gather([asdict(one) for one in sums])
+    if gathered is None:
+        return None
+    of_ranks = [[_Sums(**each) for each in part] for part in gathered]
+    return [_mean(layer, parts) for layer, parts in enumerate(zip(*of_ranks, strict=True), start=first)]
 
 
-def _mean(layer: int, sums: _Sums, rows: int) -> LayerFigures:
-    return LayerFigures(
-        layer=layer,
-        cosine=sums.cosine / rows,
-        prompt_rms=sums.prompt_rms / rows,
-        text_rms=sums.text_rms / rows,
-        gradient_norm=sums.gradient_norm / rows,
-        written=None if sums.written is None else sums.written / rows,
-        gate=None if sums.gate is None else sums.gate / rows,
-    )
+def _mean(layer: int, parts: Sequence[_Sums]) -> LayerFigures:
+    """The figures of a layer from the sums of all ranks."""
+    rows = sum(part.rows for part in parts)
+    figures: dict[str, Any] = {}
+    for name in (each.name for each in fields(_Sums) if each.name != "rows"):
+        known = [value for part in parts if (value := getattr(part, name)) is not None]
+        figures[name] = sum(known) / rows if known else None
+    return LayerFigures(layer=layer, **figures)
 
 
 def _pass(session: Session, batch: LaneBatch) -> _Seen:
@@ -140,6 +148,7 @@ def _add(sums: _Sums, place: int, seen: _Seen, attention_mask: Tensor, tokens: i
     """Add the rows of a pass to the sums of a layer, by its place among those from k on."""
     states, first = seen.states[place].float(), seen.states[0].float()
     rows, prompt = len(states), states[:, :tokens]
+    sums.rows += rows
     sums.cosine += F.cosine_similarity(prompt, first[:, :tokens], dim=-1).mean(1).sum().item()
     sums.prompt_rms += rms(prompt).mean(1).sum().item()
     sums.text_rms += text_rms(states[:, tokens:], attention_mask).sum().item()

@@ -1,34 +1,33 @@
-"""Measures adapters of finished runs on the official validation split, and records their decision for each example."""
+"""Measures adapters of finished runs on the official validation split, and records their decision for each example.
+
+A process that runs this module is one rank: `python -m gpc_dist.inference.official NAME CHOSEN RUN...`, see `main`.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from gpc_dist import config as configuration
-from gpc_dist import files
-from gpc_dist.adapter.store import load_adapter
+from gpc_dist import files, logs
 from gpc_dist.config import Config
-from gpc_dist.distributed.world import alone
-from gpc_dist.inference.adapters import adapter_outputs, open_adapter
+from gpc_dist.distributed.world import World, joined
+from gpc_dist.errors import EXIT_DONE, UserError
+from gpc_dist.inference.adapters import adapter_outputs, load_on_all, open_adapter
+from gpc_dist.inference.engine import measured_config
 from gpc_dist.runs.folder import RunFolder
-from gpc_dist.tasks import judged
-from gpc_dist.training.session import Session
-
-_HERE = {
-    "data.limit_eval": None,
-    "engine.ranks": 1,
-    "engine.zero_stage": 0,
-    "engine.offload_param": "none",
-    "engine.ds_config": None,
-}
-"""Settings that replace a run's own for its evaluation: one rank, and the whole split."""
+from gpc_dist.shown import shown_lines
+from gpc_dist.tasks import Example, Task, judged
 
 
-def evaluate_official(runs: Sequence[Path], name: str) -> None:
-    """Measure the adapter of each run on the official validation split, and write the result to the run's folder.
+def evaluate_official(runs: Sequence[Path], name: str, chosen: Mapping[str, Any], world: World) -> None:
+    """Measure the adapter of each run on the official validation split, and write the result to the run's folder. Every
+    rank must call it.
 
     The file holds the task's metrics on the split, those of the majority baseline, and for each example its id, its
     target, the decision, and what else scoring needs.
@@ -37,38 +36,79 @@ def evaluate_official(runs: Sequence[Path], name: str) -> None:
         runs: folders of finished runs; consecutive runs with the same encoder, task, data and engine share one
             loaded encoder, unless it was fine-tuned.
         name: name of the file. A run that has the file already is skipped.
+        chosen: dotted keys of an engine that replace the runs' own, see `measured_config`.
 
     Raises:
         UserError: the data, the adapter or its encoder cannot be read.
     """
-    session: Session | None = None
-    for run in map(RunFolder, runs):
-        if (run.path / name).exists():
-            continue
-        settings = configuration.apply(run.read_config(), _HERE)
-        if session is None or not _shares(session.config, settings):
-            session = open_adapter(run.adapter, settings, alone(settings.engine))
-            adapter = session.model.adapter
-        else:
-            session = replace(session, config=settings)
-            adapter, card = load_adapter(run.adapter)
+    # rank 0 says which, because the others might see a file that it has just written
+    missing = world.from_main([str(run) for run in dict.fromkeys(runs) if not (run / name).exists()])
+    groups: list[list[_Run]] = []
+    for run in map(RunFolder, missing):
+        config = measured_config(run.read_config(), chosen)
+        if not groups or not _share(groups[-1][-1].config, config):
+            groups.append([])
+        groups[-1].append(_Run(run, config))
+    for group in groups:
+        _measure(group, name, world)
+        gc.collect()  # two encoders need not fit; modules of transformers refer to each other
+
+
+class _Run(NamedTuple):
+    folder: RunFolder
+    config: Config
+
+
+def _measure(runs: Sequence[_Run], name: str, world: World) -> None:
+    """Measure the adapters of runs that share an encoder."""
+    opened = open_adapter(runs[0].folder.adapter, runs[0].config, world)
+    for number, (run, config) in enumerate(runs):
+        session = replace(opened, config=config)
+        adapter = opened.model.adapter
+        if number > 0:
+            adapter, card = load_on_all(run.adapter, world)
             card.check_encoder(session.base.identity, session.base.parts.shape)
-            adapter = adapter.to(session.world.device)
-        task = session.task
-        examples = task.read("validation")
+            adapter = adapter.to(world.device)
+        examples = session.task.read("validation")
         outputs = adapter_outputs(session, session.split(examples), adapter)
-        found = {
-            "task": task.name,
-            "metric": task.main_metric,
-            "metrics": task.measure(examples, outputs),
-            "majority_baseline": task.majority_baseline(task.read("train"), examples),
-            "examples": judged.describe(examples, task.decide(outputs).tolist()),
-        }
-        files.write_text(run.path / name, json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+        world.on_main(partial(_write, run.path / name, session.task, examples, outputs))
 
 
-def _shares(one: Config, other: Config) -> bool:
+def _write(path: Path, task: Task, examples: Sequence[Example], outputs: Any) -> None:
+    found = {
+        "task": task.name,
+        "metric": task.main_metric,
+        "metrics": task.measure(examples, outputs),
+        "majority_baseline": task.majority_baseline(task.read("train"), examples),
+        "examples": judged.describe(examples, task.decide(outputs).tolist()),
+    }
+    files.write_text(path, json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _share(one: Config, other: Config) -> bool:
     """Whether a session of one configuration can run an adapter of the other."""
     sections = ("encoder", "task", "data", "engine")
     alike = one.adapter.entry == other.adapter.entry and not one.adapter.trains_encoder
     return alike and all(getattr(one, section) == getattr(other, section) for section in sections)
+
+
+def main(words: Sequence[str]) -> int:
+    """Be one rank of `evaluate_official`, for runs with the same engine; returns the exit code.
+
+    Args:
+        words: the file's name, the chosen keys as JSON, and the runs' folders.
+    """
+    name, chosen, *folders = words
+    runs, values = [Path(folder) for folder in folders], json.loads(chosen)
+    logs.configure(0)
+    try:
+        with joined(measured_config(RunFolder(runs[0]).read_config(), values).engine) as world:
+            evaluate_official(runs, name, values, world)
+    except UserError as error:
+        print(f"gpc-dist: error: {shown_lines(str(error))}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

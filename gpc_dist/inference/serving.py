@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from gpc_dist.errors import UserError
 from gpc_dist.inference.adapters import Predictor
+from gpc_dist.schema import read_overrides
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SETTINGS = "GPC_DIST_SERVE"
+"""Environment variable with settings for the served model, as on a command line: `--engine.zero_stage 3 ...`."""
 
 
 class TextModel:
@@ -51,4 +57,4 @@ class TextModel:
 
 
 def _load_pyfunc(path: str) -> TextModel:
-    return TextModel(Predictor(path))
+    return TextModel(Predictor(path, read_overrides(shlex.split(os.environ.get(SETTINGS, "")))))

@@ -11,18 +11,17 @@ from tabulate import tabulate
 
 from gpc_dist import files
 from gpc_dist.adapter.store import read_card
-from gpc_dist.config import AdapterConfig
-from gpc_dist.distributed.world import alone
+from gpc_dist.config import AdapterConfig, Config
+from gpc_dist.distributed.world import joined
 from gpc_dist.errors import EXIT_DONE, UserError
 from gpc_dist.inference.adapters import adapter_config, open_adapter
+from gpc_dist.inference.engine import engine_of
 from gpc_dist.inference.inspect import LayerFigures, inspect
 from gpc_dist.reports.plots import COLOURS, INK, OTHERS, WIDTH, Plot, log_axis, new_figure, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_HERE = {"engine.zero_stage": "0", "engine.ranks": "1"}
 
 Figures = Sequence[tuple[str, Sequence[LayerFigures]]]
 """For each adapter its label and the figures of its layers."""
@@ -35,7 +34,7 @@ def run_inspection(
     png: Path | None,
     overrides: Mapping[str, str],
 ) -> int:
-    """Print the figures of each adapter's layers; returns the exit code.
+    """Print the figures of each adapter's layers; returns the exit code. All adapters run on the engine of the first.
 
     Args:
         folders: of the adapters.
@@ -46,19 +45,34 @@ def run_inspection(
     Raises:
         UserError: no adapter in a folder, an adapter without a prompt, or an encoder that cannot be loaded.
     """
-    configs = {folder: adapter_config(read_card(folder), {**overrides, **_HERE}) for folder in folders}
+    engine = engine_of(folders[0], overrides)
+    configs = {folder: adapter_config(read_card(folder), overrides, engine) for folder in folders}
     for folder, config in configs.items():
         if not config.adapter.has_prompt:
             raise UserError(
                 f"{folder} has no prompt to inspect: its adapter.method is {config.adapter.method}"
             )
-    found = {}
-    for folder, config in configs.items():
-        session = open_adapter(folder, config, alone(config.engine))
-        found[str(folder)] = inspect(session, examples)
-        if len(folders) > 1:
-            print(f"\n{folder}")
-        print(_table(found[str(folder)]))
+    found: dict[str, Sequence[LayerFigures]] = {}
+    with joined(configs[folders[0]].engine) as world:
+        for folder, config in configs.items():
+            figures = inspect(open_adapter(folder, config, world), examples)
+            if figures is None:
+                continue
+            found[str(folder)] = figures
+            if len(folders) > 1:
+                print(f"\n{folder}")
+            print(_table(figures))
+    if world.is_main:
+        _write(configs, found, json_file, png)
+    return EXIT_DONE
+
+
+def _write(
+    configs: Mapping[Path, Config],
+    found: Mapping[str, Sequence[LayerFigures]],
+    json_file: Path | None,
+    png: Path | None,
+) -> None:
     if json_file:
         layers = {name: [asdict(each) for each in figures] for name, figures in found.items()}
         files.write_json(json_file, {"adapters": layers})
@@ -66,7 +80,6 @@ def run_inspection(
         labels = [_label(folder, config.adapter) for folder, config in configs.items()]
         lines = list(zip(labels, found.values(), strict=True))
         write_png(Plot("inspect", "Prompts by layer", "", lambda: draw(lines)), png)
-    return EXIT_DONE
 
 
 def _table(figures: Sequence[LayerFigures]) -> str:

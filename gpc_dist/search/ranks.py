@@ -57,11 +57,8 @@ class Rank:
         Args:
             state: folder of another run's checkpoint to start from.
         """
-        from gpc_dist.distributed import checkpoint
-
         assert self._pack is not None
-        saved = checkpoint.load(Path(state)) if state else None
-        self._pack.add(name, config.build(tree), command, saved)
+        self._pack.add(name, config.build(tree), command, Path(state) if state else None)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the pack."""

@@ -7,18 +7,17 @@ again with the final seeds, and the adapters of these runs are measured once on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from gpc_dist import files
 from gpc_dist.errors import EXIT_DONE, MachineError, UserError
+from gpc_dist.inference.engine import measured_config
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import space, spec, tuner
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.choose import choose, tried
-from gpc_dist.study.layout import StudyFolder, TaskFolder, official
+from gpc_dist.study.layout import StudyFolder, TaskFolder
+from gpc_dist.study.measure import measure_official
 from gpc_dist.study.searches import Configuration, draw, searches
 from gpc_dist.study.spec import StudySpec, load
 from gpc_dist.tasks import make_task, read_part
@@ -55,16 +54,16 @@ def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
     """Return the tasks that were added since the study began: all if it has not begun.
 
     Raises:
-        UserError: anything else has changed since then.
+        UserError: anything else but `official` has changed since then.
     """
     if not folder.config.exists():
         return list(study.tasks)
     begun = load(str(folder.config))
-    same = begun.model_copy(update={"tasks": study.tasks}) == study
+    same = begun.model_copy(update={"tasks": study.tasks, "official": study.official}) == study
     if not same or any(study.tasks.get(name) != task for name, task in begun.tasks.items()):
         raise UserError(
-            f"{folder.path} holds another study, or this one with other values (tasks may be added, nothing else): go "
-            f"on with it as gpc-dist study {folder.config}, or give this one another --name"
+            f"{folder.path} holds another study, or this one with other values (tasks may be added, and official may "
+            f"change, nothing else): go on with it as gpc-dist study {folder.config}, or give this one another --name"
         )
     return [task for task in study.tasks if task not in begun.tasks]
 
@@ -74,6 +73,7 @@ def _check(study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]
     for search in _first_searches(study, task, methods):
         space.validate(search)
         built = space.base_config(search)
+        measured_config(built.dump(), study.official.settings)
         found = make_task(built.task, built.data)
         read_part(found, built.data, "holdout")
         read_part(found, built.data, "validation")
@@ -86,6 +86,7 @@ def _first_searches(
 
 
 def _run_task(study: StudySpec, folder: TaskFolder, task: str, command: Sequence[str]) -> int:
+    """Run the stages of a task that have no result yet; returns the exit code."""
     drawn = files.read_json(folder.drawn)
     if code := _run(_first_searches(study, task, drawn), command):
         return code
@@ -102,8 +103,7 @@ def _run_task(study: StudySpec, folder: TaskFolder, task: str, command: Sequence
     if code := _run(searches(study, task, "final", list(chosen.values())), command):
         return code
     final = tried(folder, "final", {method: [each] for method, each in chosen.items()})
-    measure_official([each.folder.path for each in final if each.value is not None])
-    return EXIT_DONE
+    return measure_official([each.folder.path for each in final if each.value is not None], study.official)
 
 
 def _run(wanted: Sequence[SearchSpec], command: Sequence[str]) -> int:
@@ -118,20 +118,3 @@ def _run(wanted: Sequence[SearchSpec], command: Sequence[str]) -> int:
         if code and not folder.result.exists():
             return code
     return EXIT_DONE
-
-
-def measure_official(trials: Sequence[Path]) -> None:
-    """Measure the adapters of those trials that are not measured yet on the official validation split.
-
-    A separate process does it, so that later searches have all memory and GPUs.
-    """
-    missing = [trial for trial in trials if not official(trial).exists()]
-    if missing:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            process.submit(_measure, missing).result()
-
-
-def _measure(trials: Sequence[Path]) -> None:
-    from gpc_dist.inference.official import evaluate_official
-
-    evaluate_official(trials, official(trials[0]).name)

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from gpc_dist import schema
-from gpc_dist.config import LARGEST_SEED, RIVALS, AdapterConfig, Config, EncoderConfig, TrackingConfig
+from gpc_dist.config import (
+    LARGEST_SEED,
+    MOST_RANKS,
+    RIVALS,
+    AdapterConfig,
+    Config,
+    EncoderConfig,
+    TrackingConfig,
+)
 from gpc_dist.errors import UserError
 from gpc_dist.names import LONGEST_OF_STUDY, StudyName, fault_of
 from gpc_dist.parsing import to_yaml
@@ -65,6 +73,23 @@ class MethodSpec(Section):
         return self
 
 
+class OfficialConfig(Section):
+    ranks: int | None = Field(None, ge=1, le=MOST_RANKS)
+    """Ranks on the machine of `gpc-dist study`; when not given those of a run, at most one for each GPU (or core)."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage; that of the runs when not given. Adapters that trained the encoder are measured at their own."""
+    offload_param: Literal["none", "cpu", "nvme"] | None = None
+    """Stage 3: where the shard of the encoder rests; as in the runs when neither this nor `zero_stage` is given."""
+    nvme_path: Path | None = None
+    """Folder on a local NVMe drive for `offload_param: nvme`."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is given, as dotted keys of a run's configuration."""
+        given = self.model_dump(mode="json", exclude_none=True)
+        return {f"engine.{key}": value for key, value in given.items()}
+
+
 class StudySpec(Section):
     name: StudyName = "study"
     """Name of the study; the name of its file when not given."""
@@ -100,6 +125,8 @@ class StudySpec(Section):
     """Seed of the draws."""
     resources: ResourcesConfig = ResourcesConfig()
     """As in a search. Runs that train the encoder do not share it, whatever `pack` is."""
+    official: OfficialConfig = OfficialConfig()
+    """Where the chosen adapters are measured on the official split. It may change when a study goes on."""
     retries: int = Field(1, ge=0, le=10_000)
     """How often a failed trial is restarted from its last checkpoint."""
     tracking: TrackingConfig = TrackingConfig()

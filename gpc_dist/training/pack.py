@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.distributed import checkpoint
-from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.memory import peak_memory_mib
 from gpc_dist.distributed.world import World
 from gpc_dist.runs.folder import RunFolder, State
@@ -20,7 +21,7 @@ from gpc_dist.training.progress import Event
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.run import Run
 from gpc_dist.training.session import Split, check_input, load_base, open_session
-from gpc_dist.training.state import saved_state
+from gpc_dist.training.state import load_on_all, saved_state
 from gpc_dist.training.trainer import Trainer
 
 
@@ -49,14 +50,12 @@ class Pack:
         """Names of the runs in the pack's lanes."""
         return list(self._runs)
 
-    def add(
-        self, name: str, config: Config, command: Sequence[str], start_from: Checkpoint | None = None
-    ) -> None:
+    def add(self, name: str, config: Config, command: Sequence[str], start_from: Path | None = None) -> None:
         """Give a run a lane. The run begins, or resumes from the newest checkpoint in its folder.
 
         Args:
             command: command line that reproduces the run.
-            start_from: checkpoint of another run to start from instead; it replaces those in the folder.
+            start_from: folder of another run's checkpoint to start from instead; it replaces those in the folder.
 
         Raises:
             UserError: for the same reasons as in `gpc-dist train`; the pack stays usable without this run.
@@ -68,12 +67,15 @@ class Pack:
         validation = self._split(selection_part(config.data), config)
         with ExitStack() as held:
             session.world.on_main(lambda: held.enter_context(folder.hold()))
-            saved = start_from or saved_state(folder.checkpoints, config)
+            if start_from is None:
+                saved = saved_state(folder.checkpoints, config, session.world)
+            else:
+                saved = load_on_all(start_from, session.world)
             adapter = session.new_adapter(config)
             examples = training.examples, validation.examples
             session.world.on_main(lambda: open_folder(folder, config, command, session.task, *examples))
-            if start_from:
-                session.world.on_main(lambda: checkpoint.replace_all(folder.checkpoints, start_from))
+            if start_from is not None and saved is not None:
+                session.world.on_main(partial(checkpoint.replace_all, folder.checkpoints, saved))
             self._runs[name] = Run(
                 name,
                 session,

@@ -42,16 +42,26 @@ class Position:
     """Seconds spent on the run: those of each step and evaluation, divided by the number of runs in it."""
 
 
-def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
+def saved_state(checkpoints: Path, config: Config, world: World) -> Checkpoint | None:
     """Load and verify the newest complete checkpoint; None if there is none or `train.resume` is false.
 
+    Rank 0 decides which one it is, because a file system may show other ranks an older state of the folder. Every rank
+    must call it.
+
     Raises:
-        UserError: the checkpoint is damaged, or belongs to another run.
+        UserError: on any rank, the checkpoint is damaged, belongs to another run, or is not what rank 0 has; raised on
+            every rank.
     """
-    path = checkpoint.newest(checkpoints) if config.train.resume else None
-    if path is None:
+
+    def choose() -> str | None:
+        path = checkpoint.newest(checkpoints) if config.train.resume else None
+        return None if path is None else path.name
+
+    name = world.on_main(choose)
+    if name is None:
         return None
-    saved = checkpoint.load(path)
+    path = checkpoints / name
+    saved = load_on_all(path, world)
     mine, theirs = identity(config), saved.state.get("identity")
     if not isinstance(theirs, dict):
         raise checkpoint.damaged(str(path), "its state names no run")
@@ -61,6 +71,16 @@ def saved_state(checkpoints: Path, config: Config) -> Checkpoint | None:
             "or --train.resume false to start again here"
         )
     return saved
+
+
+def load_on_all(path: Path, world: World) -> Checkpoint:
+    """Load and verify a checkpoint on every rank, all of which must call it.
+
+    Raises:
+        UserError: it is damaged, or not on every rank what it is on rank 0; raised on every rank.
+    """
+    seal = world.on_main(lambda: checkpoint.seal(path))
+    return world.on_all(lambda: checkpoint.load(path, seal))
 
 
 def save_state(
@@ -86,14 +106,18 @@ def save_state(
 
 
 def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOptimizer) -> Position:
-    """Restore the tensors of a checkpoint; returns the position.
+    """Restore the tensors of a checkpoint; returns the position. Every rank must call it.
 
     This rank's random generator is restored if the number of ranks is the same.
 
     Raises:
         UserError: the encoder's weights have changed since the checkpoint was saved; or it is damaged, or of another
-            adapter.
+            adapter; raised on every rank.
     """
+    return optimizer.world.on_all(lambda: _restore_state(saved, encoder, optimizer))
+
+
+def _restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOptimizer) -> Position:
     if saved.state.get("encoder_sha256") != encoder.sha256:
         raise UserError(
             f"the weights of encoder '{encoder.path}' have changed since step {saved.step} was saved: restore them, "

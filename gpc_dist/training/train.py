@@ -117,7 +117,7 @@ def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
     check_input(config, world)
     folder = RunFolder(config.run.folder)
     world.on_main(lambda: held.enter_context(folder.hold()))
-    saved = saved_state(folder.checkpoints, config)
+    saved = saved_state(folder.checkpoints, config, world)
     return _Inputs(
         config=config,
         world=world,

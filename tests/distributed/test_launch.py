@@ -195,3 +195,10 @@ def test_a_containers_variables_change_nothing(tiny_recipe: Path, tmp_path: Path
     run = start(*words, **left)
     assert run.wait() == 0, run.stderr
     assert "step 12/12" in run.stderr
+
+
+def test_signals_are_the_callers_again_when_its_ranks_have_ended() -> None:
+    """A study starts ranks, and goes on."""
+    before = [signal.getsignal(number) for number in launch.FORWARDED]
+    assert launch.start_ranks(["true"], 1) == 0
+    assert [signal.getsignal(number) for number in launch.FORWARDED] == before

@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpc_dist.config import EngineConfig
+from gpc_dist.distributed.world import alone
 from gpc_dist.inference.adapters import Predictor
 from gpc_dist.inference.official import evaluate_official
 from gpc_dist.tasks import judged, metrics
 from gpc_dist.tasks.example import Example
 from tests.conftest import gpc
+
+ALONE = alone(EngineConfig(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def runs(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
 
 def test_each_adapter_is_measured_once_on_the_whole_split(runs: list[Path]) -> None:
     order = [runs[0], runs[2], runs[1], runs[0]]
-    evaluate_official(order, "official.json")
+    evaluate_official(order, "official.json", {}, ALONE)
     for run in runs:
         found = json.loads((run / "official.json").read_text())
         predictor = Predictor(run / "adapter", {"engine.device": "cpu"})
@@ -45,7 +49,7 @@ def test_each_adapter_is_measured_once_on_the_whole_split(runs: list[Path]) -> N
         first = sum(example.target == 0 for example in examples)
         assert found["majority_baseline"]["accuracy"] == pytest.approx(first / 23)
     before = (runs[0] / "official.json").stat().st_mtime_ns
-    evaluate_official(runs, "official.json")
+    evaluate_official(runs, "official.json", {}, ALONE)
     assert (runs[0] / "official.json").stat().st_mtime_ns == before
 
 

@@ -178,7 +178,9 @@ def test_a_bad_override_is_refused(tmp_path: Path, key: str, message: str) -> No
 
 
 def test_an_unknown_study_is_refused() -> None:
-    with pytest.raises(UserError, match="no study 'nothing': give a YAML file or one of ablations, late, minilm"):
+    with pytest.raises(
+        UserError, match="no study 'nothing': give a YAML file or one of ablations, late, minilm"
+    ):
         spec.load("nothing")
 
 

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from gpc_dist import config
 from gpc_dist.distributed import checkpoint
+from gpc_dist.distributed.world import World
 from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.files import sha256
 from gpc_dist.training.state import saved_state
 from tests.conftest import gpc
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def damaged(run: Path, folder: Path, name: str) -> Path:
@@ -72,19 +75,19 @@ def test_a_state_of_other_data_or_of_another_format_is_refused_by_name(
     saved = checkpoint.load(newest)
     settings = config.load(str(run / "config.yaml"))
     checkpoint.save(tmp_path, saved)
-    found = saved_state(tmp_path, settings)
+    found = saved_state(tmp_path, settings, ALONE)
     assert found is not None
     assert found.step == saved.step
     other = settings.model_copy(update={"data": settings.data.model_copy(update={"holdout": 0.1})})
     with pytest.raises(UserError, match="belongs to a run with another data:"):
-        saved_state(tmp_path, other)
+        saved_state(tmp_path, other, ALONE)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
         checkpoint.save(tmp_path, saved)
     with pytest.raises(
         UserError, match=f"has format {checkpoint.FORMAT + 1}; this version reads {checkpoint.FORMAT}"
     ):
-        saved_state(tmp_path, settings)
+        saved_state(tmp_path, settings, ALONE)
 
 
 def resealed(folder: Path, change: Callable[[Path], Any]) -> Path:

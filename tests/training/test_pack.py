@@ -201,7 +201,7 @@ def test_a_run_that_starts_from_another_forgets_its_own_course(tiny_recipe: Path
     train("good", 4)
     train("bad", 8)
     (saved,) = folders["good"].checkpoints.iterdir()
-    pack.add("bad", configs["bad"], ["gpc-dist"], checkpoint.load(saved))
+    pack.add("bad", configs["bad"], ["gpc-dist"], saved)
     assert [path.name for path in folders["bad"].checkpoints.iterdir()] == ["step-00000004"]
     mine, theirs = checkpoint.load(folders["bad"].checkpoints / saved.name), checkpoint.load(saved)
     assert mine.state == theirs.state

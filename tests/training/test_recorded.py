@@ -70,7 +70,8 @@ def test_the_model_answers_plain_text_as_the_program_does(
     output = tmp_path / "predictions.jsonl"
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert cli.main(["predict", str(run / "adapter"), "--input", str(source), "--output", str(output)]) == 0
+    words = ["--input", str(source), "--output", str(output), "--engine.ranks", "1"]
+    assert cli.main(["predict", str(run / "adapter"), *words]) == 0
     expected = [json.loads(line) for line in output.open()]
     assert list(answers["prediction"]) == [row["prediction"] for row in expected]
     assert list(answers["probability_with"]) == pytest.approx(
