@@ -154,7 +154,12 @@ def test_no_number_is_without_a_bound() -> None:
     for tree in (config.Config, spec.SearchSpec, study.StudySpec):
         for key, field in schema.all_keys(tree).items():
             numbers = {int, float, tuple[float, float]} & set(schema._kinds(field.annotation))
-            bounded = field.metadata or key in ("engine.ranks", "engine.zero_stage", "stop.threshold")
+            bounded = field.metadata or key in (
+                "engine.ranks",
+                "engine.zero_stage",
+                "official.zero_stage",
+                "stop.threshold",
+            )
             if numbers and not bounded:
                 found.append(key)
     assert found == []
