@@ -146,12 +146,12 @@ def _resident(field: str) -> int:
 
 
 def measure(case: Case, folder: Path, scratch: Path) -> int:
-    from gpc_dist.distributed.launch import start_ranks, visible_gpus
+    from gpc_dist.distributed.launch import start_ranks
 
     out = scratch / "peaks.json"
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--folder", str(folder)]
-    if code := start_ranks([*command, "--out", str(out)], case.ranks, cpu_only=not visible_gpus()):
+    if code := start_ranks([*command, "--out", str(out)], case.ranks):
         raise SystemExit(f"{case} ended with exit code {code}")
     return max(json.loads(out.read_text()))
 

@@ -55,7 +55,7 @@ def measure_table(vocabulary: int, width: int, scratch: Path) -> dict[str, Any]:
 
     out = scratch / "table.json"
     command = [sys.executable, __file__, "--table-rank", str(out), str(vocabulary), str(width)]
-    if code := start_ranks(command, RANKS, cpu_only=True):
+    if code := start_ranks(command, RANKS):
         raise SystemExit(code)
     mib = vocabulary * width * 4 / 2**20
     return {"table_mib": mib, "step_ms": json.loads(out.read_text()), "gathered_keeps_mib": mib / RANKS}
