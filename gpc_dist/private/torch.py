@@ -17,7 +17,8 @@ with checked("torch"):
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     require(UntypedStorage, "_cdata")
-    require(FakeTensor, "fake_device")
+    if "fake_device" not in FakeTensor.__annotations__:  # in older versions instances alone have it
+        require(FakeTensor, "fake_device")
     DEVICE_OF = ops.prim.device.default
     require(FlopCounterMode(display=False), "mod_tracker")
     CPU_ATTENTION = ops.aten._scaled_dot_product_flash_attention_for_cpu
