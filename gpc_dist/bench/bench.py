@@ -32,10 +32,10 @@ from gpc_dist.errors import EXIT_DONE, MachineError, UserError
 from gpc_dist.planner.devices import DEVICES
 from gpc_dist.planner.dry_run import ModelSpec
 from gpc_dist.planner.recipe import planned
-from gpc_dist.tasks import EpochPlan, Task
+from gpc_dist.tasks import Task
 from gpc_dist.tasks.encode import Encoded
 from gpc_dist.tasks.metrics import accuracy
-from gpc_dist.training.session import Base, Session, Split, check_input, load_base, open_session
+from gpc_dist.training.session import Base, Session, Split, check_input, load_base, open_session, plan_of
 from gpc_dist.training.step import LaneExamples, backward, finish, prepare
 
 PROFILED_STEPS = 3
@@ -90,7 +90,7 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     optimizer = LaneOptimizer(adapter, config.train, world, config.engine.zero_stage)
     optimizer.set_factor(0.0)
 
-    plan = EpochPlan(examples.sizes, config.run.seed, config.train.batch_size, config.train.batch_tokens)
+    plan, _ = plan_of(config, examples)
     steps_examples = [LaneExamples(adapter, split, indices) for indices in plan.steps(0)]
     by_work = sorted(steps_examples, key=lambda each: examples.sizes.padded_tokens(each.indices))
     # warm-up of the allocator, the compiler and caches: the longest, the shortest and the middle batch

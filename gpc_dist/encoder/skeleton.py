@@ -104,7 +104,7 @@ class Drawn:
             target.fill_(self.fill)
 
 
-def drawn(parts: EncoderParts, seed: int = 0) -> dict[nn.Parameter, Drawn]:
+def drawn(parts: EncoderParts) -> dict[nn.Parameter, Drawn]:
     """Random values for each weight of a skeleton."""
     modules = nn.ModuleList([parts.encoder, parts.token_embeddings])
     return {
@@ -112,16 +112,16 @@ def drawn(parts: EncoderParts, seed: int = 0) -> dict[nn.Parameter, Drawn]:
             tuple(parameter.shape),
             parameter.dtype,
             0.0 if name.endswith("bias") else 1.0,
-            (seed << 16) + number,
+            number,
         )
         for number, (name, parameter) in enumerate(modules.named_parameters())
     }
 
 
 @torch.no_grad()
-def fill_random(parts: EncoderParts, device: torch.device, seed: int = 0) -> None:
+def fill_random(parts: EncoderParts, device: torch.device) -> None:
     """Give a skeleton the weights of `drawn` on `device`, in place."""
-    for parameter, place in drawn(parts, seed).items():
+    for parameter, place in drawn(parts).items():
         values = torch.empty(place.shape, dtype=place.dtype, device=device)
         place.read(0, values.view(-1))
         give_values(parameter, values)

@@ -18,6 +18,20 @@ from gpc_dist.pickled import read_pickled
 from tests.encoder.test_weights import load, pickle_weights, small_bert, turned, values
 
 
+@pytest.fixture(params=[False, True])
+def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the family is none that the tests cover, so that transformers loads the encoder whole."""
+    if request.param:
+        monkeypatch.setattr(frozen, "TESTED", frozenset())
+    return request.param
+
+
+def bert_without_files(folder: Path) -> Any:
+    model = small_bert(folder)
+    (folder / "model.safetensors").unlink()
+    return model
+
+
 @pytest.mark.parametrize("change", [lambda tensor: tensor, turned])
 def test_pickled_weights_of_the_files_type_are_views_of_the_file(tmp_path: Path, change: Any) -> None:
     model = small_bert(tmp_path)
@@ -62,14 +76,9 @@ def test_what_is_thawed_lies_row_by_row(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in values(found).items())
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_pickled_weights_of_the_old_format_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
-) -> None:
-    if whole:
-        monkeypatch.setattr(frozen, "TESTED", frozenset())
-    model = small_bert(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
+@pytest.mark.usefixtures("whole")
+def test_pickled_weights_of_the_old_format_are_refused(tmp_path: Path) -> None:
+    model = bert_without_files(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(
         UserError, match=r"pytorch_model.bin is in the format of PyTorch before 1.6.*write it anew"
@@ -77,14 +86,8 @@ def test_pickled_weights_of_the_old_format_are_refused(
         load(tmp_path)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_checkpoint_in_pickled_parts_is_loaded_and_hashed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
-) -> None:
-    if whole:
-        monkeypatch.setattr(frozen, "TESTED", frozenset())
-    model = small_bert(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
+def test_a_checkpoint_in_pickled_parts_is_loaded_and_hashed(tmp_path: Path, whole: bool) -> None:
+    model = bert_without_files(tmp_path)
     names, state = ("pytorch_model-1.bin", "pytorch_model-2.bin"), model.state_dict()
     for part, name in enumerate(names):
         torch.save(dict(list(state.items())[part::2]), tmp_path / name)
