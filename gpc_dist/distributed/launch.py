@@ -144,7 +144,8 @@ def start_ranks(command: Sequence[str], ranks: int) -> int:
     the error output of another failing rank is shown if rank 0 did not fail itself.
 
     Returns:
-        0, or the exit code of the rank that failed first (128 + n for signal n).
+        0, or the exit code of the rank that failed first (128 + n for signal n); of those that are found to have failed
+        together, one that a signal ended comes first: the others have lost it.
     """
     environment = dict(os.environ)
     environment.update(
@@ -197,9 +198,10 @@ def _tie_to(launcher: int) -> Callable[[], None] | None:
 def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]]) -> int:
     while not _failed(processes) and any(p.poll() is None for p in processes):
         time.sleep(0.05)
-    first = next((i for i, p in enumerate(processes) if p.poll()), None)
-    if first is None:
+    failed = _failed(processes)
+    if not failed:
         return 0
+    first = min(failed, key=lambda rank: (processes[rank].returncode > 0, rank))
     # ranks that fail for the same reason fail together: give them time to report it
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
@@ -215,8 +217,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]])
     return 128 - code if code < 0 else code
 
 
-def _failed(processes: list[subprocess.Popen[bytes]]) -> bool:
-    return any(p.poll() not in (None, 0) for p in processes)
+def _failed(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    return [rank for rank, p in enumerate(processes) if p.poll() not in (None, 0)]
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -21,7 +21,7 @@ from gpc_dist import cli
 from gpc_dist.adapter.fingerprint import fingerprint_files
 from tests.conftest import losses
 from tests.holds import Hold
-from tests.processes import call_on_ranks, on_ranks, start_launcher, start_on_ranks
+from tests.processes import call_on_ranks, on_ranks, start_launcher, start_on_ranks, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -236,9 +236,12 @@ def test_a_killed_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
     launcher = start_launcher("train", tiny_recipe, "--run.dir", tmp_path / "run", "--engine.ranks", 2)
     hold.wait(lambda: launcher.stderr)
     ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda each: each.create_time())
+    launcher.send_signal(signal.SIGSTOP)  # it finds the killed rank and the one that lost it at once
     ranks[1].kill()
     hold.release()
-    assert launcher.wait() != 0
+    wait_until(lambda: ranks[0].status() == psutil.STATUS_ZOMBIE)
+    launcher.send_signal(signal.SIGCONT)
+    assert launcher.wait() == 128 + signal.SIGKILL
     assert "rank 1 ended with signal SIGKILL" in launcher.stderr
     assert not ranks[0].is_running()
 
