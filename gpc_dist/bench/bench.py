@@ -29,7 +29,7 @@ from gpc_dist.encoder.frozen import Encoder, count_parameters
 from gpc_dist.encoder.shapes import known_config, shape_names
 from gpc_dist.encoder.skeleton import build_skeleton, drawn
 from gpc_dist.errors import EXIT_DONE, MachineError, UserError
-from gpc_dist.planner.devices import DEVICES
+from gpc_dist.planner.devices import devices_of
 from gpc_dist.planner.dry_run import ModelSpec
 from gpc_dist.planner.recipe import planned
 from gpc_dist.tasks import Task
@@ -260,9 +260,8 @@ def _device_name(world: World) -> str:
 
 def _datasheet_tflops(world: World) -> float | None:
     """Dense bf16 peak of all ranks' GPUs; None for a device that is not in the table."""
-    name = _device_name(world).lower()
-    known = [d.peak_tflops for d in DEVICES.values() if not d.is_cpu and d.name.partition("-")[0] in name]
-    return known[0] * world.size if known else None
+    known = devices_of(_device_name(world))
+    return known[0].peak_tflops * world.size if known else None
 
 
 def _states_lines(result: dict[str, Any]) -> list[tuple[str, str]]:

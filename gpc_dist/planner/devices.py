@@ -9,6 +9,9 @@ bandwidth, and bandwidths in one direction, where datasheets often give the sum 
     a100-80  NVIDIA A100 SXM datasheet: 312 TFLOPS, HBM2e 2.04 TB/s, NVLink 3 at 2 x 300 GB/s, PCIe 4
     a100-40  as a100-80, HBM2 1.56 TB/s
     l40s     NVIDIA L40S datasheet: 362 TFLOPS, GDDR6 864 GB/s, no NVLink: PCIe 4 inside a node too
+    a10      NVIDIA A10 datasheet: 125 TFLOPS, GDDR6 600 GB/s, no NVLink
+    l4       NVIDIA L4 datasheet, half of its figure with sparsity: 121 TFLOPS, GDDR6 300 GB/s, no NVLink
+    a4000    NVIDIA RTX A4000 datasheet, half of its figure with sparsity: 77 TFLOPS, GDDR6 448 GB/s, no NVLink
     cpu      two cores of a server with 256-bit vector units; no datasheet: an order of magnitude
 
 Memory is what the driver reports. The network is that of the vendors' reference designs: one 400 Gbit/s port per
@@ -18,6 +21,7 @@ GPU for h100, h200 and b200, one of 200 Gbit/s for the others, 10 Gbit/s for a C
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,6 +63,9 @@ DEVICES = {
         Device("a100-80", 80.0, 312.0, 2039.0, 300.0, 25.0, 32.0),
         Device("a100-40", 40.0, 312.0, 1555.0, 300.0, 25.0, 32.0),
         Device("l40s", 45.0, 362.0, 864.0, 32.0, 25.0, 32.0),
+        Device("a10", 22.5, 125.0, 600.0, 32.0, 25.0, 32.0),
+        Device("l4", 22.5, 121.0, 300.0, 32.0, 25.0, 32.0),
+        Device("a4000", 16.0, 77.0, 448.0, 32.0, 25.0, 32.0),
         Device("cpu", 16.0, 0.1, 20.0, 5.0, 1.25, 20.0),
     )
 }
@@ -92,5 +99,10 @@ def device_named(product: str, memory_gib: float) -> Device:
     """The device of the table with a GPU's product name, or, if there is none, the one nearest in memory: its speeds
     decide how regimes compare, not what fits."""
     gpus = [device for device in DEVICES.values() if not device.is_cpu]
-    named = [device for device in gpus if device.name.partition("-")[0] in product.lower()]
-    return min(named or gpus, key=lambda device: abs(device.memory_gib - memory_gib))
+    return min(devices_of(product) or gpus, key=lambda device: abs(device.memory_gib - memory_gib))
+
+
+def devices_of(product: str) -> list[Device]:
+    """The devices of the table with a GPU's product name: they differ in memory. None for a CPU."""
+    words = re.findall(r"\w+", product.lower())  # whole words, since an A100 is no a10
+    return [d for d in DEVICES.values() if not d.is_cpu and d.name.partition("-")[0] in words]

@@ -29,6 +29,10 @@ def test_an_unknown_device_is_answered_with_the_known_ones() -> None:
         ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
         ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
         ("NVIDIA L40S", 44.5, "l40s"),
+        ("NVIDIA L4", 22.0, "l4"),
+        ("NVIDIA A10", 22.0, "a10"),
+        ("NVIDIA RTX A4000", 15.6, "a4000"),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 19.5, "a100-40"),
         ("a GPU of next year", 170.0, "b200"),
     ],
 )
