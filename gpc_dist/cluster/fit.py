@@ -40,8 +40,8 @@ def fewest_nodes(config: Config, asked: Resources, gpu: str | None) -> Resources
     nodes = 1
     while nodes <= partition.nodes:
         cluster = Cluster(device, nodes, per_node)
-        if chosen := choose(planner, cluster, config.engine):
-            print(f"{nodes} node(s). {reason(chosen, cluster, config.engine)}")
+        if choice := choose(planner, cluster, config.engine):
+            print(f"{nodes} node(s). {reason(choice, cluster, config.engine)}")
             return replace(asked, nodes=nodes, gpus_per_node=per_node)
         nodes *= 2
     raise UserError(reason(None, Cluster(device, partition.nodes, per_node), config.engine))

@@ -271,12 +271,33 @@ class Planner:
 
 
 def recommend(estimates: Sequence[Estimate]) -> Estimate | None:
-    """The fastest that fits; the simplest of those that are as fast within 2 %. None if none fits."""
+    """The fastest that fits without offload, or else with it; the simplest of those that are as fast within 2 %. None
+    if none fits."""
     fitting = [e for e in estimates if e.fits]
     if not fitting:
         return None
+    # what offload costs depends on the host most, and is not measured
+    fitting = [e for e in fitting if e.regime.offload == "none"] or fitting
     fastest = min(e.step_s for e in fitting)
     return min((e for e in fitting if e.step_s <= fastest * _TIE), key=lambda e: e.regime.simplicity)
+
+
+def why(chosen: Estimate, estimates: Sequence[Estimate]) -> str:
+    """Why this one of the estimates was recommended and no simpler one, in a phrase."""
+    regime = chosen.regime
+    whole = [e.step_s for e in estimates if e.fits and e.regime.zero_stage < 3]
+    if regime.offload != "none":
+        said = "fits with offload only"
+    elif regime.zero_stage < 3:
+        said = "fits whole, so nothing is gathered"
+    elif whole:
+        said = f"{min(whole) / chosen.step_s:.2f} times as fast as whole"
+    else:
+        said = "does not fit whole"
+    if regime.recompute:
+        kept = any(e.fits and e.regime == replace(regime, recompute=False) for e in estimates)
+        said += "; without recomputation " + ("in more passes" if kept else "too large")
+    return said
 
 
 def scaling(planner: Planner, regime: Regime, cluster: Cluster, nodes: Sequence[int]) -> list[Estimate]:

@@ -7,7 +7,7 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from gpc_dist.encoder.shapes import known_config, shape_names
 from gpc_dist.errors import UserError
 from gpc_dist.planner.devices import GIB, Device, device_at_hand
 from gpc_dist.planner.dry_run import ModelSpec
-from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, recommend
+from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, recommend, why
 from gpc_dist.planner.regime import REGIMES
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import describe
@@ -29,6 +29,14 @@ log = logging.getLogger(__name__)
 
 _HEAP = 2.0
 """On a CPU, memory for each byte in use: glibc's heap keeps what was freed. Measured: up to 1.7."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is recommended, and why, in a phrase."""
+
+    estimate: Estimate
+    why: str
 
 
 def planned(config: Config, world: World, outputs: int) -> Config:
@@ -66,10 +74,11 @@ def plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) 
         device = replace(device, memory_gib=device.memory_gib / per_node / _HEAP)
     cluster = Cluster(device, len(hosts), per_node)
     planner = make_planner(config, device, outputs)
-    chosen = choose(planner, cluster, config.engine)
-    said = reason(chosen, cluster, config.engine)
-    if chosen is None:
+    choice = choose(planner, cluster, config.engine)
+    said = reason(choice, cluster, config.engine)
+    if choice is None:
         raise UserError(said)
+    chosen = choice.estimate
     values = {
         "zero_stage": chosen.regime.zero_stage,
         "offload_param": chosen.regime.offload,
@@ -80,7 +89,7 @@ def plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) 
     return values
 
 
-def choose(planner: Planner, cluster: Cluster, engine: EngineConfig) -> Estimate | None:
+def choose(planner: Planner, cluster: Cluster, engine: EngineConfig) -> Choice | None:
     """The recommendation among the regimes that this configuration can run and that give the same results."""
     regimes = [
         regime
@@ -89,7 +98,9 @@ def choose(planner: Planner, cluster: Cluster, engine: EngineConfig) -> Estimate
         and (regime.offload != "nvme" or engine.nvme_path is not None)
         and not (regime.offload == "cpu" and cluster.device.is_cpu)
     ]
-    return recommend([planner.estimate(regime, cluster) for regime in regimes])
+    estimates = [planner.estimate(regime, cluster) for regime in regimes]
+    chosen = recommend(estimates)
+    return None if chosen is None else Choice(chosen, why(chosen, estimates))
 
 
 def make_planner(config: Config, device: Device, outputs: int) -> Planner:
@@ -156,16 +167,16 @@ def encoder_config(config: EncoderConfig) -> Any:
         ) from None
 
 
-def reason(chosen: Estimate | None, cluster: Cluster, engine: EngineConfig) -> str:
+def reason(choice: Choice | None, cluster: Cluster, engine: EngineConfig) -> str:
     """One sentence: what is recommended and why, or what to do when nothing fits."""
     device = f"{cluster.size} x {cluster.device.name} with {cluster.device.memory_gib:.1f} GiB"
-    if chosen is None:
+    if choice is None:
         remedy = "use more or larger devices, a shorter data.max_length, or a smaller encoder"
         if engine.quantize == "none":
             remedy += ", or engine.quantize int8"
         return f"No regime fits on {device}, {HEAD_ROOM:.0%} kept free: {remedy}."
+    chosen = choice.estimate
     return (
-        f"Recommended: {chosen.regime.name}, the simplest of the fastest that fit on {device}, {HEAD_ROOM:.0%} "
-        f"kept free: {chosen.memory.total / GIB:.2f} GiB with {chosen.micro_rows} rows at once, of at most "
-        f"{chosen.most_rows}."
+        f"Recommended: {chosen.regime.name} ({choice.why}), on {device}, {HEAD_ROOM:.0%} kept free: "
+        f"{chosen.memory.total / GIB:.2f} GiB with {chosen.micro_rows} rows at once, of at most {chosen.most_rows}."
     )

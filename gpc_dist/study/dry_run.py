@@ -93,8 +93,8 @@ class _Clock:
         key = repr((adapter, train.batch_size, train.batch_tokens, train.optimizer, data.max_length))
         if key not in self._known:
             planner = make_planner(config, self._cluster.device, outputs=2)
-            chosen = choose(planner, self._cluster, config.engine)
-            if chosen is None:
+            choice = choose(planner, self._cluster, config.engine)
+            if choice is None:
                 raise UserError(reason(None, self._cluster, config.engine))
-            self._known[key] = chosen.step_s
+            self._known[key] = choice.estimate.step_s
         return self._known[key]

@@ -16,7 +16,7 @@ from gpc_dist.encoder.skeleton import build_skeleton
 from gpc_dist.errors import UserError
 from gpc_dist.planner.devices import GIB, find_device
 from gpc_dist.planner.dry_run import Activations, Footprint, ModelSpec, Passes
-from gpc_dist.planner.planner import Planner, recommend, scaling
+from gpc_dist.planner.planner import Estimate, Planner, recommend, scaling, why
 from gpc_dist.planner.regime import REGIMES, Regime
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import Workload, count_weights, describe
@@ -85,6 +85,20 @@ def test_weights_are_counted_exactly(family: str) -> None:
     assert found.total == count_parameters(parts) - pooler
     assert found.table == parts.token_embeddings.weight.numel()
     assert found.element_bytes == 4
+
+
+@pytest.mark.parametrize(("name", "size"), [("xlm-roberta-xl", 3.5e9), ("facebook/xlm-roberta-xxl", 10.7e9)])
+def test_whole_models_have_their_published_sizes(name: str, size: float) -> None:
+    assert count_weights(build_skeleton(known_config(name), torch.bfloat16)).total == pytest.approx(
+        size, rel=0.01
+    )
+
+
+def test_ul2_has_its_published_size() -> None:
+    """20 B parameters: a layer of its decoder has another attention, and the vocabulary stands there once more."""
+    weights = count_weights(build_skeleton(known_config("google/ul2"), torch.bfloat16))
+    attention = 4 * 4096 * 16 * 256
+    assert 2 * weights.total + weights.layers * attention == pytest.approx(20e9, rel=0.03)
 
 
 def test_a_known_encoder_has_its_published_size() -> None:
@@ -179,6 +193,37 @@ def test_the_simplest_of_the_fastest_is_recommended(large: Workload) -> None:
     chosen = recommend([planner.estimate(regime, roomy) for regime in REGIMES])
     assert chosen is not None
     assert chosen.regime == Regime()
+
+
+def test_offload_comes_last_and_every_choice_has_its_reason(large: Workload) -> None:
+    planner, eight = Planner(large, ZERO3), cluster()
+
+    def taking(regime: Regime, step_s: float) -> Estimate:
+        return replace(planner.estimate(regime, eight), step_s=step_s, most_rows=8)
+
+    def without(*left_out: Estimate) -> tuple[Regime, str]:
+        """The regime that is taken when these do not fit, and why."""
+        found = [replace(e, most_rows=0) if e in left_out else e for e in every]
+        chosen = recommend(found)
+        assert chosen is not None
+        return chosen.regime, why(chosen, found)
+
+    whole, whole_again = taking(Regime(), 1.0), taking(Regime(recompute=True), 3.0)
+    sharded, sharded_again = taking(Regime(3), 2.0), taking(Regime(3, recompute=True), 1.9)
+    offloaded = taking(Regime(3, "cpu"), 0.1)
+    every = [whole, whole_again, sharded, sharded_again, offloaded]
+    assert without() == (whole.regime, "fits whole, so nothing is gathered")
+    assert without(whole, sharded_again) == (sharded.regime, "1.50 times as fast as whole")
+    assert without(whole, sharded, sharded_again) == (
+        whole_again.regime,
+        "fits whole, so nothing is gathered; without recomputation too large",
+    )
+    assert without(whole, whole_again, sharded_again) == (sharded.regime, "does not fit whole")
+    assert without(whole, whole_again) == (
+        sharded_again.regime,
+        "does not fit whole; without recomputation in more passes",
+    )
+    assert without(whole, whole_again, sharded, sharded_again) == (offloaded.regime, "fits with offload only")
 
 
 def test_one_gpu_takes_what_it_can(xxl: Workload) -> None:
