@@ -12,14 +12,24 @@ from tabulate import tabulate
 from gpc_dist import files
 from gpc_dist.config import Config
 from gpc_dist.errors import EXIT_DONE
-from gpc_dist.planner.devices import GIB, find_device
-from gpc_dist.planner.planner import Estimate, scaling
-from gpc_dist.planner.recipe import choose, make_planner, reason
+from gpc_dist.planner.devices import DEVICES, GIB, find_device
+from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, scaling
+from gpc_dist.planner.recipe import Choice, choose, make_planner, reason
 from gpc_dist.planner.regime import REGIMES
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import Workload
 
 SCALED_NODES = (1, 2, 4, 8, 16, 32, 64)
+CLUSTERS = [
+    Cluster(DEVICES[gpu], nodes, per_node)
+    for gpu in ("a4000", "a10", "a100-40", "h100")  # 16, 24, 40 and 80 GB
+    for nodes, per_node in ((1, 1), (1, 4), (1, 8), (2, 8))
+]
+"""Clusters that many have."""
+
+_WORDS = {"regime", "nodes", "cluster", "take", "why"}
+"""Columns that hold words."""
+_NOTE = "Estimates, not measurements (docs/planner.md)."
 
 
 def run_plan(
@@ -31,12 +41,16 @@ def run_plan(
         UserError: an unknown device, or an encoder whose configuration cannot be found.
     """
     cluster = Cluster(find_device(gpu, memory_gib), nodes, per_node)
-    planner = make_planner(config, cluster.device, outputs=len(config.task.labels or ()) or 2)
+    planner = _planner(config, cluster)
     estimates = [planner.estimate(regime, cluster) for regime in REGIMES]
-    chosen = choose(planner, cluster, config.engine)
-    print(_heading(config, planner.workload, cluster))
+    choice = choose(planner, cluster, config.engine)
+    chosen = choice.estimate if choice else None
+    print(_run_line(config, planner.workload))
+    print(_cluster_line(cluster))
+    print(_late(planner.workload, cluster), end="")
+    print(f"{_NOTE} Columns frozen to total: GiB of a GPU; host: GiB of a node.\n")
     print(_regime_table(estimates))
-    print(f"\n{reason(chosen, cluster, config.engine)}")
+    print(f"\n{reason(choice, cluster, config.engine)}")
     scaled = scaling(planner, chosen.regime, cluster, SCALED_NODES) if chosen else []
     if chosen:
         print(f"\n{chosen.regime.name} on more nodes, {chosen.rows} rows per GPU: a model, not a measurement")
@@ -56,18 +70,39 @@ def run_plan(
     return EXIT_DONE
 
 
-def _heading(config: Config, workload: Workload, cluster: Cluster) -> str:
-    weights, device = workload.weights, cluster.device
+def run_clusters(config: Config) -> int:
+    """Print which regime to take for a recipe on each of `CLUSTERS`; returns the exit code.
+
+    Raises:
+        UserError: an encoder whose configuration cannot be found.
+    """
+    planner = _planner(config, CLUSTERS[0])
+    print(_run_line(config, planner.workload))
+    print(f"{_NOTE} GiB: taken of a GPU, {HEAD_ROOM:.0%} of which is kept free.\n")
+    print(_table([_choice_line(cluster, choose(planner, cluster, config.engine)) for cluster in CLUSTERS]))
+    return EXIT_DONE
+
+
+def _planner(config: Config, cluster: Cluster) -> Planner:
+    return make_planner(config, cluster.device, outputs=len(config.task.labels or ()) or 2)
+
+
+def _run_line(config: Config, workload: Workload) -> str:
+    weights = workload.weights
     frozen = weights.total + (workload.lower.total if workload.lower else 0)
     return (
         f"{config.encoder.path}: {frozen / 1e6:,.0f} M frozen parameters of {weights.element_bytes} bytes, "
         f"{workload.adapter / 1e6:.2f} M trained; {workload.rows} rows of {workload.prompt_tokens} + "
-        f"{workload.tokens} tokens a step\n"
+        f"{workload.tokens} tokens a step"
+    )
+
+
+def _cluster_line(cluster: Cluster) -> str:
+    device = cluster.device
+    return (
         f"{cluster.nodes} x {cluster.per_node} {device.name}: {device.memory_gib:g} GiB, "
         f"{device.peak_tflops:g} TFLOPS, {device.memory_gb_s:g} GB/s memory, {device.link_gb_s:g} GB/s in a node, "
-        f"{device.network_gb_s:g} GB/s between nodes\n"
-        f"{_late(workload, cluster)}"
-        "Estimates, not measurements (docs/planner.md). Columns frozen to total: GiB of a GPU; host: GiB of a node.\n"
+        f"{device.network_gb_s:g} GB/s between nodes"
     )
 
 
@@ -111,6 +146,21 @@ def _regime_line(e: Estimate) -> dict[str, str]:
     }
 
 
+def _choice_line(cluster: Cluster, choice: Choice | None) -> dict[str, str]:
+    line = {"cluster": f"{cluster.nodes} x {cluster.per_node} {cluster.device.name}"}
+    if choice is None:
+        return line | {"take": "nothing fits"}
+    e = choice.estimate
+    return line | {
+        "take": e.regime.name,
+        "why": choice.why,
+        "GiB": f"{e.memory.total / GIB:.2f} of {cluster.device.memory_gib:g}",
+        "rows": str(e.micro_rows),
+        "step ms": f"{1000 * e.step_s:,.1f}",
+        "rows/s": f"{e.rows_per_s:,.1f}",
+    }
+
+
 def _scaling_table(estimates: Sequence[Estimate]) -> str:
     lines = [
         {
@@ -127,7 +177,8 @@ def _scaling_table(estimates: Sequence[Estimate]) -> str:
 
 
 def _table(lines: list[dict[str, str]]) -> str:
-    align = ["left"] + ["right"] * (len(lines[0]) - 1)
+    columns = max(lines, key=len)
+    align = ["left" if name in _WORDS else "right" for name in columns]
     return tabulate(lines, headers="keys", disable_numparse=True, colalign=align)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from gpc_dist.config import PLANNED, EncoderConfig, build
 from gpc_dist.errors import UserError
 from gpc_dist.planner import recipe as plan
 from gpc_dist.planner import workload
-from gpc_dist.planner.devices import find_device
+from gpc_dist.planner.devices import DEVICES, find_device
 from gpc_dist.planner.dry_run import ModelSpec, Passes, measure_passes
 from gpc_dist.planner.planner import Estimate, recommend
 from gpc_dist.planner.timing import Cluster
@@ -60,8 +61,9 @@ def test_a_plan_is_printed_and_written(
     said = capsys.readouterr().out
     assert code == 0
     assert "replicated, int8, recompute" in said
-    assert "Recommended: replicated, " in said
-    assert "8 x a100-40 with 40.0 GiB" in said
+    assert (
+        "Recommended: replicated (fits whole, so nothing is gathered), on 8 x a100-40 with 40.0 GiB" in said
+    )
     assert "a model, not a measurement" in said
     written = json.loads(file.read_text())
     assert written["recommended"] == "replicated"
@@ -70,6 +72,26 @@ def test_a_plan_is_printed_and_written(
     assert len(written["regimes"]) == 14
     for line in written["regimes"]:
         assert line["total_gib"] * 2**30 == pytest.approx(sum(line["memory"].values()))
+
+
+@pytest.mark.slow
+def test_clusters_are_compared(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(
+        ["plan", str(tiny_recipe), "--clusters", *(word for k, v in SHORT.items() for word in (f"--{k}", v))]
+    )
+    said = capsys.readouterr().out
+    assert code == 0
+    lines = [line for line in said.splitlines() if re.match(r"\d x \d ", line)]
+    assert lines[3].startswith("2 x 8 a4000 ")
+    assert len(lines) == 16
+    assert all("replicated" in line and "fits whole, so nothing is gathered" in line for line in lines)
+
+
+def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join([*DEVICES][:-1])} or cpu [h100]" in said
 
 
 @pytest.mark.slow
@@ -88,6 +110,7 @@ def test_a_known_shape_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None
         (["--gpu", "gtx"], "not a device the planner knows: give one of h100"),
         (["--encoder.path", "nobody/no-such-model"], "a known shape: t5-v1_1-small"),
         (["--gpu-memory-gib", "-1"], "is no amount of memory"),
+        (["--clusters", "--nodes", "2"], "--clusters names its own clusters"),
     ],
 )
 def test_what_cannot_be_planned(
@@ -158,7 +181,8 @@ def test_only_regimes_that_can_run_are_recommended(
     compared: list[Estimate] = []
     monkeypatch.setattr(plan, "recommend", lambda each: compared.extend(each) or recommend(each))
     chosen = plan.choose(planner, cluster, config.engine)
-    assert chosen in compared
+    assert chosen is not None
+    assert chosen.estimate in compared
     assert {estimate.regime.offload for estimate in compared} == offloads
     assert {estimate.regime.quantize for estimate in compared} == kinds
     local = config.engine.model_copy(update={"nvme_path": Path("/local")})
