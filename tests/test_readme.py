@@ -67,7 +67,9 @@ def test_the_notebook_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_linked_pages_exist() -> None:
-    links = set(re.findall(r"\]\((?!http)([^)]+)\)", README))
-    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= links
-    for link in links:
-        assert (ROOT / link).is_file()
+    links = {tuple(link.split("#")) for link in re.findall(r"\]\((?!http)([^)]+)\)", README)}
+    assert {(f"docs/{page.name}",) for page in (ROOT / "docs").glob("*.md")} <= links
+    for file, *anchors in links:
+        text = (ROOT / file).read_text()
+        headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+        assert set(anchors) <= headings
