@@ -26,9 +26,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import peer_peft
 from common import machine
-from sides import Setting, prebuild_peer, run_ours, run_peer, write_encoder
+from sides import Setting, prebuild_peer, run_ours, run_peer, write_encoder, write_tokenizer
 from tabulate import tabulate
-from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 SHARES = (0, 0.25, 0.5, 0.75)
@@ -111,8 +110,7 @@ def _shape(shape: str, dtype: str, options: argparse.Namespace, scratch: Path) -
     encoder = scratch / f"{shape}-{dtype}"
     if not encoder.exists():
         write_encoder(shape, dtype, encoder)
-        # a run wants one, and no figure depends on it
-        AutoTokenizer.from_pretrained(peer_peft.encoder()).save_pretrained(encoder)
+        write_tokenizer(encoder)
     setting = Setting(
         shape=shape, device="cpu", lengths="mix", max_length=256, batch_size=options.shape_batch_size,
         prompt_tokens=options.prompt_tokens, steps=options.shape_steps, ranks=peer_peft.RANKS,

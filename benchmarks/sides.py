@@ -122,7 +122,7 @@ def prebuild_peer() -> None:
 
 
 def write_encoder(shape: str, dtype: str, folder: Path) -> None:
-    """An encoder of this shape with random weights, as a checkpoint without a tokenizer.
+    """An encoder of this shape with random weights, as a checkpoint without a tokenizer: a file, or several of a GB.
 
     Args:
         dtype: float32 or bfloat16.
@@ -135,7 +135,17 @@ def write_encoder(shape: str, dtype: str, folder: Path) -> None:
 
     model = skeleton_model(known_config(shape), getattr(torch, dtype))
     fill_random(locate(model), torch.device("cpu"))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="1GB")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The packaged encoder's tokenizer, into a checkpoint without one: a run wants one, and no figure depends on it."""
+    from transformers import AutoTokenizer
+
+    from gpc_dist.config import EncoderConfig
+    from gpc_dist.encoder.frozen import encoder_path
+
+    AutoTokenizer.from_pretrained(encoder_path(EncoderConfig())).save_pretrained(folder)
 
 
 def _write_examples(setting: Setting, file: Path) -> None:
