@@ -6,6 +6,7 @@ and `examples_per_s` over all measured steps, `padding_pct`, `peak_memory_mib` o
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -130,12 +131,17 @@ def write_encoder(shape: str, dtype: str, folder: Path) -> None:
     import torch
 
     from gpc_dist.adapter.families import locate
+    from gpc_dist.distributed.memory import trim_heap
     from gpc_dist.encoder.shapes import known_config
     from gpc_dist.encoder.skeleton import fill_random, skeleton_model
 
     model = skeleton_model(known_config(shape), getattr(torch, dtype))
     fill_random(locate(model), torch.device("cpu"))
     model.save_pretrained(folder, max_shard_size="1GB")
+    # otherwise all of it stays in this process, beside those that are measured
+    del model
+    gc.collect()
+    trim_heap()
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -241,13 +241,15 @@ def main() -> None:
     for shape in options.shapes:
         with tempfile.TemporaryDirectory(dir=options.dir) as scratch:
             job = Job(shape, options, Path(scratch))
-            if options.one_step:
-                job.one_step()
-            else:
-                job.end_to_end()
-        report["runs"].append(job.report)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-        print(table(job.report))
+            report["runs"].append(job.report)
+            try:
+                if options.one_step:
+                    job.one_step()
+                else:
+                    job.end_to_end()
+            finally:  # a phase that fails does not take with it what the others took minutes to find
+                options.out.write_text(json.dumps(report, indent=2) + "\n")
+                print(table(job.report))
 
 
 if __name__ == "__main__":
