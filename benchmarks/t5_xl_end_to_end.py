@@ -10,11 +10,14 @@ twice, in the run's log or in MLflow. `--undisturbed` makes the run again withou
 `--one-step` trains one step on 2 ranks and nothing else.
 
 Printed and kept in a JSON file: of each phase the seconds from the start of its command to its end, and the peak memory
-of all its processes together, sampled every half second (`process_memory.Memory`): as PSS, and without the pages of
-mapped files, which are libraries and the table of token embeddings. Shards are read into memory of their own, so
-both figures have them; what the system keeps of the checkpoint's files in its cache is in neither. The checkpoint
-(2.4 GB for T5-XL, 9.5 GB for T5-XXL; as much memory is needed to write it) and the runs lie in a new folder in `--dir`,
-which is removed at the end.
+of all its processes together, sampled every few seconds or more often (`process_memory.Memory`): as PSS, and without
+the pages of mapped files, which are libraries and the table of token embeddings. Shards are read into memory of their
+own, so both figures have them; what the system keeps of the checkpoint's files in its cache is in neither. The
+checkpoint (2.4 GB for T5-XL, 9.5 GB for T5-XXL; as much memory is needed to write it) and the runs lie in a new folder
+in `--dir`, which is removed at the end.
+
+DeepSpeed lets gathered layers go only when `stage3_max_live_parameters` are gathered: by the packaged regime 10^9, 2 GB
+on each rank, which is most of T5-XL. `--max-live-parameters` gives another bound.
 """
 
 from __future__ import annotations
@@ -39,9 +42,12 @@ from tabulate import tabulate
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import read_metrics
+from gpc_dist.shipped import shipped_folder
 
 RANKS = 2
-SAMPLE_S = 0.5
+POLL_S = 0.1
+SAMPLING_SHARE = 0.05
+"""Of the time of a core that sampling memory may take: for processes of 8 GiB a sample takes 0.1 s."""
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -60,13 +66,16 @@ def measure(
     """
     expected = EXIT_STOPPED if stop_due else EXIT_DONE
     peak, samples, start_s = Memory(), 0, time.perf_counter()
-    process = start(words)
+    process, next_s = start(words), start_s
     while process.poll() is None:
-        peak, samples = peak.peak(memory_of(process.pid)), samples + 1
+        if time.perf_counter() >= next_s:
+            before_s = time.process_time()
+            peak, samples = peak.peak(memory_of(process.pid)), samples + 1
+            next_s = time.perf_counter() + (time.process_time() - before_s) / SAMPLING_SHARE
         if stop_due and stop_due():
             process.send_signal(signal.SIGTERM)
             stop_due = None
-        time.sleep(SAMPLE_S)
+        time.sleep(POLL_S)
     seconds = time.perf_counter() - start_s
     printed, _ = process.communicate()
     if process.returncode != expected:
@@ -95,6 +104,13 @@ class Job:
             "write_s": time.perf_counter() - start_s,
             "phases": {},
         }
+        self._regime = {}
+        if bound := options.max_live_parameters:
+            regime = json.loads((shipped_folder("ds_configs") / "zero3.json").read_text())
+            for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+                regime["zero_optimization"][key] = bound
+            (scratch / "regime.json").write_text(json.dumps(regime))
+            self._regime = {"engine.ds_config": scratch / "regime.json"}
 
     def one_step(self) -> None:
         """Load the encoder, train a step, and evaluate its adapter."""
@@ -117,8 +133,8 @@ class Job:
         self.report["losses"] = resumed = [line["train/loss"] for line in steps_of(run)]
         self.report["adapter_mib"] = _mib(run.adapter)
 
-        engine = ["--engine.zero_stage", "3", "--engine.ranks", str(RANKS)]
-        printed = self._phase("evaluate", RANKS, ["evaluate", str(run.adapter), *engine])
+        engine = {"engine.zero_stage": 3, "engine.ranks": RANKS} | self._regime
+        printed = self._phase("evaluate", RANKS, ["evaluate", str(run.adapter), *words_of(engine)])
         self.report["evaluated"] = json.loads(printed)
 
         store = options.tracking_uri or f"sqlite:///{self._scratch / 'mlflow.db'}"
@@ -156,8 +172,7 @@ class Job:
             "engine.ranks": ranks,
             "tracking.enabled": "false",  # the export is a phase of its own
         }
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        self._phase(phase, ranks, ["train", "t5-xl", *words], stop_due)
+        self._phase(phase, ranks, ["train", "t5-xl", *words_of(settings | self._regime)], stop_due)
         figures = self.report["phases"][phase]
         ends = [line["time_s"] for line in steps_of(run)[begun:]]
         figures["steps"] = len(ends)
@@ -178,6 +193,11 @@ class Job:
         figures, printed = measure(words, stop_due)
         self.report["phases"][phase] = {"ranks": ranks, **figures}
         return printed
+
+
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """Keys of the configuration, as the command line takes them."""
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
 def steps_of(run: RunFolder) -> list[dict[str, Any]]:
@@ -230,6 +250,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=20)
     parser.add_argument("--eval-rows", type=int, default=16)
+    parser.add_argument("--max-live-parameters", type=int, help="of a rank; see above")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--tracking-uri", help="MLflow store [a new one, removed at the end]")
     parser.add_argument("--dir", type=Path, help="where to write [the system's folder for temporary files]")
@@ -237,7 +258,7 @@ def main() -> None:
     options = parser.parse_args()
     left_out = ("data", "dir", "tracking_uri", "out")
     settings = {key: value for key, value in vars(options).items() if key not in left_out}
-    report: dict[str, Any] = {"machine": machine(), "settings": settings, "sample_s": SAMPLE_S, "runs": []}
+    report: dict[str, Any] = {"machine": machine(), "settings": settings, "runs": []}
     for shape in options.shapes:
         with tempfile.TemporaryDirectory(dir=options.dir) as scratch:
             job = Job(shape, options, Path(scratch))

@@ -61,7 +61,6 @@ def test_each_phase_is_measured_and_goes_on_from_the_one_before(
     import t5_xl_end_to_end as script
 
     monkeypatch.setattr(script, "start", Forked)
-    monkeypatch.setattr(script, "SAMPLE_S", 0.05)
     store, out, scratch = tmp_path / "mlflow.db", tmp_path / "found.json", tmp_path / "scratch"
     shutil.copy(mlflow_store, store)
     scratch.mkdir()
@@ -77,7 +76,8 @@ def test_each_phase_is_measured_and_goes_on_from_the_one_before(
         "--undisturbed",
     ]
     words += ["--steps", STEPS, "--stop-after", STOP_AFTER, "--max-length", 16, "--prompt-tokens", 4]
-    words += ["--eval-rows", 4, "--tracking-uri", f"sqlite:///{store}", "--out", out]
+    words += ["--eval-rows", 4, "--max-live-parameters", 10**7, "--out", out]
+    words += ["--tracking-uri", f"sqlite:///{store}"]
     monkeypatch.setattr(sys, "argv", ["t5_xl_end_to_end.py", *map(str, words)])
     script.main()
     (run,) = json.loads(out.read_text())["runs"]
