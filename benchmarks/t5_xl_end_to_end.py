@@ -16,8 +16,8 @@ own, so both figures have them; what the system keeps of the checkpoint's files 
 checkpoint (2.4 GB for T5-XL, 9.5 GB for T5-XXL; as much memory is needed to write it) and the runs lie in a new folder
 in `--dir`, which is removed at the end.
 
-DeepSpeed lets gathered layers go only when `stage3_max_live_parameters` are gathered: by the packaged regime 10^9, 2 GB
-on each rank, which is most of T5-XL. `--max-live-parameters` gives another bound.
+Beside its shard a rank holds the layers that DeepSpeed keeps gathered (docs/planner.md, memory): with a smaller
+`--reuse-distance` fewer of them, which are gathered again for the backward pass.
 """
 
 from __future__ import annotations
@@ -105,10 +105,9 @@ class Job:
             "phases": {},
         }
         self._regime = {}
-        if bound := options.max_live_parameters:
+        if distance := options.reuse_distance:
             regime = json.loads((shipped_folder("ds_configs") / "zero3.json").read_text())
-            for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
-                regime["zero_optimization"][key] = bound
+            regime["zero_optimization"]["stage3_max_reuse_distance"] = distance
             (scratch / "regime.json").write_text(json.dumps(regime))
             self._regime = {"engine.ds_config": scratch / "regime.json"}
 
@@ -250,7 +249,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=20)
     parser.add_argument("--eval-rows", type=int, default=16)
-    parser.add_argument("--max-live-parameters", type=int, help="of a rank; see above")
+    parser.add_argument("--reuse-distance", type=int, help="parameters [that of the packaged regime]")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--tracking-uri", help="MLflow store [a new one, removed at the end]")
     parser.add_argument("--dir", type=Path, help="where to write [the system's folder for temporary files]")

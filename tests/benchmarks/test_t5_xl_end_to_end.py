@@ -76,7 +76,7 @@ def test_each_phase_is_measured_and_goes_on_from_the_one_before(
         "--undisturbed",
     ]
     words += ["--steps", STEPS, "--stop-after", STOP_AFTER, "--max-length", 16, "--prompt-tokens", 4]
-    words += ["--eval-rows", 4, "--max-live-parameters", 10**7, "--out", out]
+    words += ["--eval-rows", 4, "--reuse-distance", 10**7, "--out", out]
     words += ["--tracking-uri", f"sqlite:///{store}"]
     monkeypatch.setattr(sys, "argv", ["t5_xl_end_to_end.py", *map(str, words)])
     script.main()
