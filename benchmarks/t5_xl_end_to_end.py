@@ -107,7 +107,8 @@ class Job:
         self._regime = {}
         if distance := options.reuse_distance:
             regime = json.loads((shipped_folder("ds_configs") / "zero3.json").read_text())
-            regime["zero_optimization"]["stage3_max_reuse_distance"] = distance
+            for key in ("stage3_max_reuse_distance", "stage3_max_live_parameters"):
+                regime["zero_optimization"][key] = distance
             (scratch / "regime.json").write_text(json.dumps(regime))
             self._regime = {"engine.ds_config": scratch / "regime.json"}
 
