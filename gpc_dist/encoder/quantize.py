@@ -60,7 +60,7 @@ def shard_matrices(layers: Iterable[nn.Module], ranks: int) -> set[nn.Parameter]
     Raises:
         UserError: a shard of one of them, on so many ranks, is no multiple of the values that share a scale.
     """
-    found = {linear.weight for layer in layers for _, _, linear in _linears(layer)}
+    found: set[Any] = {linear.weight for layer in layers for _, _, linear in _linears(layer)}
     groups = math.gcd(*(matrix.numel() for matrix in found)) // SHARD_GROUP
     whole = all(matrix.numel() % SHARD_GROUP == 0 for matrix in found)
     if not whole or groups % ranks:

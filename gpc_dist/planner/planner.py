@@ -166,7 +166,7 @@ class Planner:
     def _shards(self, weights: Weights, regime: Regime, cluster: Cluster) -> float:
         """Bytes of a rank's shards, beside what is resident."""
         sharded = weights.body - self._resident(weights)
-        size = sharded * weights.element_bytes
+        size: float = sharded * weights.element_bytes
         if regime.quantize == "int8":
             matrices = min(weights.matrices, sharded)
             size -= matrices * (weights.element_bytes - _int8_bytes(weights))

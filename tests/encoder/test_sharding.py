@@ -44,14 +44,17 @@ def test_int8_shards_are_near_their_weights(dtype: torch.dtype) -> None:
 
 
 def test_the_matrices_that_ranks_cut_into_whole_groups() -> None:
-    layers = [nn.Sequential(nn.Linear(32, 48), nn.LayerNorm(48), nn.Embedding(256, 2)), nn.Linear(64, 32)]
+    layers = [
+        nn.Sequential(nn.Linear(32, 48), nn.LayerNorm(48), nn.Embedding(256, 2)),
+        nn.ModuleList([nn.Linear(64, 32)]),
+    ]
     assert {tuple(m.shape) for m in shard_matrices(layers, 2)} == {(48, 32), (32, 64)}
     with pytest.raises(
         UserError, match="and 3 ranks do not cut this encoder's matrices so: give 1, 2 ranks, or"
     ):
         shard_matrices(layers, 3)
     with pytest.raises(UserError, match="matrices so: give engine.quantize none"):
-        shard_matrices([nn.Linear(3, 5)], 1)
+        shard_matrices([nn.Sequential(nn.Linear(3, 5))], 1)
 
 
 ROWS = ["the cat sleeps in the old garden", "never", "a bird and a dog"]
