@@ -87,7 +87,7 @@ def test_int8_shards_learn_as_whole_weights_do_and_serve_as_well(
     done = on_ranks(2, "evaluate", folder / "adapter")  # at the run's stage, with int8 shards
     assert done.returncode == 0, done.stderr
     best = json.loads((folder / "result.json").read_text())["metrics"]["best"]
-    assert json.loads(done.stdout.splitlines()[-1])["accuracy"] == best["accuracy"]
+    assert json.loads(done.stdout.splitlines()[-1])["metrics"]["accuracy"] == best["accuracy"]
 
 
 def test_late_prompts_under_hpz(tiny_recipe: Path, tmp_path: Path) -> None:
