@@ -51,7 +51,7 @@ def test_overrides_come_after_the_recipe() -> None:
         ("task.name", "2024-13-45"),
         ("encoder.revision", "0x10"),
         ("tracking.group", "~"),
-        ("engine.ds_config", "1_000.json"),
+        ("encoder.revision", "1_000"),
     ],
 )
 def test_text_is_taken_as_it_is_written(key: str, text: str) -> None:
