@@ -64,7 +64,7 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `gpc_dist.errors`)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = launch.without_local_rank(sys.argv[1:] if argv is None else argv)
     others, dotted = _without_settings(words)
     try:
         options, rest = build_parser().parse_known_args(others)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from gpc_dist import deepspeed_file
 from gpc_dist.errors import UserError
 from gpc_dist.names import Name
 from gpc_dist.parsing import to_yaml
@@ -260,7 +261,7 @@ class TrainConfig(Section):
         return self
 
 
-PLANNED = ("zero_stage", "offload_param", "activation_checkpointing", "micro_batch_tokens")
+PLANNED = ("zero_stage", "offload_param", "hpz", "activation_checkpointing", "micro_batch_tokens")
 """What `engine.plan: auto` chooses."""
 
 
@@ -280,11 +281,15 @@ class EngineConfig(Section):
     """Stage 3: where the shard of the frozen encoder rests between uses."""
     nvme_path: Path | None = None
     """Folder on a local NVMe drive for `offload_param: nvme`."""
+    hpz: bool = False
+    """Stage 3 on several machines: the ranks of each keep a second shard, of an encoder that they share among
+    themselves, so that gathering stays inside a machine (DeepSpeed's hpZ)."""
     plan: Literal["none", "auto"] = "none"
-    """`auto`: the planner chooses `zero_stage`, `offload_param`, `activation_checkpointing` and
+    """`auto`: the planner chooses `zero_stage`, `offload_param`, `hpz`, `activation_checkpointing` and
     `micro_batch_tokens` for the devices at hand (see `gpc-dist plan`); those keys must then not be given."""
     quantize: Literal["none", "int8"] = "none"
-    """Keep the frozen layers' matrices as int8 with a scale per output feature; stages 0 to 2."""
+    """Keep the frozen layers' matrices as int8: at stages 0 to 2 with a scale for each output feature; at stage 3 the
+    shards, which travel as int8 too, with a scale for each 256 values (DeepSpeed's Mixed-Precision ZeRO++)."""
     token_table: Literal["device", "host"] = "device"
     """Where the frozen table of token embeddings lies, whole: on the device, or mapped from its file on the
     host, which sends the rows that a batch needs."""
@@ -301,8 +306,9 @@ class EngineConfig(Section):
     """Most padded tokens (prompt included) a rank runs at once; a step that holds more is
     accumulated over several passes. CPU ranks also split a step where that saves padding."""
     ds_config: str | None = None
-    """DeepSpeed JSON to start from: a packaged regime (zero0 ... zero3-offload) or a path; chosen
-    from the keys above when not given."""
+    """A DeepSpeed JSON of your own: its path (docs/deepspeed.md says what becomes of each of its keys); or a packaged
+    regime, which stands for the keys above: zero0, zero1, zero2, zero3, zero3-hpz, zero3-offload-cpu,
+    zero3-offload-nvme, zero3-quantized."""
     timeout_s: int = Field(1800, ge=1, le=_YEAR_S)
     """Seconds a collective may wait for another rank before the job ends."""
 
@@ -317,8 +323,13 @@ class EngineConfig(Section):
     def _check(self) -> EngineConfig:
         if self.offload_param != "none" and self.zero_stage != 3:
             raise ValueError("engine.offload_param needs engine.zero_stage 3")
-        if self.quantize != "none" and self.zero_stage == 3:
-            raise ValueError("engine.quantize needs engine.zero_stage 0, 1 or 2: ZeRO-3 shards plain weights")
+        if self.hpz and self.zero_stage != 3:
+            raise ValueError("engine.hpz needs engine.zero_stage 3")
+        if self.offload_param == "nvme" and (self.hpz or self.quantize != "none"):
+            raise ValueError(
+                "engine.offload_param 'nvme' needs engine.hpz false and engine.quantize none: DeepSpeed swaps plain "
+                "shards alone; offload to the CPU works with both"
+            )
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "engine.compile needs engine.zero_stage 0, 1 or 2: ZeRO-3 swaps weights under the graph"
@@ -383,6 +394,8 @@ class Config(Section):
             )
         if engine.quantize != "none":
             raise ValueError(f"{needs} engine.quantize none: int8 weights cannot be trained")
+        if engine.hpz:
+            raise ValueError(f"{needs} engine.hpz false: second shards are of weights that stay as they are")
         if engine.token_table != "device":
             raise ValueError(f"{needs} engine.token_table device: the table is trained as well")
         if engine.plan != "none":
@@ -413,7 +426,8 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
         overrides: dotted key -> value, as given on the command line (see `schema.parse_value`).
 
     Raises:
-        UserError: unknown recipe, invalid YAML, unknown or duplicate key, value out of range.
+        UserError: unknown recipe, invalid YAML, unknown or duplicate key, value out of range, or a DeepSpeed file that
+            is refused or contradicts another key.
     """
     return build(recipe_tree(recipe), overrides)
 
@@ -433,7 +447,8 @@ RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 
 
 def apply(tree: dict[str, Any], values: Mapping[str, Any]) -> Config:
-    """The configuration of a nested mapping with the values of dotted keys on top; raises `UserError`.
+    """The configuration of a nested mapping with the values of dotted keys on top, and with what `engine.ds_config`
+    decides; raises `UserError`.
 
     The mapping stays as it is.
     """
@@ -452,6 +467,9 @@ def apply(tree: dict[str, Any], values: Mapping[str, Any]) -> Config:
         for name in (*PLANNED, "ds_config"):
             if f"engine.{name}" not in values:
                 tree["engine"].pop(name, None)
+    engine = tree.get("engine")
+    if isinstance(engine, dict) and engine.get("plan") != "auto" and isinstance(engine.get("ds_config"), str):
+        tree["engine"] = deepspeed_file.with_file(engine)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -1,18 +1,14 @@
-"""The configuration tree: recipes, overrides and refusals; and the DeepSpeed regimes."""
+"""The configuration tree: recipes, overrides and refusals."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from gpc_dist import config, schema
-from gpc_dist.distributed import deepspeed_config
 from gpc_dist.errors import UserError
 from gpc_dist.search import spec
-from gpc_dist.shipped import shipped_folder
 from gpc_dist.study import spec as study
 from gpc_dist.training.session import seed_everything
 
@@ -55,7 +51,7 @@ def test_overrides_come_after_the_recipe() -> None:
         ("task.name", "2024-13-45"),
         ("encoder.revision", "0x10"),
         ("tracking.group", "~"),
-        ("engine.ds_config", "1_000.json"),
+        ("encoder.revision", "1_000"),
     ],
 )
 def test_text_is_taken_as_it_is_written(key: str, text: str) -> None:
@@ -257,46 +253,6 @@ def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:
     assert {"engine.zero_stage", "engine.ranks", "engine.dtype"} <= set(listed.split(", "))
 
 
-def test_the_promised_regimes_are_there() -> None:
-    offloaded = {"zero3-offload-cpu", "zero3-offload-nvme"}
-    assert {f"zero{stage}" for stage in range(4)} | offloaded <= set(deepspeed_config.regimes())
-
-
-@pytest.mark.parametrize("name", deepspeed_config.regimes())
-def test_every_regime_is_valid_for_deepspeed_itself(name: str) -> None:
-    import deepspeed
-
-    values = json.loads((shipped_folder("ds_configs") / f"{name}.json").read_text())
-    parsed = deepspeed.DeepSpeedConfig(values)
-    assert parsed.zero_optimization_stage == int(name[4])
-    assert parsed.gradient_clipping == 1.0
-
-
-@pytest.mark.parametrize("name", deepspeed_config.regimes())
-def test_every_regime_resolves_with_the_runs_values(name: str) -> None:
-    stage, _, offload = name.removeprefix("zero").partition("-offload-")
-    overrides = {"engine.zero_stage": stage, "engine.offload_param": offload or "none"}
-    if offload == "nvme":
-        overrides["engine.nvme_path"] = "/local/nvme"
-    loaded = config.load("rte", overrides | {"train.clip_norm": "0.5"})
-    values = deepspeed_config.resolve(loaded, 4, torch.bfloat16)
-    assert values["train_batch_size"] == 32
-    assert values["gradient_clipping"] == 0.5
-    assert values["bf16"] == {"enabled": True}
-    zero = values["zero_optimization"]
-    assert zero["stage"] == int(stage)
-    assert zero.get("offload_param", {}).get("device", "none") == (offload or "none")
-
-
 def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
     share, count = (config.load("rte", {"train.warmup": w}).train for w in ("0.1", "30"))
     assert (config.warmup_steps(share, 205), config.warmup_steps(count, 205)) == (21, 30)
-
-
-def test_a_deepspeed_file_with_a_key_twice_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "mine.json"
-    file.write_text('{"zero_optimization": {"stage": 0, "stage": 3}}')
-    with pytest.raises(
-        UserError, match=r"engine.ds_config .*mine.json: duplicate key 'stage': keep one of them"
-    ):
-        deepspeed_config.read(str(file))

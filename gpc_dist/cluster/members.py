@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gpc_dist import config, files
+from gpc_dist import config, deepspeed_file, files
 from gpc_dist.cluster import slurm
 from gpc_dist.cluster.job_record import RECIPE, SEARCH
 from gpc_dist.cluster.submit import Member
@@ -85,7 +85,7 @@ def _run(task: int | None, built: Config) -> Member:
     folder, kept = RunFolder(built.run.folder), dict[str, str]()
     tree = _with_kept(built.dump(), "ds_config", folder, kept)
     tree["run"]["dir"] = str(folder.path)
-    kept[RECIPE] = config.build(tree).to_yaml()
+    kept[RECIPE] = to_yaml(tree)  # not built again: the copies that it names are not there yet
     return Member(task, built.run.name, folder, built, kept)
 
 
@@ -104,9 +104,7 @@ def _with_kept(tree: Any, key: str, folder: RunFolder, kept: dict[str, str], ins
         return [_with_kept(each, key, folder, kept, inside) for each in tree]
     if not (inside and isinstance(tree, str) and tree.endswith(".json")):
         return tree
-    from gpc_dist.distributed import deepspeed_config  # late, because it brings torch
-
-    deepspeed_config.read(tree)
+    deepspeed_file.read(tree)
     text, name = Path(tree).read_text(encoding="utf-8"), Path(tree).name
     while kept.setdefault(f"ds_configs/{name}", text) != text:  # of another folder
         name = f"other-{name}"

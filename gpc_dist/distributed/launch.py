@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -67,6 +68,12 @@ def given_ranks() -> bool:
 def forget_ranks() -> list[str]:
     """Remove the variables of a rank from the environment; returns what they were."""
     return [f"{name}={os.environ.pop(name)}" for name in _OF_A_RANK if name in os.environ]
+
+
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """The words of a command line without the `--local_rank=N` that the `deepspeed` launcher puts before them; the
+    environment says it as well."""
+    return list(words[1:] if words and re.fullmatch(r"--local[_-]rank=\d+", words[0]) else words)
 
 
 def in_job_step() -> bool:

@@ -1,6 +1,7 @@
 """int8 matrices of a frozen encoder, for training where only the input of a product needs a gradient.
 
-Quantisation is symmetric, with one scale for each output feature. The weight-only products of libraries (torchao,
+Quantisation is symmetric: with one scale for each output feature where a rank has whole matrices, and for each 256
+values of a shard, which ZeRO-3 cuts out of the flattened matrix. The weight-only products of libraries (torchao,
 quanto) are made for inference: in training, autograd keeps the dequantised matrices of all layers until the backward
 pass, which takes more memory than no quantisation (`benchmarks/quantize.py`). The product here keeps the int8 matrix
 and converts it again in the backward pass, so that one matrix at a time is in floating point.
@@ -8,14 +9,19 @@ and converts it again in the backward pass, so that one matrix at a time is in f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpc_dist.encoder.skeleton import give_values
+from gpc_dist.errors import UserError
 
 _LARGEST = 127
+SHARD_GROUP = 256
+"""Values of a shard with a scale of their own."""
 
 
 def quantize_layer(layer: nn.Module, kind: str) -> None:
@@ -34,10 +40,56 @@ def quantize_layer(layer: nn.Module, kind: str) -> None:
     """
     if kind != "int8":
         raise ValueError(f"no quantisation '{kind}'")
-    for parent in list(layer.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, QuantizedLinear(child))
+    for parent, name, linear in _linears(layer):
+        setattr(parent, name, QuantizedLinear(linear))
+
+
+def _linears(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The `nn.Linear` in a layer: in which module, and under which name."""
+    return [
+        (parent, name, child)
+        for parent in layer.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+
+
+def shard_matrices(layers: Iterable[nn.Module], ranks: int) -> set[nn.Parameter]:
+    """The matrices of layers whose shards are kept as int8: those of every `nn.Linear`.
+
+    Raises:
+        UserError: a shard of one of them, on so many ranks, is no multiple of the values that share a scale.
+    """
+    found: set[Any] = {linear.weight for layer in layers for _, _, linear in _linears(layer)}
+    groups = math.gcd(*(matrix.numel() for matrix in found)) // SHARD_GROUP
+    whole = all(matrix.numel() % SHARD_GROUP == 0 for matrix in found)
+    if not whole or groups % ranks:
+        fitting = [str(count) for count in range(1, 17) if groups % count == 0 and whole]
+        raise UserError(
+            f"engine.quantize int8 at stage 3 keeps a scale for each {SHARD_GROUP} values of a shard, and {ranks} "
+            "ranks do not cut this encoder's matrices so: give "
+            + (f"{', '.join(fitting)} ranks, or " if fitting else "")
+            + "engine.quantize none"
+        )
+    return found
+
+
+class ShardQuantizer:
+    """int8 for the shards of ZeRO-3, as DeepSpeed asks for it: a scale, in the dtype of the weights, for each group of
+    256 values."""
+
+    def quantize(self, shard: Tensor) -> tuple[Tensor, Tensor]:
+        """`[n]` -> int8 values `[n]` and scales `[n / 256]`."""
+        groups = shard.detach().view(-1, SHARD_GROUP)
+        tiny = torch.finfo(shard.dtype).tiny
+        scales = (groups.abs().amax(dim=1).float() / _LARGEST).to(shard.dtype).clamp(min=tiny)
+        values = (groups.float() / scales.float()[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
+        return values.to(torch.int8).view(-1), scales
+
+    def dequantize(self, values: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """int8 values of some shards, one after the other, and their scales -> weights of the shape of the values."""
+        groups = values.reshape(-1, SHARD_GROUP).to(scales.dtype)
+        return groups.mul_(scales[:, None]).view(values.shape).to(dtype or scales.dtype)
 
 
 class QuantizedLinear(nn.Module):

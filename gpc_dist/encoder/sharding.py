@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gpc_dist import own_folders
 from gpc_dist.adapter.families import EncoderParts
 from gpc_dist.distributed.world import World
+from gpc_dist.encoder.quantize import ShardQuantizer, shard_matrices
 from gpc_dist.encoder.skeleton import Drawn
 from gpc_dist.errors import UserError
 from gpc_dist.tensors import Stored
@@ -33,7 +34,8 @@ def shard(
 
     Raises:
         MachineError: DeepSpeed is missing, or of a version that this program was not checked with.
-        UserError: offload to NVMe where DeepSpeed's operator for it cannot be built.
+        UserError: offload to NVMe where DeepSpeed's operator for it cannot be built, a configuration that DeepSpeed
+            refuses, or ranks that do not cut the matrices into what int8 needs.
     """
     # DeepSpeed reads both when it is imported
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
@@ -51,18 +53,25 @@ def shard(
             "engine.offload_param nvme needs DeepSpeed's async_io operator, which cannot be built here: install libaio "
             "with its headers (libaio-dev) and a C++ compiler, or use engine.offload_param cpu"
         )
+    int8: dict[str, Any] = {}
+    if ds_config["zero_optimization"]["zero_quantized_nontrainable_weights"]:
+        int8 = {"quantizer": ShardQuantizer(), "matrices": shard_matrices(parts.layers, world.size)}
     ds_config = _with_own_swap_folder(ds_config)
     import deepspeed
 
     encoder: Any = parts.encoder
     deepspeed.utils.set_z3_leaf_modules(encoder, [type(parts.layers[0])])
     deepspeed.init_distributed(verbose=False)
-    if places is not None:
+    try:
+        private.check(ds_config)
+    except ValueError as error:
+        raise UserError(f"DeepSpeed refuses its configuration (engine.ds_config): {error}") from None
 
-        def read(parameter: nn.Parameter, start: int, target: Tensor) -> None:
-            places[parameter].read(start, target)
+    def read(parameter: nn.Parameter, start: int, target: Tensor) -> None:
+        assert places is not None
+        places[parameter].read(start, target)
 
-        private.partition_from_files(encoder, read, ds_config)
+    private.partition(encoder, None if places is None else read, ds_config, **int8)
     deepspeed.initialize(model=encoder, config=ds_config)
     encoder.eval()
 

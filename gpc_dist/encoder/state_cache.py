@@ -49,7 +49,7 @@ class StatesKey:
     dtype: str
     """`float32` or `bfloat16`."""
     quantize: str
-    """See `engine.quantize`."""
+    """See `engine.quantize`; `int8 shards` at stage 3."""
     hidden_size: int
     data_sha256: str
     """See `Encoded.digest`."""

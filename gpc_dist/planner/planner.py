@@ -3,9 +3,9 @@
 Computed from a `Workload`; times are those of `timing`. Bytes of one rank, with A trained values, W ranks and an
 encoder of N parameters of e bytes, of which V are in the token table:
 
-    frozen       e N; at ZeRO-3 e (V + (N - V) / W), and e V with offload; int8: one byte for each value of
-                 a layer's matrix and 4 for each row; with a late prompt of both halves, because text states may
-                 have to be computed
+    frozen       e N; at ZeRO-3 e (V + (N - V) / W), and e V with offload; hpZ: a second shard, of the ranks of a
+                 node; int8: one byte for each value of a layer's matrix and 4 for each row, or in a shard e for each
+                 256 values; with a late prompt of both halves, because text states may have to be computed
     gathered     ZeRO-3 on several ranks: DeepSpeed keeps a layer that is used again within
                  `stage3_max_reuse_distance` parameters, so k = ceil(distance / 2 / layer) layers stay from the
                  forward to the backward pass. Beside them one layer runs, and others are prefetched in buckets
@@ -29,6 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from gpc_dist.encoder.quantize import SHARD_GROUP
 from gpc_dist.planner.devices import GIB
 from gpc_dist.planner.dry_run import Footprint
 from gpc_dist.planner.regime import Regime
@@ -131,13 +132,13 @@ class Planner:
         pass_ = self._footprint(regime, rows)
         gradients = _FLOAT * self.workload.adapter
         workspace = max(0.0, pass_.peak - pass_.saved - gradients)
-        if regime.quantize == "int8":
+        if regime.quantize == "int8" and regime.zero_stage < 3:
             workspace += self.workload.weights.largest_matrix * self.workload.weights.element_bytes
         if cluster.device.is_cpu:
             workspace += _CPU_BYTES
         halves = [half for half in (self.workload.weights, self.workload.lower) if half is not None]
         return Memory(
-            frozen=sum(self._frozen(half, regime, cluster.size) for half in halves),
+            frozen=sum(self._frozen(half, regime, cluster) for half in halves),
             gathered=self._gathered(regime, cluster, pass_.saved, workspace),
             activations=pass_.saved,
             trained=2 * gradients + self._moments(regime, cluster.size),
@@ -147,16 +148,29 @@ class Planner:
     def _footprint(self, regime: Regime, rows: float) -> Footprint:
         return self.workload.passes.of(regime.zero_stage == 3, regime.recompute).at(rows)
 
-    def _frozen(self, weights: Weights, regime: Regime, ranks: int) -> float:
-        table = weights.table if self.table_on_device else 0
-        if regime.quantize == "int8":
-            plain = table + weights.body - weights.matrices
-            return plain * weights.element_bytes + weights.matrices + _FLOAT * weights.matrix_rows
-        body: float = weights.body
+    def _frozen(self, weights: Weights, regime: Regime, cluster: Cluster) -> float:
+        table = (weights.table if self.table_on_device else 0) * weights.element_bytes
         if regime.zero_stage == 3:
-            resident = weights.persistent(int(self.zero3["stage3_param_persistence_threshold"]))
-            body = resident + (0 if regime.offload != "none" else (weights.body - resident) / ranks)
-        return (table + body) * weights.element_bytes
+            resident = self._resident(weights) * weights.element_bytes
+            shards = 0.0 if regime.offload != "none" else self._shards(weights, regime, cluster)
+            return table + resident + shards
+        if regime.quantize == "int8":
+            plain = weights.body - weights.matrices
+            return table + plain * weights.element_bytes + weights.matrices + _FLOAT * weights.matrix_rows
+        return table + weights.body * weights.element_bytes
+
+    def _resident(self, weights: Weights) -> int:
+        """Parameters that every rank keeps whole at ZeRO-3."""
+        return weights.persistent(int(self.zero3["stage3_param_persistence_threshold"]))
+
+    def _shards(self, weights: Weights, regime: Regime, cluster: Cluster) -> float:
+        """Bytes of a rank's shards, beside what is resident."""
+        sharded = weights.body - self._resident(weights)
+        size: float = sharded * weights.element_bytes
+        if regime.quantize == "int8":
+            matrices = min(weights.matrices, sharded)
+            size -= matrices * (weights.element_bytes - _int8_bytes(weights))
+        return size / cluster.size + (size / cluster.per_node if regime.hpz else 0.0)
 
     def _gathered(self, regime: Regime, cluster: Cluster, saved: float, workspace: float) -> float:
         """Bytes beside the `saved` ones of a whole forward pass. Of those gathered earlier, the excess over the
@@ -180,7 +194,7 @@ class Planner:
 
     def _gathers(self, regime: Regime, ranks: int) -> bool:
         shards = regime.zero_stage == 3 and self.workload.weights.layers > 0
-        return shards and (ranks > 1 or regime.offload != "none")
+        return shards and (ranks > 1 or regime.offload != "none" or regime.quantize != "none")
 
     def _reused(self, regime: Regime, ranks: int) -> int:
         """k: layers that are gathered once for the forward and the backward pass."""
@@ -199,8 +213,8 @@ class Planner:
     def _host_bytes(self, regime: Regime, cluster: Cluster) -> float:
         weights = self.workload.weights
         table = 0 if self.table_on_device else weights.table
-        shards = weights.body / cluster.size * cluster.per_node if regime.offload == "cpu" else 0.0
-        return (table + shards) * weights.element_bytes
+        shards = self._shards(weights, regime, cluster) * cluster.per_node if regime.offload == "cpu" else 0.0
+        return table * weights.element_bytes + shards
 
     def _most_rows(self, regime: Regime, cluster: Cluster) -> int:
         usable = cluster.device.memory_gib * GIB * (1 - HEAD_ROOM)
@@ -222,7 +236,9 @@ class Planner:
             sent += others * trained  # the owners' updates
         if self._gathers(regime, cluster.size):
             layers = 2 * weights.layers - self._reused(regime, cluster.size)
-            sent += passes * layers * others * weights.layer * weights.element_bytes
+            size = _sent_bytes_of_a_value(weights, regime) * weights.layer
+            within = _gathering(regime, cluster).size
+            sent += passes * layers * (within - 1) / within * size
         return sent
 
     def _seconds(self, regime: Regime, cluster: Cluster, rows: int, passes: int) -> tuple[float, float]:
@@ -237,8 +253,8 @@ class Planner:
         computed_s = passes * (forward_s + backward_s)
         if not self._gathers(regime, cluster.size):
             return computed_s, computed_s + shared_s
-        layer = weights.layer * weights.element_bytes
-        layer_s = cluster.gather_s(layer)
+        layer = weights.layer * _sent_bytes_of_a_value(weights, regime)
+        layer_s = _gathering(regime, cluster).gather_s(layer)
         if regime.offload != "none":
             layer_s = max(layer_s, cluster.fetch_s(layer / cluster.size, regime.offload == "nvme"))
         back = weights.layers - self._reused(regime, cluster.size)
@@ -270,6 +286,19 @@ class Planner:
         )
 
 
+def _gathering(regime: Regime, cluster: Cluster) -> Cluster:
+    """The ranks that gather a layer from each other."""
+    return replace(cluster, nodes=1) if regime.hpz else cluster
+
+
+def _sent_bytes_of_a_value(weights: Weights, regime: Regime) -> float:
+    return _int8_bytes(weights) if regime.quantize == "int8" else weights.element_bytes
+
+
+def _int8_bytes(weights: Weights) -> float:
+    return 1 + weights.element_bytes / SHARD_GROUP
+
+
 def recommend(estimates: Sequence[Estimate]) -> Estimate | None:
     """The fastest that fits without offload, or else with it; the simplest of those that are as fast within 2 %. None
     if none fits."""
@@ -294,6 +323,7 @@ def why(chosen: Estimate, estimates: Sequence[Estimate]) -> str:
         said = f"{min(whole) / chosen.step_s:.2f} times as fast as whole"
     else:
         said = "does not fit whole"
+    said += "; gathers inside a node" * regime.hpz
     if regime.recompute:
         kept = any(e.fits and e.regime == replace(regime, recompute=False) for e in estimates)
         said += "; without recomputation " + ("in more passes" if kept else "too large")

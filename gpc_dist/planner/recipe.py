@@ -21,7 +21,7 @@ from gpc_dist.errors import UserError
 from gpc_dist.planner.devices import GIB, Device, device_at_hand
 from gpc_dist.planner.dry_run import ModelSpec
 from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, recommend, why
-from gpc_dist.planner.regime import REGIMES
+from gpc_dist.planner.regime import regimes_for
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import describe
 
@@ -82,6 +82,7 @@ def plan_for(config: Config, found: Sequence[tuple[str, Device]], outputs: int) 
     values = {
         "zero_stage": chosen.regime.zero_stage,
         "offload_param": chosen.regime.offload,
+        "hpz": chosen.regime.hpz,
         "activation_checkpointing": chosen.regime.recompute,
         "micro_batch_tokens": chosen.most_rows * planner.workload.row_tokens,
     }
@@ -93,7 +94,7 @@ def choose(planner: Planner, cluster: Cluster, engine: EngineConfig) -> Choice |
     """The recommendation among the regimes that this configuration can run and that give the same results."""
     regimes = [
         regime
-        for regime in REGIMES
+        for regime in regimes_for(cluster.nodes, cluster.per_node)
         if regime.quantize == engine.quantize
         and (regime.offload != "nvme" or engine.nvme_path is not None)
         and not (regime.offload == "cpu" and cluster.device.is_cpu)
@@ -118,9 +119,10 @@ def make_planner(config: Config, device: Device, outputs: int) -> Planner:
         dtype = torch.bfloat16  # this machine may have no GPU; the planned one has
     train = config.train
     rows = math.ceil(train.batch_tokens / config.data.max_length) if train.batch_tokens else train.batch_size
+    encoder = encoder_config(config.encoder)
     workload = describe(
         ModelSpec(
-            encoder_config(config.encoder),
+            encoder,
             dtype,
             config.adapter,
             outputs,
@@ -134,10 +136,12 @@ def make_planner(config: Config, device: Device, outputs: int) -> Planner:
         update={
             "zero_stage": 3,
             "offload_param": "none",
+            "hpz": False,
             "ds_config": config.engine.ds_config if config.engine.zero_stage == 3 else None,
         }
     )
     zero3 = deepspeed_config.resolve(config.model_copy(update={"engine": engine}), 1, dtype)
+    zero3 = deepspeed_config.with_sizes(zero3, encoder.hidden_size)
     # a CPU rank has the host's table in its own memory
     on_device = config.engine.token_table == "device" or device.is_cpu
     return Planner(workload, zero3["zero_optimization"], on_device)

@@ -15,31 +15,43 @@ class Regime:
     quantize: Literal["none", "int8"] = "none"
     recompute: bool = False
     """Activation checkpointing."""
+    hpz: bool = False
+    """Second shards, see `engine.hpz`."""
 
     @property
     def name(self) -> str:
         parts = ["replicated" if self.zero_stage == 0 else f"zero{self.zero_stage}"]
         parts += [self.quantize] * (self.quantize != "none")
+        parts += ["hpz"] * self.hpz
         parts += [f"offload to {self.offload}"] * (self.offload != "none")
         parts += ["recompute"] * self.recompute
         return ", ".join(parts)
 
     @property
-    def simplicity(self) -> tuple[bool, int, bool]:
+    def simplicity(self) -> tuple[bool, int, bool, bool]:
         """Sort key: the simplest first."""
-        return self.offload != "none", self.zero_stage, self.recompute
+        return self.offload != "none", self.zero_stage, self.hpz, self.recompute
 
 
 REGIMES = [
-    Regime(stage, offload, quantize, recompute)  # type: ignore[arg-type]
-    for stage, offload, quantize in (
-        (0, "none", "none"),
-        (1, "none", "none"),
-        (2, "none", "none"),
-        (3, "none", "none"),
-        (3, "cpu", "none"),
-        (3, "nvme", "none"),
-        (0, "none", "int8"),
+    Regime(stage, offload, quantize, recompute, hpz)  # type: ignore[arg-type]
+    for stage, offload, quantize, hpz in (
+        (0, "none", "none", False),
+        (1, "none", "none", False),
+        (2, "none", "none", False),
+        (3, "none", "none", False),
+        (3, "none", "none", True),
+        (3, "cpu", "none", False),
+        (3, "nvme", "none", False),
+        (0, "none", "int8", False),
+        (3, "none", "int8", False),
+        (3, "none", "int8", True),
+        (3, "cpu", "int8", False),
     )
     for recompute in (False, True)
 ]
+
+
+def regimes_for(nodes: int, per_node: int) -> list[Regime]:
+    """The regimes that differ on so many nodes with so many ranks each."""
+    return [regime for regime in REGIMES if not regime.hpz or (nodes > 1 and per_node > 1)]

@@ -15,7 +15,7 @@ from gpc_dist.errors import EXIT_DONE
 from gpc_dist.planner.devices import DEVICES, GIB, find_device
 from gpc_dist.planner.planner import HEAD_ROOM, Estimate, Planner, scaling
 from gpc_dist.planner.recipe import Choice, choose, make_planner, reason
-from gpc_dist.planner.regime import REGIMES
+from gpc_dist.planner.regime import regimes_for
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import Workload
 
@@ -42,7 +42,7 @@ def run_plan(
     """
     cluster = Cluster(find_device(gpu, memory_gib), nodes, per_node)
     planner = _planner(config, cluster)
-    estimates = [planner.estimate(regime, cluster) for regime in REGIMES]
+    estimates = [planner.estimate(regime, cluster) for regime in regimes_for(nodes, per_node)]
     choice = choose(planner, cluster, config.engine)
     chosen = choice.estimate if choice else None
     print(_run_line(config, planner.workload))

@@ -1,10 +1,10 @@
-"""Private parts of DeepSpeed: partitioning weights as they are read, and what it compiles and says."""
+"""Private parts of DeepSpeed: partitioning weights as they are read, int8 shards, and what it compiles and says."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from gpc_dist.private import checked, require, without
 
 # DeepSpeed's autotuner would import MLflow, which takes seconds and memory on every rank
 with checked("deepspeed"), without("mlflow"):
-    from deepspeed import ops
+    from deepspeed import DeepSpeedConfig, ops
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import AsyncIOBuilder
-    from deepspeed.runtime.zero import Init
+    from deepspeed.runtime.zero import Init, partition_parameters
+    from deepspeed.utils import groups
     from deepspeed.utils.logging import set_log_level_from_string
 
     require(
@@ -27,6 +29,8 @@ with checked("deepspeed"), without("mlflow"):
         "get_partition_rank",
         "num_partitions",
     )
+    require(groups, "_get_zero_param_intra_parallel_group")
+    require(partition_parameters, "CUDAQuantizer")
     if "__compatible_ops__" not in build_shm_op.__code__.co_names:  # to ask for it runs compilers
         raise AttributeError("its shared-memory collective has no switch '__compatible_ops__'")
 
@@ -48,21 +52,52 @@ def can_use_nvme() -> bool:
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
-def partition_from_files(
-    module: nn.Module, read: Callable[[nn.Parameter, int, Tensor], None], ds_config: dict[str, Any]
-) -> None:
-    """Partition over the ranks, in place, a module whose parameters are on the meta device.
+def check(ds_config: dict[str, Any]) -> None:
+    """Let DeepSpeed itself judge a configuration.
 
-    `zero.Init` broadcasts every tensor from rank 0, which must hold it; here a rank's part of it is read into its
-    place in one buffer that all tensors have in turn, and partitioned from there.
+    Raises:
+        ValueError: it is not valid, in DeepSpeed's words.
+    """
+    try:
+        DeepSpeedConfig(ds_config)
+    except Exception as error:  # it raises a dozen types, AssertionError among them
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def partition(
+    module: nn.Module,
+    read: Callable[[nn.Parameter, int, Tensor], None] | None,
+    ds_config: dict[str, Any],
+    quantizer: Any = None,
+    matrices: Collection[nn.Parameter] = (),
+) -> None:
+    """Partition the parameters of a module over the ranks, in place.
+
+    `zero.Init` broadcasts every tensor from rank 0, which must hold it; with `read`, a rank's parts of it are read into
+    their place in one buffer that all tensors have in turn, and partitioned from there.
 
     Args:
-        read: reads the elements of a parameter from a position on (of the flattened parameter) into a flat tensor.
+        read: reads the elements of a parameter, which is on the meta device, from a position on (of the flattened
+            parameter) into a flat tensor; None for a module that is in memory, whose values rank 0 gives.
+        quantizer: keeps the shards of `matrices` as int8, in which they are gathered, too:
+            `quantize(shard) -> values, scales` and `dequantize(values, scales, dtype=None)`.
     """
 
-    class InitFromFiles(Init):
+    class OwnInit(Init):
         def _convert_to_zero_parameters(self, param_list: Any) -> None:
+            # it quantises a shard before it has values, and then rounds these to whole numbers
+            self.quantized_nontrainable_weights = False
             parameters = list(dict.fromkeys(param_list))  # layers may share weights
+            if read is not None:
+                self._read_shards(parameters, read)
+                return
+            super()._convert_to_zero_parameters(parameters)
+            for parameter in parameters:
+                self._keep_int8(parameter)
+
+        def _read_shards(
+            self, parameters: Sequence[Any], read: Callable[[nn.Parameter, int, Tensor], None]
+        ) -> None:
             largest = max(p.numel() * p.dtype.itemsize for p in parameters)
             buffer = torch.empty(largest, dtype=torch.uint8, device=self.local_device)
             for parameter in parameters:
@@ -71,8 +106,50 @@ def partition_from_files(
                 torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=False))
                 self._convert_to_deepspeed_param(parameter)
                 length = -(-count // self.num_partitions)
-                start = min(length * self.get_partition_rank(), count)
-                read(parameter, start, whole.view(-1)[start : start + length])
+                parts = [(length, self.get_partition_rank())]
+                if self.zero_param_process_group is not None:  # hpZ's second shard
+                    parts.append(
+                        (length * self.num_partitions // self.num_ranks_in_param_group, self.rank_in_group)
+                    )
+                for size, place in parts:
+                    start = min(size * place, count)
+                    read(parameter, start, whole.view(-1)[start : start + size])
                 parameter.partition()
+                self._keep_int8(parameter)
 
-    InitFromFiles(module=module, config_dict_or_path=ds_config)
+        def _keep_int8(self, parameter: Any) -> None:
+            if quantizer is None or parameter not in matrices:
+                return
+            for name in ("ds_tensor", "ds_secondary_tensor"):
+                if (shard := getattr(parameter, name)) is not None:
+                    values, scales = quantizer.quantize(shard)
+                    values = get_accelerator().pin_memory(values) if self.pin_memory else values
+                    values.ds_quant_scale = scales
+                    for kept in ("ds_numel", "status", "final_location"):
+                        setattr(values, kept, getattr(shard, kept))
+                    setattr(parameter, name, values)
+            gather = parameter.all_gather_coalesced
+
+            def gather_each(params: Any, *arguments: Any, **options: Any) -> _Gathering:
+                # together, it would take their scales for those of groups of one length, and round the weights
+                ordered = sorted(params, key=lambda each: each.ds_id)
+                return _Gathering([gather([each], *arguments, **options) for each in ordered])
+
+            parameter.all_gather_coalesced = gather_each
+
+    if quantizer is not None:
+        partition_parameters.CUDAQuantizer = lambda: quantizer  # its own is compiled, for GPUs alone
+        Init.quantizer_module = quantizer  # where it is looked for, but not put, on a single rank
+    group = groups._get_zero_param_intra_parallel_group()  # of an encoder before this one
+    OwnInit(module=module, config_dict_or_path=ds_config, zero_param_parallel_group=group)
+
+
+class _Gathering:
+    """Collectives that are waited for together, as DeepSpeed waits for one."""
+
+    def __init__(self, handles: list[Any]):
+        self._handles = handles
+
+    def wait(self, **options: Any) -> None:
+        while self._handles:
+            self._handles.pop(0).wait(**options)

@@ -13,6 +13,7 @@ from gpc_dist import files
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import save_adapter
 from gpc_dist.config import Config, warmup_steps
+from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.optimizer import LaneOptimizer, schedule_factor
 from gpc_dist.errors import UserError
@@ -117,7 +118,10 @@ class Run:
         self._next: LaneExamples | None = None
         self._log: MetricLog | None = None
         if session.world.is_main:
-            files.write_json(folder.ds_config, session.ds_config)
+            if deepspeed_config.used(config):
+                files.write_json(folder.ds_config, session.ds_config)
+            else:
+                folder.ds_config.unlink(missing_ok=True)  # of an earlier part of the run, at another stage
             self._log = MetricLog(folder.metrics)
             self._log.truncate_after(self.position.step)
 

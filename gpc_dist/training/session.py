@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -225,7 +226,8 @@ def check_input(config: Config, world: World) -> None:
         UserError: see `frozen.encoder_path` and `deepspeed_config.resolve`.
     """
     frozen.encoder_path(config.encoder)
-    deepspeed_config.resolve(config, world.size, encoder_dtype(config.engine, world.device))
+    values = deepspeed_config.resolve(config, world.size, encoder_dtype(config.engine, world.device))
+    deepspeed_config.warn_of_unused(config, values)
 
 
 def load_base(config: Config, world: World) -> Base:
@@ -263,6 +265,9 @@ def open_session(
     """
     dtype = encoder_dtype(config.engine, world.device)
     ds_config = deepspeed_config.resolve(config, world.size, dtype)
+    ds_config = deepspeed_config.with_sizes(ds_config, base.parts.shape.hidden_size)
+    if config.engine.hpz:
+        ds_config = deepspeed_config.with_groups(ds_config, world.from_all(socket.gethostname()))
     choose_kernels(base.parts.layers)
     first_layer = config.adapter.entry_layer(base.parts.shape.layers)
     model = GraftedEncoder(base.parts, [adapter.to(world.device) for adapter in attached], first_layer)

@@ -223,13 +223,16 @@ class TextStates:
 
     def _key(self, encoded: Encoded) -> StatesKey:
         dtype = torch.float32 if self.pooled else encoder_dtype(self._engine, self._world.device)
+        int8_shards = (
+            self._engine.quantize == "int8" and self._engine.zero_stage == 3
+        )  # with scales of other values
         return StatesKey(
             encoder=self._identity.path,
             encoder_sha256=self._identity.sha256,
             first_layer=self._read_from if self.pooled else self._first_layer,
             pooling=self._pooling if self.pooled else "",
             dtype=str(dtype).removeprefix("torch."),
-            quantize=self._engine.quantize,
+            quantize="int8 shards" if int8_shards else self._engine.quantize,
             hidden_size=self._identity.hidden_size,
             data_sha256=encoded.digest(),
         )

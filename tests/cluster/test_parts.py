@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpc_dist import config, files
+from gpc_dist import config, deepspeed_file, files
 from gpc_dist.cluster import job_record, jobs, members, options, slurm, snapshot, submit
 from gpc_dist.cluster.resources import Resources
-from gpc_dist.distributed import deepspeed_config
 from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.search import space, spec
 from gpc_dist.shipped import SHIPPED, shipped_folder
@@ -254,7 +253,7 @@ def test_a_deepspeed_file_is_kept(users_file: Path) -> None:
     users_file.unlink()
     engine = config.load(str(found.folder.job / job_record.RECIPE)).engine
     assert engine.ds_config == str(found.folder.job / "ds_configs" / "mine.json")
-    assert deepspeed_config.read(engine.ds_config) == json.loads(text)
+    assert deepspeed_file.read(engine.ds_config) == json.loads(text)
     (plain,) = members.single("rte", {"data.path": "demo", "engine.ds_config": "zero0"})
     assert plain.kept.keys() == {job_record.RECIPE}
     for wrong in ("missing.json", "broken.json"):

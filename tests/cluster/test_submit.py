@@ -93,9 +93,7 @@ def test_an_array_of_seeds_is_kept_as_it_was_submitted(
     shutil.copy(mlflow_store, runs / "mlflow.db")
     recipe, regime = tmp_path / "mine.yaml", tmp_path / "mine.json"
     recipe.write_text(tiny_recipe.read_text())
-    regime.write_text(
-        (shipped_folder("ds_configs") / "zero0.json").read_text().replace("{", '{"mine": 7,', 1)
-    )
+    regime.write_text((shipped_folder("ds_configs") / "zero0.json").read_text().replace("2147483647", "7"))
     settings = ("--train.lr", 0.02, "--engine.ds_config", regime.name)
     first, second = (runs / f"tiny-seed-{seed}" for seed in (42, 20240))
     own = ("--run.seed", 20240, "--run.name", second.name, "--run.dir", tmp_path / "undisturbed")
@@ -133,7 +131,7 @@ def test_an_array_of_seeds_is_kept_as_it_was_submitted(
     assert list(code.glob("gpc_dist/training/__pycache__/*.pyc"))  # it has been run
     for task, folder in enumerate((first, second)):
         assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["lr"] == 0.02
-        assert json.loads((folder / "ds_config.json").read_text())["mine"] == 7
+        assert json.loads((folder / "job" / "ds_configs" / regime.name).read_text())["steps_per_print"] == 7
         record = json.loads((folder / "job" / "job.json").read_text())
         assert record["job_id"] == f"{job}_{task}"
         assert record["command"][:3] == ["gpc-dist", "submit", "train"]

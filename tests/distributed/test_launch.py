@@ -38,6 +38,20 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--local_rank=3", "train", "rte"], ["train", "rte"]),
+        (["--local-rank=0", "train"], ["train"]),
+        (["train", "--local_rank=3"], ["train", "--local_rank=3"]),
+        (["--local_rank=x"], ["--local_rank=x"]),
+        ([], []),
+    ],
+)
+def test_the_word_that_the_deepspeed_launcher_adds(words: list[str], expected: list[str]) -> None:
+    assert launch.without_local_rank(words) == expected
+
+
+@pytest.mark.parametrize(
     ("given", "rank"),
     [
         ({"RANK": "1", "WORLD_SIZE": "2"}, ("1", "2")),

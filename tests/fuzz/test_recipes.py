@@ -11,9 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpc_dist import config, schema
+from gpc_dist import config, deepspeed_file, schema
 from gpc_dist.config import Config
-from gpc_dist.distributed import deepspeed_config
 from gpc_dist.errors import UserError
 from gpc_dist.parsing import parse_json, parse_yaml, to_yaml
 from gpc_dist.search import space
@@ -98,7 +97,7 @@ def test_damaged_bytes_are_another_recipe_or_none(folder: Path, name: str, data:
 def test_a_deepspeed_file_is_read_or_refused(folder: Path, tree: Any) -> None:
     path = folder / "regime.json"
     path.write_text(json.dumps(tree))
-    found = judged(lambda: deepspeed_config.read(str(path)))
+    found = judged(lambda: deepspeed_file.read(str(path)))
     assert isinstance(found, UserError) or repr(found) == repr(tree)
 
 

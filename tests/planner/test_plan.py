@@ -69,7 +69,7 @@ def test_a_plan_is_printed_and_written(
     assert written["recommended"] == "replicated"
     assert written["workload"]["tokens"] == 24
     assert [line["nodes"] for line in written["scaling"]] == [1, 2, 4, 8, 16, 32, 64]
-    assert len(written["regimes"]) == 14
+    assert len(written["regimes"]) == 22
     for line in written["regimes"]:
         assert line["total_gib"] * 2**30 == pytest.approx(sum(line["memory"].values()))
 
@@ -163,7 +163,7 @@ def test_little_memory_changes_the_plan(tiny_recipe: Path) -> None:
     ("overrides", "device", "offloads", "kinds"),
     [
         ({}, "h100", {"none", "cpu"}, {"none"}),
-        ({"engine.quantize": "int8"}, "h100", {"none"}, {"int8"}),
+        ({"engine.quantize": "int8"}, "h100", {"none", "cpu"}, {"int8"}),
         ({}, "cpu", {"none"}, {"none"}),  # the host's memory is what such a rank has already
     ],
 )

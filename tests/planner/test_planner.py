@@ -17,7 +17,7 @@ from gpc_dist.errors import UserError
 from gpc_dist.planner.devices import GIB, find_device
 from gpc_dist.planner.dry_run import Activations, Footprint, ModelSpec, Passes
 from gpc_dist.planner.planner import Estimate, Planner, recommend, scaling, why
-from gpc_dist.planner.regime import REGIMES, Regime
+from gpc_dist.planner.regime import REGIMES, Regime, regimes_for
 from gpc_dist.planner.timing import Cluster
 from gpc_dist.planner.workload import Workload, count_weights, describe
 from gpc_dist.shipped import shipped_folder
@@ -121,6 +121,15 @@ def test_frozen_weights_by_regime(large: Workload) -> None:
     assert frozen(Regime(3)) == pytest.approx(sharded, rel=0.01)
     assert frozen(Regime(3, "cpu")) == pytest.approx(2 * weights.table, rel=0.01)
     assert frozen(Regime(quantize="int8")) == pytest.approx(2 * weights.table + weights.matrices, rel=0.01)
+    # a scale of two bytes for each 256 values, and a second shard of the ranks of a node
+    small = weights.body - weights.matrices
+    int8 = weights.matrices * (1 + 2 / 256)
+    assert frozen(Regime(3, quantize="int8")) == pytest.approx(
+        2 * weights.table + (2 * small + int8) / 8, rel=0.01
+    )
+    assert frozen(Regime(3, "cpu", "int8")) == frozen(Regime(3, "cpu"))
+    twice = planner.memory(Regime(3, hpz=True), replace(eight, nodes=4), 1).frozen
+    assert twice == pytest.approx(2 * (weights.table + weights.body * (1 / 32 + 1 / 8)), rel=0.01)
     without_table = Planner(large, ZERO3, table_on_device=False)
     assert frozen(Regime(3)) - without_table.memory(Regime(3), eight, 1).frozen == 2 * weights.table
 
@@ -245,6 +254,8 @@ def test_time_follows_the_model(large: Workload) -> None:
     assert planner.estimate(Regime(3, "nvme"), eight).step_s > planner.estimate(Regime(3), eight).step_s
     assert planner.estimate(Regime(quantize="int8"), eight).step_s > plain.step_s
     assert planner.estimate(Regime(3), eight).sent_bytes > 100 * plain.sent_bytes
+    sharded, int8 = (planner.estimate(Regime(3, quantize=q), eight).sent_bytes for q in ("none", "int8"))
+    assert int8 - plain.sent_bytes == pytest.approx((sharded - plain.sent_bytes) / 2, rel=0.01)
     alone = planner.estimate(Regime(3), cluster(per_node=1))
     assert alone.communication_share == 0
     assert alone.sent_bytes == 0
@@ -258,6 +269,18 @@ def test_more_nodes_add_communication_and_nothing_else(large: Workload) -> None:
     assert shares == sorted(shares)
     assert 0 <= shares[0] < shares[-1] < 1
     assert [e.mfu for e in found] == sorted((e.mfu for e in found), reverse=True)
+
+
+def test_second_shards_keep_gathering_inside_a_node(large: Workload) -> None:
+    planner, one = Planner(large, ZERO3), cluster()
+    four = replace(one, nodes=4)
+    inside = planner.estimate(Regime(3), one)
+    across, twice = (planner.estimate(Regime(3, hpz=hpz), four) for hpz in (False, True))
+    assert twice.step_s < across.step_s
+    assert twice.sent_bytes == pytest.approx(inside.sent_bytes, rel=0.01)
+    assert {regime.hpz for regime in regimes_for(4, 8)} == {True, False}
+    for nodes, per_node in ((1, 8), (4, 1)):
+        assert not any(regime.hpz for regime in regimes_for(nodes, per_node))
 
 
 @pytest.mark.slow

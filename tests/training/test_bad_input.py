@@ -142,7 +142,10 @@ BAD = {
     "unseen label": (["{recipe}", "--task.labels", "[a, b]"], "is none of the labels"),
     "no such layer": (["{recipe}", "--adapter.cell_layers", "[0, 3]"], "give some of 0 to 2"),
     "long prompt": (["{recipe}", "--adapter.prompt_tokens", "64"], "64 positions"),
-    "wrong regime": (["{recipe}", "--engine.ds_config", "zero3"], "has ZeRO stage 3"),
+    "wrong regime": (
+        ["{recipe}", "--engine.ds_config", "zero3", "--engine.zero_stage", "1"],
+        "has ZeRO stage 3, but engine.zero_stage is 1",
+    ),
     "no regime": (["{recipe}", "--engine.ds_config", "zero9"], "zero0"),
     "offload without sharding": (["{recipe}", "--engine.offload_param", "cpu"], "needs engine.zero_stage 3"),
     "weights without classes": (

@@ -28,7 +28,6 @@ def test_a_run_writes_one_folder(run: Path) -> None:
         "adapter",
         "checkpoints",
         "config.yaml",
-        "ds_config.json",
         "facts.json",
         "metrics.jsonl",
         "result.json",
