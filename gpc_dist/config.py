@@ -271,7 +271,7 @@ class EngineConfig(Section):
     `srun` and `torchrun`, which bring their own."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """0: everything on every rank; 1, 2: the trained group's optimizer state and gradients are
-    partitioned; 3: the frozen encoder is sharded as well."""
+    partitioned; 3: the encoder is sharded as well."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen encoder: `auto` is bf16 on a GPU that has it, else fp32. What is trained is
     always fp32."""
@@ -388,9 +388,12 @@ class Config(Section):
         if not self.adapter.trains_encoder:
             return self
         engine, needs = self.engine, "adapter.method 'fine-tuning' needs"
-        if engine.zero_stage == 3:
+        if engine.offload_param != "none":
+            raise ValueError(f"{needs} engine.offload_param none: the shards are trained where they are used")
+        if engine.zero_stage > 0 and self.train.optimizer != "adamw":
             raise ValueError(
-                f"{needs} engine.zero_stage 0, 1 or 2: ZeRO-3 shards an encoder that stays frozen"
+                f"{needs} train.optimizer adamw with engine.zero_stage {engine.zero_stage}: {self.train.optimizer} "
+                "needs rows and columns, and ZeRO partitions flat"
             )
         if engine.quantize != "none":
             raise ValueError(f"{needs} engine.quantize none: int8 weights cannot be trained")

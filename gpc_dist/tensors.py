@@ -1,4 +1,4 @@
-"""Tensors in files: where each is stored, and reading any flat part of it.
+"""Tensors in files: where each is stored, reading any flat part of it, and writing them one at a time.
 
 A safetensors file is a table of names, types, shapes and byte ranges, followed by the tensors as flat row-major
 bytes. So a rank can read its own part of a tensor and nothing else, without unpickling and without a whole tensor
@@ -7,6 +7,7 @@ in memory. `pickled` says the same of `pytorch_model.bin` files.
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -152,6 +153,102 @@ class Stored:
         return values.as_strided(self.shape, self.strides)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of a tensor: all of it, or a flat part."""
+
+    shape: Sequence[int]
+    """Of the whole tensor."""
+    start: int
+    """Elements of the flattened tensor before the part."""
+    values: Tensor
+    """The part `[n]`, as a view of where it is kept."""
+
+
+def whole(tensor: Tensor) -> Held:
+    """A contiguous tensor of which this process holds all."""
+    return Held(tensor.shape, 0, tensor.detach().view(-1))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Named float32 tensors that come one at a time, so that not all of them need be in memory."""
+
+    shapes: Mapping[str, Sequence[int]]
+    values: Iterable[Tensor]
+    """On any device, in the order of `shapes`; each is used before the next one is asked for."""
+
+
+def stream(tensors: Mapping[str, Tensor]) -> Stream:
+    """A stream of tensors that are all there."""
+    return Stream({name: tensor.shape for name, tensor in tensors.items()}, tensors.values())
+
+
+def write_stream(path: Path, tensors: Stream) -> None:
+    """Write a safetensors file, which is not synced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header, place = dict[str, Any](), 0
+    for name, shape in tensors.shapes.items():
+        end = place + prod(shape) * torch.float32.itemsize
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)  # so that tensors start at multiples of 8 bytes, as readers like it
+    with path.open("wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        for shape, values in zip(tensors.shapes.values(), tensors.values, strict=True):
+            assert values.numel() == prod(shape)
+            flat = values.detach().to("cpu", torch.float32).contiguous().view(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A flattened tensor that is stored in pieces, which follow one another."""
+
+    pieces: Sequence[Stored]
+    """All of one dtype."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(piece.numel for piece in self.pieces),)
+
+    def read(self, start: int, target: Tensor) -> None:
+        """As `Stored.read`."""
+        end, before = start + len(target), 0
+        for piece in self.pieces:
+            first, last = max(start, before), min(end, before + piece.numel)
+            if first < last:
+                piece.read(first - before, target[first - start : last - start])
+            before += piece.numel
+
+
+def joined(parts: Sequence[Mapping[str, Stored]]) -> dict[str, Joined]:
+    """The tensors whose pieces are in several files.
+
+    Args:
+        parts: name -> place of the pieces of each file, in order.
+
+    Raises:
+        UserError: pieces of one tensor have different dtypes.
+    """
+    pieces: dict[str, list[Stored]] = {}
+    for part in parts:
+        for name, piece in part.items():
+            pieces.setdefault(name, []).append(piece)
+    for name, found in pieces.items():
+        if len({piece.dtype for piece in found}) > 1:
+            raise UserError(f"the pieces of {name!r} are of several types")
+    return {name: Joined(found) for name, found in pieces.items()}
+
+
 def row_major(shape: Sequence[int]) -> list[int]:
     """Strides of a contiguous tensor."""
     return [prod(shape[place + 1 :]) for place in range(len(shape))]
@@ -231,7 +328,7 @@ def read_headers(
     return found
 
 
-def check_like(found: Mapping[str, Stored | Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
+def check_like(found: Mapping[str, Stored | Joined | Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
     """Compare names and shapes of floating-point tensors with what they should be; scalars may be of any type.
 
     Args:

@@ -195,7 +195,7 @@ def test_a_file_of_transformers_is_taken(write: Any, caplog: pytest.LogCaptureFi
     assert not {"optimizer", "scheduler"} & values.keys()
     assert "auto" not in json.dumps(values)
     with caplog.at_level(logging.WARNING):
-        warn_of_unused(loaded, values)
+        warn_of_unused(loaded, 2, values)
     (said,) = caplog.messages
     for name in (
         "optimizer",
@@ -232,7 +232,7 @@ def test_what_replaces_a_value_is_said(write: Any, caplog: pytest.LogCaptureFixt
     values = zero(zero_hpz_partition_size=8) | {"gradient_clipping": 0.5, "bf16": {"enabled": True}}
     loaded = load(write(values | {"train_batch_size": 32}), dtype="fp32")
     with caplog.at_level(logging.WARNING):
-        warn_of_unused(loaded, resolve(loaded, 2, torch.float32))
+        warn_of_unused(loaded, 2, resolve(loaded, 2, torch.float32))
     (said,) = caplog.messages
     assert "gradient_clipping is 1.0, set from `train.clip_norm`" in said
     assert "bf16 is {'enabled': False}, set from `engine.dtype`" in said
@@ -244,9 +244,9 @@ def test_where_deepspeed_has_no_part_all_of_it_is_named(write: Any, caplog: pyte
     zero = {"overlap_comm": True, "reduce_bucket_size": 5e8, "zero_quantized_nontrainable_weights": True}
     loaded = load(write({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1} | zero}))
     assert loaded.engine.zero_stage == 2
-    assert not deepspeed_config.used(loaded)
+    assert not deepspeed_config.used(loaded, 2)
     with caplog.at_level(logging.WARNING):
-        warn_of_unused(loaded, resolve(loaded, 2, torch.float32))
+        warn_of_unused(loaded, 2, resolve(loaded, 2, torch.float32))
     (said,) = caplog.messages
     assert said.count("DeepSpeed has no part at stage 2") == len(zero)
     assert all(f"{ZERO}.{name}: DeepSpeed has no part" in said for name in zero)
@@ -255,7 +255,7 @@ def test_where_deepspeed_has_no_part_all_of_it_is_named(write: Any, caplog: pyte
 def test_a_packaged_regime_and_a_plain_file_say_nothing(write: Any, caplog: pytest.LogCaptureFixture) -> None:
     plain = load(write(zero(stage3_max_live_parameters=5)))
     for loaded in (load("zero3-offload-cpu"), plain, config.load("rte", {"engine.zero_stage": "3"})):
-        warn_of_unused(loaded, resolve(loaded, 2, torch.float32))
+        warn_of_unused(loaded, 2, resolve(loaded, 2, torch.float32))
     assert not caplog.messages
 
 

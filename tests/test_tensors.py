@@ -46,6 +46,31 @@ def test_any_flat_part_is_read_in_any_type(
         assert torch.equal(part, matrix.flatten()[start : start + length].to(target))
 
 
+def test_a_stream_is_written_as_the_library_reads_it(tmp_path: Path) -> None:
+    flat = torch.randn(50)
+    made = {"part": flat[7:19], "turned": torch.randn(3, 4).t(), "half": torch.ones(2).bfloat16()}
+    made |= {"scalar": torch.tensor(3.0), "empty": flat[:0]}
+    tensors.write_stream(tmp_path / "x.safetensors", tensors.stream(made))
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == made.keys()
+    assert all(torch.equal(found[name], values.float()) for name, values in made.items())
+    assert read_header(tmp_path / "x.safetensors")["turned"].shape == (4, 3)
+
+
+def test_pieces_are_read_as_the_whole(tmp_path: Path) -> None:
+    flat = torch.randn(20)
+    parts = []
+    for number, piece in enumerate(flat.split([6, 0, 9, 5])):
+        save_file({"x": piece.clone()}, tmp_path / str(number))
+        parts.append(read_header(tmp_path / str(number)))
+    whole = tensors.joined(parts)["x"]
+    assert (whole.shape, whole.dtype) == ((20,), torch.float32)
+    for start, length in ((0, 20), (3, 2), (5, 2), (4, 12), (15, 5), (9, 0)):
+        part = torch.empty(length)
+        whole.read(start, part)
+        assert torch.equal(part, flat[start : start + length])
+
+
 @pytest.mark.parametrize("dtype", sorted(tensors._DTYPES))
 def test_every_type_is_read_as_the_library_reads_it(tmp_path: Path, dtype: str) -> None:
     kind = tensors._DTYPES[dtype]

@@ -83,6 +83,8 @@ class GraftedEncoder(nn.Module):
         self._late = 0 < first_layer < len(parts.layers)
         self.upper = UpperHalf(parts, first_layer) if self._late else None
         """The layers from k on, if they are some of the encoder's."""
+        self.head: nn.Module | None = None
+        """The head of the adapter that has taken the encoder, so that all that is trained is found from here."""
         self.autocast: torch.dtype | None = None
         """dtype of the encoder's matrix products; None if it is that of the weights."""
         self._pass: _Pass | None = None
@@ -224,7 +226,10 @@ class GraftedEncoder(nn.Module):
             self._pass = None
 
     def _cast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
+        if self.autocast is None:
+            return nullcontext()
+        # a pass uses each weight once: a cache of cast weights would only keep them
+        return torch.autocast(device.type, self.autocast, cache_enabled=False)
 
     def _before(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of layer `index`: save the prompt state that enters it, and pool the text states."""

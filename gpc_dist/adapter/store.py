@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpc_dist import __version__
 from gpc_dist.adapter.fingerprint import EncoderIdentity
@@ -19,7 +18,7 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, read_small_json, sha256
 from gpc_dist.shown import one_line
-from gpc_dist.tensors import Stored, check_like, read_header
+from gpc_dist.tensors import Held, Stored, Stream, check_like, read_header, stream, whole, write_stream
 from gpc_dist.typed import check_as
 
 WEIGHTS = "adapter.safetensors"
@@ -69,8 +68,12 @@ def save_adapter(
     adapter: Adapter,
     encoder: EncoderIdentity,
     task: dict[str, Any] | None = None,
+    weights: Stream | None = None,
 ) -> None:
     """Write an adapter folder in one step: it holds the trained tensors and nothing else.
+
+    Args:
+        weights: values of all the adapter's parameters; the parameters themselves when not given.
 
     Raises:
         UserError: there is a folder with other files.
@@ -84,9 +87,8 @@ def save_adapter(
         "encoder": encoder.dump(),
         "task": task or {},
     }
-    tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.named_parameters()}
     with new_folder(Path(folder), NAMES) as temporary:
-        save_file(tensors, temporary / WEIGHTS)
+        write_stream(temporary / WEIGHTS, weights or stream(dict(adapter.named_parameters())))
         card["weights_sha256"] = sha256(temporary / WEIGHTS)
         (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
@@ -150,21 +152,26 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
     return adapter, card
 
 
-def load_tuned_encoder(folder: str | Path, adapter: Adapter) -> None:
+def load_tuned_encoder(
+    folder: str | Path, adapter: Adapter, held: Callable[[nn.Parameter], Held] = whole
+) -> None:
     """Load fine-tuned weights into the encoder that an adapter has taken (see `Adapter.take_encoder`).
+
+    Args:
+        held: what this process has of a parameter.
 
     Raises:
         UserError: the file is damaged, its tensors are not those of this encoder, or a value is not finite.
     """
     path = Path(folder) / WEIGHTS
     # by name, because load_state_dict would expect weights that layers share once for each layer
-    named = {n: p for n, p in adapter.named_parameters() if n.startswith(_ENCODER)}
+    named = {n: held(p) for n, p in adapter.named_parameters() if n.startswith(_ENCODER)}
     try:
         stored = _stored(path, tuned=True)
-        check_like(stored, {name: p.shape for name, p in named.items()})
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(_finite({name: stored[name]})[name])
+        check_like(stored, {name: part.shape for name, part in named.items()})
+        for name, part in named.items():
+            stored[name].read(part.start, part.values)
+            _check_finite(name, part.values)
     except (UserError, OSError) as error:
         raise UserError(f"{path} cannot be loaded into its encoder: {one_line(error)}") from None
 
@@ -179,11 +186,15 @@ def _finite(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     found = {}
     for name, place in stored.items():
         found[name] = place.loaded().float()
-        if not found[name].isfinite().all():
-            raise UserError(
-                f"{name!r} holds values that are not finite: fetch it again, or train it with a lower train.lr"
-            )
+        _check_finite(name, found[name])
     return found
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise UserError(
+            f"{name!r} holds values that are not finite: fetch it again, or train it with a lower train.lr"
+        )
 
 
 def _sizes(shape: EncoderShape) -> str:

@@ -235,7 +235,7 @@ def _run(
     synchronize(session.world.device)
     for upcoming in [*steps_examples[1:], steps_examples[0]]:
         start = time.perf_counter()
-        loss = backward(session, step)
+        loss = backward(session, [optimizer], step)
         following = prepare(session, [upcoming])
         (done,), _ = finish(session, [optimizer], loss)
         seconds.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Checkpoints of the training state: a few megabytes, whatever the encoder's size.
+"""Checkpoints of the training state: a few megabytes, whatever the encoder's size, unless it is fine-tuned.
 
 A checkpoint `step-00000100/` holds
 
@@ -8,6 +8,9 @@ A checkpoint `step-00000100/` holds
     state.json            step, data position, best metric so far
     COMPLETE              SHA-256 of the other files; written last
 
+Where DeepSpeed fine-tunes the encoder, `trained-<rank>-of-<ranks>.safetensors` stand in the place of the first: each
+rank writes its own part (see `ZeroOptimizer.part`), and no rank ever has all of them in memory.
+
 A folder without `COMPLETE` is left by an interrupted save. It is never read, and the next save removes it. Folders and
 files of other names are not touched.
 """
@@ -15,8 +18,12 @@ files of other names are not touched.
 from __future__ import annotations
 
 import json
+import os
 import re
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +35,14 @@ from gpc_dist.shown import one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
-"""Version of the folder's layout; others are refused."""
+    from gpc_dist.distributed.world import World
+    from gpc_dist.tensors import Stored, Stream
+
+FORMAT, PARTS_FORMAT = 1, 2
+"""Version of the folder's layout, with whole tensors and with parts; others are refused."""
 _MARKER = "COMPLETE"
 _TRAINED, _RNG, _STATE = "trained.safetensors", "rng.safetensors", "state.json"
-_FILES = (_TRAINED, _RNG, _STATE)
-_NAMES = (*_FILES, _MARKER)
+_PART = re.compile(r"trained-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 _FOLDER = re.compile(r"\.?(step-[0-9]{8,})(?:\..*)?")
 """Names of a checkpoint's folder, and of what `files.new_folder` puts beside it for a while."""
 
@@ -44,15 +53,27 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, Tensor]
-    """See `LaneOptimizer.state`."""
+    """See `LaneOptimizer.state`; empty if there are parts."""
     rng: list[Tensor]
     """Generator state of each rank that saved."""
     state: dict[str, Any]
+    part_files: list[Path] = field(default_factory=list)
+    """Of each rank that saved a part, in order."""
 
     @property
     def name(self) -> str:
         """Of its folder."""
         return _name(self.step)
+
+    def parts(self) -> list[dict[str, Stored]]:
+        """Name -> place of the tensors of each rank that saved a part.
+
+        Raises:
+            UserError: see `tensors.read_header`.
+        """
+        from gpc_dist.tensors import read_header
+
+        return [read_header(file) for file in self.part_files]
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -60,12 +81,62 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     from safetensors.torch import save_file
 
     path = folder / _name(checkpoint.step)
-    with new_folder(path, _NAMES) as temporary:
-        save_file(checkpoint.tensors, temporary / _TRAINED)
-        save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, temporary / _RNG)
-        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        digests = {name: sha256(temporary / name) for name in _FILES}
+    with new_folder(path, _names(folder)) as temporary:
+        if checkpoint.part_files:
+            for file in checkpoint.part_files:
+                shutil.copyfile(file, temporary / file.name)
+        else:
+            save_file(checkpoint.tensors, temporary / _TRAINED)
+        _write_small(temporary, checkpoint)
+        digests = {file.name: sha256(file) for file in temporary.iterdir()}
+    _complete_with(path, digests)
+
+
+def save_parts(folder: Path, checkpoint: Checkpoint, part: Stream, world: World) -> None:
+    """Write `folder/step-<n>` atomically, each rank a part of it; every rank must call it.
+
+    Args:
+        checkpoint: on rank 0, without the parts.
+        part: what this rank saves.
+
+    Raises:
+        MachineError: a file cannot be written; raised on every rank.
+    """
+    from gpc_dist.tensors import write_stream
+
+    path = folder / _name(checkpoint.step)
+    with ExitStack() as held:  # on rank 0, the temporary folder
+        temporary = Path(world.on_main(lambda: str(held.enter_context(new_folder(path, _names(folder))))))
+        own = temporary / f"trained-{world.rank:05}-of-{world.size:05}.safetensors"
+
+        def write() -> str:
+            write_stream(own, part)
+            with own.open("rb") as file:
+                os.fsync(file.fileno())
+            return sha256(own)
+
+        digests = dict(world.from_all([own.name, world.on_all(write)]))
+
+        def finish() -> None:
+            _write_small(temporary, checkpoint)
+            small = {name: sha256(temporary / name) for name in (_RNG, _STATE)}
+            held.close()
+            _complete_with(path, small | digests)
+
+        world.on_main(finish)
+
+
+def _write_small(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write all but what was trained, and the marker."""
+    from safetensors.torch import save_file
+
+    save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, folder / _RNG)
+    parts = sorted(file.name for file in folder.iterdir() if _PART.fullmatch(file.name))
+    state = {"format": PARTS_FORMAT if parts else FORMAT, "step": checkpoint.step, **checkpoint.state}
+    (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def _complete_with(path: Path, digests: dict[str, str]) -> None:
     write_text(path / _MARKER, json.dumps(digests, indent=2) + "\n")
 
 
@@ -86,11 +157,12 @@ def seal(path: Path) -> str:
         raise damaged(str(path), str(error)) from None
 
 
-def load(path: Path, expected: str | None = None) -> Checkpoint:
-    """Read a checkpoint and verify its checksums.
+def load(path: Path, expected: str | None = None, rank: int = 0, ranks: int = 1) -> Checkpoint:
+    """Read a checkpoint and verify its checksums. Parts are not read yet.
 
     Args:
         expected: the `seal` that another rank found.
+        rank, ranks: all of `ranks` processes load it, so this one verifies some of the parts only.
 
     Raises:
         UserError: incomplete, damaged, of another format or with another seal; the message names the file and the
@@ -102,16 +174,18 @@ def load(path: Path, expected: str | None = None) -> Checkpoint:
         _check_seal(path, expected)
     try:
         digests = _json_object(path / _MARKER)
-        if changed := [name for name in _FILES if sha256(path / name) != digests.get(name)]:
+        parts = sorted(filter(_PART.fullmatch, digests))
+        files = [*(parts[rank::ranks] if parts else [_TRAINED]), _RNG, _STATE]
+        if changed := [name for name in files if sha256(path / name) != digests.get(name)]:
             raise UserError(f"{', '.join(changed)} changed after it was written")
         state = _json_object(path / _STATE)
-        if (found := state.pop("format", None)) == FORMAT:
-            return _content(path, state)
+        if (found := state.pop("format", None)) == (PARTS_FORMAT if parts else FORMAT):
+            return _content(path, state, parts)
     except (UserError, SafetensorError, OSError, RuntimeError, OverflowError) as error:
         raise damaged(str(path), str(error)) from None
     raise UserError(
-        f"checkpoint {path} has format {found!r}; this version reads {FORMAT}: go on with the version of gpc-dist that "
-        "wrote it, or give --train.resume false to start again"
+        f"checkpoint {path} has format {found!r}; this version reads {FORMAT} and {PARTS_FORMAT}: go on with the "
+        "version of gpc-dist that wrote it, or give --train.resume false to start again"
     )
 
 
@@ -126,7 +200,7 @@ def _check_seal(path: Path, expected: str) -> None:
         raise UserError(f"checkpoint {path} is not the one that rank 0 found: {remedy}")
 
 
-def _content(path: Path, state: dict[str, Any]) -> Checkpoint:
+def _content(path: Path, state: dict[str, Any], parts: Sequence[str]) -> Checkpoint:
     from safetensors.torch import load_file
 
     from gpc_dist.tensors import read_header
@@ -134,30 +208,36 @@ def _content(path: Path, state: dict[str, Any]) -> Checkpoint:
     step = state.pop("step", None)
     if type(step) is not int or not 0 <= step < 2**63:
         raise UserError(f"{_STATE} has step {step!r}")
-    places = {name: read_header(path / name) for name in (_TRAINED, _RNG)}
-    ranks = [str(rank) for rank in range(len(places[_RNG]))]
-    if sorted(places[_RNG]) != sorted(ranks):
+    held = read_header(path / _RNG)
+    ranks = [str(rank) for rank in range(len(held))]
+    if sorted(held) != sorted(ranks):
         raise UserError(f"{_RNG} does not hold the ranks from 0 on")
-    rng = load_file(path / _RNG)
-    return Checkpoint(step, load_file(path / _TRAINED), [rng[rank] for rank in ranks], state)
+    loaded = load_file(path / _RNG)
+    rng = [loaded[rank] for rank in ranks]
+    if parts:
+        return Checkpoint(step, {}, rng, state, [path / name for name in parts])
+    read_header(path / _TRAINED)  # refuses what the library would let pass
+    return Checkpoint(step, load_file(path / _TRAINED), rng, state)
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Remove what interrupted saves left, and all checkpoints but the newest `keep_last` and the best one."""
+    names = _names(folder)
     for path in _folders(folder):
-        recover_folder(path, _NAMES)
+        recover_folder(path, names)
     complete = sorted(_complete(folder), key=step_of)
     kept = complete[-keep_last:] + [path for path in complete if step_of(path) == best_step]
     for path in _folders(folder):
         if path not in kept:
-            remove_folder(path, _NAMES)
+            remove_folder(path, names)
 
 
 def remove_all(folder: Path) -> None:
     """Remove every checkpoint, and what interrupted saves left."""
+    names = _names(folder)
     for path in _folders(folder):
-        recover_folder(path, _NAMES)
-        remove_folder(path, _NAMES)
+        recover_folder(path, names)
+        remove_folder(path, names)
 
 
 def replace_all(folder: Path, checkpoint: Checkpoint) -> None:
@@ -186,6 +266,12 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path.name} holds no JSON object")
     return found
+
+
+def _names(folder: Path) -> set[str]:
+    """Names of all files of checkpoints in `folder`, whatever the number of ranks that wrote them."""
+    parts = {file.name for file in folder.glob("*step-*/trained-*") if _PART.fullmatch(file.name)}
+    return {_TRAINED, _RNG, _STATE, _MARKER, *parts}
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -31,9 +31,15 @@ def regime(config: EngineConfig) -> str:
     return f"zero{config.zero_stage}{offload}"
 
 
-def used(config: Config) -> bool:
-    """Whether DeepSpeed has a part in a run."""
-    return config.engine.zero_stage == 3
+def used(config: Config, world_size: int) -> bool:
+    """Whether DeepSpeed has a part in a run: where an encoder is sharded, or trained in parts."""
+    return config.engine.zero_stage == 3 or trains(config, world_size)
+
+
+def trains(config: Config, world_size: int) -> bool:
+    """Whether DeepSpeed's engine trains the encoder: where something of it is partitioned."""
+    stage = config.engine.zero_stage
+    return config.adapter.trains_encoder and (stage == 3 or (stage > 0 and world_size > 1))
 
 
 def resolve(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def _group_size(ranks: int, world_size: int) -> int:
     return ranks
 
 
-def warn_of_unused(config: Config, values: dict[str, Any]) -> None:
+def warn_of_unused(config: Config, world_size: int, values: dict[str, Any]) -> None:
     """Say what the user's own file asks for that is not used, or not as it stands there.
 
     Args:
@@ -138,7 +144,10 @@ def warn_of_unused(config: Config, values: dict[str, Any]) -> None:
         elif key.fate is Fate.UNUSED and key.asks(value):
             said.append(f"{name}: {key.note}")
         elif (
-            not used(config) and name != f"{ZERO}.stage" and key.fate is not Fate.REFUSED and key.asks(value)
+            not used(config, world_size)
+            and name != f"{ZERO}.stage"
+            and key.fate is not Fate.REFUSED
+            and key.asks(value)
         ):
             said.append(f"{name}: DeepSpeed has no part at stage {config.engine.zero_stage}")
         elif key.fate is Fate.TRAINED and not config.adapter.trains_encoder:

@@ -25,7 +25,27 @@ from gpc_dist.adapter.lane import PARTS, Adapter
 from gpc_dist.config import TrainConfig
 from gpc_dist.distributed.world import World
 from gpc_dist.errors import UserError
-from gpc_dist.tensors import check_like
+from gpc_dist.tensors import Stream, check_like, stream
+
+
+def parameter_groups(named: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """The parameters of an adapter as `torch.optim` takes them: a group for each part that has any, with its peak
+    learning rate.
+
+    Args:
+        named: by their names in the adapter.
+    """
+    rates = {
+        "prompt": config.lr,
+        "cell": config.cell_lr,
+        "head": config.head_lr or config.lr,
+        "encoder": config.encoder_lr,
+    }
+    groups = []
+    for part in PARTS:
+        if found := [p for n, p in named.items() if n.split(".")[0] == part]:
+            groups.append({"params": found, "lr": rates[part]})
+    return groups
 
 
 class LaneOptimizer:
@@ -36,23 +56,16 @@ class LaneOptimizer:
         zero_stage: 0 to 3, see the module's docstring.
     """
 
+    engine = None
+    """The graft itself runs passes, and nothing around it (see `ZeroOptimizer.engine`)."""
+
     def __init__(self, adapter: Adapter, config: TrainConfig, world: World, zero_stage: int):
         self.world = world
         self.clip_norm = config.clip_norm
         self.partitioned = zero_stage > 0 and world.size > 1
         self.named = dict(adapter.named_parameters())
         self.owner = _owners(self.named, world.size) if self.partitioned else {}
-        rates = {
-            "prompt": config.lr,
-            "cell": config.cell_lr,
-            "head": config.head_lr or config.lr,
-            "encoder": config.encoder_lr,
-        }
-        groups: list[dict[str, Any]] = []
-        for part in PARTS:
-            owned = [p for n, p in self.named.items() if n.split(".")[0] == part and self._owns(n)]
-            if owned:
-                groups.append({"params": owned, "lr": rates[part]})
+        groups = parameter_groups({n: p for n, p in self.named.items() if self._owns(n)}, config)
         self.kind = config.optimizer
         # a rank can own nothing when there are more ranks than tensors
         self.inner = _make(groups, config) if groups else None
@@ -70,6 +83,14 @@ class LaneOptimizer:
             for group, peak in zip(self.inner.param_groups, self._peak, strict=True):
                 group["lr"] = peak * factor
 
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a pass, to this lane and to all others whose losses are part of `loss`.
+
+        Args:
+            last: no further pass of this step comes.
+        """
+        loss.backward()
+
     def apply(self, norm: float) -> None:
         """Update the parameters from their summed gradients, clipped by the lane's gradient `norm`."""
         if self.clip_norm is not None and norm > self.clip_norm:
@@ -84,6 +105,15 @@ class LaneOptimizer:
         """Drop the gradients."""
         for parameter in self.named.values():
             parameter.grad = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.named.values())
+
+    def weights(self) -> Stream:
+        """All parameters of the adapter."""
+        return stream(self.named)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and optimizer state of the whole adapter, on the CPU of rank 0; empty elsewhere.

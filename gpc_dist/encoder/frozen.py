@@ -18,7 +18,7 @@ from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
 from gpc_dist.adapter.fingerprint import PICKLED, SAFETENSORS, weight_files
 from gpc_dist.config import EncoderConfig, EngineConfig
 from gpc_dist.distributed.world import World
-from gpc_dist.encoder.sharding import shard
+from gpc_dist.encoder.sharding import is_sharded, shard, shard_for_training
 from gpc_dist.encoder.skeleton import Drawn, auto_class, freeze, give_values, skeleton_model
 from gpc_dist.encoder.weights import check_sums, match, stored_tensors
 from gpc_dist.errors import MachineError, UserError
@@ -209,6 +209,7 @@ def place(
     engine: EngineConfig,
     ds_config: dict[str, Any],
     half: EncoderParts | None = None,
+    trained: bool = False,
 ) -> None:
     """Move the encoder, or a half of it, to where the run needs it, in place. The layers that are in no half stay where
     they are: what is not in memory is not read.
@@ -217,6 +218,9 @@ def place(
     same, so that all ranks of a machine share one copy; on a GPU read in pieces. At stage 3 it is sharded
     (see `sharding.shard`). The token table leaves the encoder, which is given `inputs_embeds`: a step needs
     a few hundred of its rows, and gathering all of them would be the largest collective of the step.
+
+    Args:
+        trained: the encoder is to be fine-tuned; at stage 3 its token table is then sharded too.
 
     Raises:
         UserError, MachineError: see `sharding.shard`.
@@ -227,6 +231,9 @@ def place(
     table: Any = parts.token_embeddings.weight
     if engine.token_table == "device" and not table.is_meta:
         parts.token_embeddings.to(world.device)
+    if engine.zero_stage == 3 and trained:
+        shard_for_training(parts, places, world, ds_config)
+        return
     if engine.zero_stage == 3:
         shard(parts, places, world, ds_config)
         return
@@ -241,8 +248,8 @@ def place(
 
 
 def thaw(parts: EncoderParts) -> None:
-    """Make every weight of a placed encoder trainable, in place. Each gets a storage of its own, row by row, because it
-    may be a view of the checkpoint file.
+    """Make every weight of a placed encoder trainable, in place. Each that is not sharded gets a storage of its own,
+    row by row, because it may be a view of the checkpoint file.
 
     Raises:
         UserError: the encoder was thawed before, so its weights are no longer the checkpoint's.
@@ -251,7 +258,8 @@ def thaw(parts: EncoderParts) -> None:
     for parameter in modules.parameters():
         if parameter.requires_grad:
             raise UserError("this encoder is being fine-tuned by another run: load one for each run")
-        give_values(parameter, parameter.detach().clone(memory_format=torch.contiguous_format))
+        if not is_sharded(parameter):
+            give_values(parameter, parameter.detach().clone(memory_format=torch.contiguous_format))
         parameter.requires_grad_(True)
 
 

@@ -15,6 +15,7 @@ from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder
 from gpc_dist.config import Config
 from gpc_dist.distributed import launch
 from gpc_dist.distributed.world import World, alone, init_world, joined
+from gpc_dist.encoder.sharding import held
 from gpc_dist.errors import UserError
 from gpc_dist.inference.engine import engine_of
 from gpc_dist.shown import one_line
@@ -83,7 +84,7 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
         )
     session = open_session(config, world, task, base, [adapter])
     if config.adapter.trains_encoder:
-        load_tuned_encoder(folder, adapter)
+        world.on_all(lambda: load_tuned_encoder(folder, adapter, held))
     return session
 
 

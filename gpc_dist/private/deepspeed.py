@@ -1,16 +1,20 @@
-"""Private parts of DeepSpeed: partitioning weights as they are read, int8 shards, and what it compiles and says."""
+"""Private parts of DeepSpeed: partitioning weights as they are read, int8 shards, the state of its ZeRO optimizers, and
+what it compiles and says."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpc_dist.private import checked, require, without
+from gpc_dist.tensors import Held, whole
 
 # DeepSpeed's autotuner would import MLflow, which takes seconds and memory on every rank
 with checked("deepspeed"), without("mlflow"):
@@ -38,8 +42,9 @@ with checked("deepspeed"), without("mlflow"):
 def say_less() -> None:
     """Keep DeepSpeed to warnings, without one that is its own affair."""
     set_log_level_from_string("warning")
-    # it calls a collective by the name that newer versions of torch deprecate
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # it calls collectives by names that newer versions of torch deprecate
+    deprecated = ".*(all_gather_into_tensor|reduce_scatter_tensor).*"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
 def compile_nothing() -> None:
@@ -88,9 +93,10 @@ def partition(
             # it quantises a shard before it has values, and then rounds these to whole numbers
             self.quantized_nontrainable_weights = False
             parameters = list(dict.fromkeys(param_list))  # layers may share weights
-            if read is not None:
+            if read is not None and parameters[0].is_meta:
                 self._read_shards(parameters, read)
                 return
+            # in memory: all of a module, or what is trained beside one and joins it later
             super()._convert_to_zero_parameters(parameters)
             for parameter in parameters:
                 self._keep_int8(parameter)
@@ -153,3 +159,62 @@ class _Gathering:
     def wait(self, **options: Any) -> None:
         while self._handles:
             self._handles.pop(0).wait(**options)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has partitioned a parameter over the ranks."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def held(parameter: nn.Parameter) -> Held:
+    """What this rank has of a parameter, which is not gathered at the moment; without what ZeRO-3 pads it with."""
+    if not is_partitioned(parameter):
+        return whole(parameter)
+    found: Any = parameter
+    size = found.ds_tensor.ds_numel
+    start = min(size * dist.get_rank(), found.ds_numel)
+    return Held(found.ds_shape, start, found.ds_tensor.detach()[: min(size, found.ds_numel - start)])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a ZeRO optimizer has the flat part of a parameter that this rank updates."""
+
+    start: int
+    """Elements of the flattened parameter before the part."""
+    count: int
+    flat: nn.Parameter
+    """What the inner optimizer updates: parts of several parameters, float32 `[n]`."""
+    offset: int
+    """Of the part in `flat`."""
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part `[count]` of `flat`, or of what the inner optimizer keeps for it, as a view."""
+        return flat.detach()[self.offset : self.offset + self.count]
+
+
+def place_of(parameter: nn.Parameter, engine: Any) -> Place:
+    """The place of a trained parameter in the optimizer of an engine with ZeRO 1, 2 or 3."""
+    optimizer, rank = engine.optimizer, dist.get_rank()
+    if is_partitioned(parameter):
+        part = held(parameter)
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        return Place(part.start, len(part.values), optimizer.fp32_partitioned_groups_flat[group], offset)
+    for parameters, whole_group, flat in zip(
+        optimizer.bit16_groups,
+        optimizer.bit16_groups_flat,
+        optimizer.single_partition_of_fp32_groups,
+        strict=True,
+    ):
+        if any(parameter is each for each in parameters):
+            # the weights are views of the group, whose equal parts are the ranks'
+            begin = (parameter.data_ptr() - whole_group.data_ptr()) // parameter.element_size()
+            mine = len(flat) * rank
+            first, last = max(begin, mine), min(begin + parameter.numel(), mine + len(flat))
+            return Place(first - begin, max(0, last - first), flat, first - mine)
+    raise AssertionError("not one of the parameters that the engine trains")
+
+
+def skip_nonfinite(engine: Any) -> None:
+    """Let `engine.step` leave out an update from gradients that are not finite, as it does for float16 alone."""
+    engine.optimizer.check_grad_overflow = True

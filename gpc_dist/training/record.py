@@ -88,7 +88,7 @@ def run_result(run: Run) -> dict[str, Any]:
         "world_size": session.world.size,
         "zero_stage": config.engine.zero_stage,
         "encoder": session.base.identity.dump(),
-        "trainable_parameters": sum(p.numel() for p in run.adapter.parameters()),
+        "trainable_parameters": run.optimizer.parameters,
         "frozen_parameters": 0 if config.adapter.trains_encoder else session.base.parameters,
         **run.speed.figures(),
         **_states(run),

@@ -15,7 +15,7 @@ from gpc_dist.adapter.store import save_adapter
 from gpc_dist.config import Config, warmup_steps
 from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.checkpoint import Checkpoint
-from gpc_dist.distributed.optimizer import LaneOptimizer, schedule_factor
+from gpc_dist.distributed.optimizer import schedule_factor
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import MetricLog
@@ -24,7 +24,7 @@ from gpc_dist.training.evaluation import Evaluation
 from gpc_dist.training.losses import class_weights
 from gpc_dist.training.session import Session, Split, plan_of
 from gpc_dist.training.state import Position, restore_state, save_state
-from gpc_dist.training.step import Done, LaneExamples
+from gpc_dist.training.step import Done, LaneExamples, optimizer_of
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Run:
         self.name, self.session, self.config, self.folder = name, session, config, folder
         self.adapter, self.training, self.validation = adapter, training, validation
         self.plan, self.total = plan_of(config, training.encoded)
-        self.optimizer = LaneOptimizer(self.adapter, settings, session.world, config.engine.zero_stage)
+        self.optimizer = optimizer_of(self.adapter, session, config)
         encoder = session.base.identity
         self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()
         targets = training.encoded.targets
@@ -118,7 +118,7 @@ class Run:
         self._next: LaneExamples | None = None
         self._log: MetricLog | None = None
         if session.world.is_main:
-            if deepspeed_config.used(config):
+            if deepspeed_config.used(config, session.world.size):
                 files.write_json(folder.ds_config, session.ds_config)
             else:
                 folder.ds_config.unlink(missing_ok=True)  # of an earlier part of the run, at another stage
@@ -198,13 +198,21 @@ class Run:
         if best is None or (value > best if task.greater_is_better else value < best):
             position.best, position.best_confusion = metrics, evaluation.confusion
             position.best_step, position.stale = position.step, 0
-            if self.session.world.is_main:
-                card = _task_card(self.config, task)
-                save_adapter(self.folder.adapter, self.adapter, self.session.base.identity, card)
+            self._save_adapter()
         else:
             position.stale += 1
             position.ended = patience is not None and position.stale >= patience
         self._write({f"val/{name}": metric for name, metric in metrics.items()})
+
+    def _save_adapter(self) -> None:
+        """Write the adapter's folder; every rank must call it."""
+        weights = self.optimizer.weights()
+        if self.session.world.is_main:
+            card = _task_card(self.config, self.session.task)
+            save_adapter(self.folder.adapter, self.adapter, self.session.base.identity, card, weights)
+        else:
+            for _ in weights.values:  # gathering one is a collective
+                pass
 
     def save_due(self, evaluated: bool) -> bool:
         """Whether to save the state after this step; `evaluated` says whether the step was evaluated."""

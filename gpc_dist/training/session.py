@@ -112,12 +112,18 @@ class Session:
     def pad_id(self) -> int:
         return self.base.pad_id
 
-    def run(self, batch: LaneBatch, lanes: Sequence[Adapter]) -> list[Tensor]:
-        """Run a batch that is on the session's device; returns the outputs of each lane's rows, `[R_k, outputs_k]`."""
+    def run(
+        self, batch: LaneBatch, lanes: Sequence[Adapter], engine: Callable[..., list[Tensor]] | None = None
+    ) -> list[Tensor]:
+        """Run a batch that is on the session's device; returns the outputs of each lane's rows, `[R_k, outputs_k]`.
+
+        Args:
+            engine: runs it in the place of the graft, around which it is.
+        """
         states = batch.text_states
         if states is None and self.text_states is not None:
             states = self.text_states.computed(batch)
-        return self.model(
+        return (engine or self.model)(
             batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows, lanes, states
         )
 
@@ -140,7 +146,7 @@ class Session:
         return adapter
 
     def hand_over_encoder(self, adapter: Adapter) -> None:
-        """Make the encoder a part of the adapter if its method trains the encoder; otherwise do nothing.
+        """Make the encoder a part of an adapter that is to be trained with it; otherwise do nothing.
 
         Raises:
             UserError: the encoder is already part of another adapter.
@@ -150,6 +156,7 @@ class Session:
         parts = self.base.parts
         frozen.thaw(parts)
         adapter.take_encoder(parts.encoder, parts.token_embeddings)
+        self.model.head = adapter.head
         dtype = encoder_dtype(self.config.engine, self.world.device)
         self.model.autocast = None if dtype == torch.float32 else dtype
 
@@ -226,22 +233,25 @@ def check_input(config: Config, world: World) -> None:
         UserError: see `frozen.encoder_path` and `deepspeed_config.resolve`.
     """
     frozen.encoder_path(config.encoder)
-    values = deepspeed_config.resolve(config, world.size, encoder_dtype(config.engine, world.device))
-    deepspeed_config.warn_of_unused(config, values)
+    values = deepspeed_config.resolve(config, world.size, weights_dtype(config, world))
+    deepspeed_config.warn_of_unused(config, world.size, values)
+
+
+def weights_dtype(config: Config, world: World) -> torch.dtype:
+    """dtype of the encoder's weights: float32 for one that is fine-tuned."""
+    return torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
 
 
 def load_base(config: Config, world: World) -> Base:
-    """Load the encoder and its tokenizer. An encoder that is fine-tuned gets float32 weights."""
+    """Load the encoder and its tokenizer."""
     start = time.monotonic()
     tokenizer = frozen.load_tokenizer(config.encoder)
-    dtype = torch.float32 if config.adapter.trains_encoder else encoder_dtype(config.engine, world.device)
+    dtype = weights_dtype(config, world)
     encoder = frozen.load_encoder(config.encoder, dtype, world, table=False)
     # the path is the one that the user gave, not the folder on this machine
     identity = replace(identify(encoder.parts.encoder, encoder.files or None), path=config.encoder.path)
     first_layer = config.adapter.entry_layer(encoder.parts.shape.layers)
-    if first_layer == 0:
-        encoder.read_table()  # otherwise another copy embeds the text (see `TextStates`)
-    elif identity.model_type not in TESTED:
+    if first_layer > 0 and identity.model_type not in TESTED:
         check_halves(encoder.parts, first_layer)
     checked = config.encoder.model_copy(update={"checksum": False})
     parameters = frozen.count_parameters(encoder.parts)
@@ -261,10 +271,9 @@ def open_session(
     """Graft the encoder, and place it where it runs.
 
     Args:
-        attached: adapters that run if a pass is given no others.
+        attached: adapters that run if a pass is given no others, and are not trained.
     """
-    dtype = encoder_dtype(config.engine, world.device)
-    ds_config = deepspeed_config.resolve(config, world.size, dtype)
+    ds_config = deepspeed_config.resolve(config, world.size, weights_dtype(config, world))
     ds_config = deepspeed_config.with_sizes(ds_config, base.parts.shape.hidden_size)
     if config.engine.hpz:
         ds_config = deepspeed_config.with_groups(ds_config, world.from_all(socket.gethostname()))
@@ -280,8 +289,11 @@ def open_session(
         return_freed_memory()  # otherwise the heap keeps memory that is no longer used
     start = time.monotonic()
     text_states = None
-    if first_layer == 0:
-        frozen.place(base.encoder, world, config.engine, ds_config)
+    trained = config.adapter.trains_encoder and not attached
+    if first_layer == 0:  # otherwise another copy embeds the text (see `TextStates`)
+        if not trained or config.engine.zero_stage < 3:
+            base.encoder.read_table()
+        frozen.place(base.encoder, world, config.engine, ds_config, trained=trained)
     else:
         # the layers below are loaded only if states must be computed
         if model.upper is not None:

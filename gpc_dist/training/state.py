@@ -15,7 +15,9 @@ from gpc_dist.distributed import checkpoint
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.optimizer import LaneOptimizer
 from gpc_dist.distributed.world import World
+from gpc_dist.distributed.zero_optimizer import ZeroOptimizer
 from gpc_dist.errors import UserError
+from gpc_dist.training.step import Optimizer
 from gpc_dist.typed import check_as
 
 
@@ -80,32 +82,35 @@ def load_on_all(path: Path, world: World) -> Checkpoint:
         UserError: it is damaged, or not on every rank what it is on rank 0; raised on every rank.
     """
     seal = world.on_main(lambda: checkpoint.seal(path))
-    return world.on_all(lambda: checkpoint.load(path, seal))
+    return world.on_all(lambda: checkpoint.load(path, seal, world.rank, world.size))
 
 
 def save_state(
     checkpoints: Path,
     config: Config,
     encoder: EncoderIdentity,
-    optimizer: LaneOptimizer,
+    optimizer: Optimizer,
     position: Position,
 ) -> None:
     """Write a checkpoint; keep only the newest `train.keep_last` and the best one. Every rank must call it."""
     world = optimizer.world
-    tensors = optimizer.state()
+    tensors = optimizer.state() if isinstance(optimizer, LaneOptimizer) else {}
     states = world.gather_tensors({"rng": checkpoint.rng_state()})
-    if states is None:  # not rank 0
-        return
     state = {
         "position": asdict(position),
         "identity": identity(config),
         "encoder_sha256": encoder.sha256,
     }
-    checkpoint.save(checkpoints, Checkpoint(position.step, tensors, [each["rng"] for each in states], state))
-    checkpoint.prune(checkpoints, config.train.keep_last, position.best_step)
+    found = Checkpoint(position.step, tensors, [each["rng"] for each in states or ()], state)
+    if isinstance(optimizer, ZeroOptimizer):
+        checkpoint.save_parts(checkpoints, found, optimizer.part(), world)
+    elif world.is_main:
+        checkpoint.save(checkpoints, found)
+    if world.is_main:
+        checkpoint.prune(checkpoints, config.train.keep_last, position.best_step)
 
 
-def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOptimizer) -> Position:
+def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: Optimizer) -> Position:
     """Restore the tensors of a checkpoint; returns the position. Every rank must call it.
 
     This rank's random generator is restored if the number of ranks is the same.
@@ -117,18 +122,27 @@ def restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOp
     return optimizer.world.on_all(lambda: _restore_state(saved, encoder, optimizer))
 
 
-def _restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: LaneOptimizer) -> Position:
+def _restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: Optimizer) -> Position:
     if saved.state.get("encoder_sha256") != encoder.sha256:
         raise UserError(
             f"the weights of encoder '{encoder.path}' have changed since step {saved.step} was saved: restore them, "
             "or give --train.resume false to start again"
+        )
+    if bool(saved.part_files) is isinstance(optimizer, LaneOptimizer):
+        raise UserError(
+            f"checkpoint {saved.name} was saved {'by' if saved.part_files else 'without'} DeepSpeed's optimizer, which "
+            "fine-tunes at engine.zero_stage 3, and at 1 and 2 on several ranks, and not otherwise: go on at such a "
+            "stage as it was saved at, or give --train.resume false to start again"
         )
     world: World = optimizer.world
     try:
         position = check_as(Position, saved.state.get("position"), "its position")
         if position.step != saved.step:
             raise UserError(f"its position is step {position.step}")
-        optimizer.load(saved.tensors)
+        if isinstance(optimizer, LaneOptimizer):
+            optimizer.load(saved.tensors)
+        else:
+            optimizer.load(saved.parts())
         if len(saved.rng) == world.size:
             torch.set_rng_state(saved.rng[world.rank])
     except (UserError, RuntimeError, TypeError) as error:

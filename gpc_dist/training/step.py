@@ -19,7 +19,10 @@ from torch import Tensor
 
 from gpc_dist.adapter.graft import shared_prompt_tokens
 from gpc_dist.adapter.lane import Adapter
+from gpc_dist.config import Config
+from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.optimizer import LaneOptimizer, reduce_gradients, send_updates
+from gpc_dist.distributed.zero_optimizer import ZeroOptimizer
 from gpc_dist.tasks import LaneBatch, Sizes, share
 from gpc_dist.training.losses import summed_loss
 from gpc_dist.training.session import Session, Split, lane_batch
@@ -27,6 +30,22 @@ from gpc_dist.training.session import Session, Split, lane_batch
 PASS_TOKENS = 50
 """Padded tokens of a rank that an additional pass must save, on a CPU. Such a pass takes the time of up to 40 of them
 (MiniLM's shape, 1 and 8 lanes). A GPU needs few and large passes, and under ZeRO-3 each pass gathers the encoder."""
+
+
+Optimizer = LaneOptimizer | ZeroOptimizer
+"""Of an adapter. All lanes of a step have the first kind, or its only lane has the second."""
+
+
+def optimizer_of(adapter: Adapter, session: Session, config: Config) -> Optimizer:
+    """The optimizer of a run: DeepSpeed's, where the encoder is trained and something of it is partitioned.
+
+    Raises:
+        MachineError: see `ZeroOptimizer`.
+    """
+    world = session.world
+    if deepspeed_config.trains(config, world.size):
+        return ZeroOptimizer(adapter, session.model, config.train, world, session.ds_config)
+    return LaneOptimizer(adapter, config.train, world, config.engine.zero_stage)
 
 
 @dataclass(frozen=True)
@@ -110,12 +129,13 @@ def prepare(session: Session, lanes: Sequence[LaneExamples]) -> Step:
     return Step(list(lanes), passes)
 
 
-def backward(session: Session, step: Step) -> Tensor:
+def backward(session: Session, optimizers: Sequence[Optimizer], step: Step) -> Tensor:
     """Compute the gradients of this rank's part of a step. Returns its part of each lane's mean loss, float32 `[K]`,
     without waiting for the GPU."""
     total = torch.zeros(len(step.lanes), device=session.world.device)
-    for micro in step.passes:
-        outputs = session.run(micro.batch, [lane.adapter for lane in step.lanes])
+    first = optimizers[0]  # what runs passes, all lanes have in common
+    for number, micro in enumerate(step.passes, 1):
+        outputs = session.run(micro.batch, [lane.adapter for lane in step.lanes], first.engine)
         losses = torch.stack(
             [
                 summed_loss(session.task.kind, out, batch, lane.class_weights) / len(lane.indices)
@@ -126,13 +146,13 @@ def backward(session: Session, step: Step) -> Tensor:
         )
         if not micro.counts:
             losses = losses * 0
-        losses.sum().backward()
+        first.backward(losses.sum(), last=number == len(step.passes))
         total += losses.detach()
     return total
 
 
 def finish(
-    session: Session, optimizers: Sequence[LaneOptimizer], losses: Tensor, flag: bool = False
+    session: Session, optimizers: Sequence[Optimizer], losses: Tensor, flag: bool = False
 ) -> tuple[list[Done], bool]:
     """Sum the gradients over the ranks, and update each adapter whose loss and gradient norm are finite.
 
@@ -144,14 +164,22 @@ def finish(
         The result of each lane, and whether any rank set its flag.
     """
     # filled on the device: a copy from the host would wait for all work queued before it
-    flags = torch.full_like(losses[:1], float(flag))
-    reduced = reduce_gradients(optimizers, torch.cat([losses, flags]), session.config.engine.zero_stage)
+    numbers = torch.cat([losses, torch.full_like(losses[:1], float(flag))])
+    if isinstance(optimizers[0], ZeroOptimizer):
+        reduced = optimizers[0].step(numbers)
+    else:
+        reduced = reduce_gradients(_lanes(optimizers), numbers, session.config.engine.zero_stage)
     *means, raised = reduced.sums
     done = [Done(*found) for found in zip(means, reduced.norms, strict=True)]
-    finite = [(optimizer, one) for optimizer, one in zip(optimizers, done, strict=True) if one.finite]
-    for optimizer, one in finite:
-        optimizer.apply(one.norm)
-    send_updates([optimizer for optimizer, _ in finite])
-    for optimizer in optimizers:
-        optimizer.clear()
+    finite = [(lane, one) for lane, one in zip(_lanes(optimizers), done, strict=False) if one.finite]
+    for lane, one in finite:
+        lane.apply(one.norm)
+    send_updates([lane for lane, _ in finite])
+    for lane in _lanes(optimizers):
+        lane.clear()
     return done, raised > 0
+
+
+def _lanes(optimizers: Sequence[Optimizer]) -> list[LaneOptimizer]:
+    """Those whose updates are made here, which are all or none: DeepSpeed makes its own."""
+    return [each for each in optimizers if isinstance(each, LaneOptimizer)]

@@ -57,10 +57,11 @@ class Trainer:
         step = self._next_step(runs)
         for run in runs:
             run.begin_step()
-        losses = backward(session, step)
+        optimizers = [run.optimizer for run in runs]
+        losses = backward(session, optimizers, step)
         self._prefetched = runs, self._prepare(runs)  # while the GPU works on this one
         flag = self._stop() or pause()
-        done, flagged = finish(session, [run.optimizer for run in runs], losses, flag)
+        done, flagged = finish(session, optimizers, losses, flag)
         self.stopped = flagged and session.world.any(self._stop())
         step_s = time.monotonic() - started_s
 

@@ -137,7 +137,7 @@ def test_a_fine_tuned_encoder_is_saved_and_given_to_another_one_bit_for_bit(
     ("sizes", "name"),
     [
         ({"num_hidden_layers": 2}, "layer.2.attention"),
-        ({"hidden_size": 16}, r"has shape \[32\], not \[16\]"),
+        ({"hidden_size": 16}, r"has shape \[101, 32\], not \[101, 16\]"),
     ],
 )
 def test_weights_of_another_encoder_are_refused_by_name(

@@ -18,6 +18,7 @@ from gpc_dist.distributed import checkpoint
 from gpc_dist.distributed.world import World
 from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.files import sha256
+from gpc_dist.tensors import stream
 from gpc_dist.training.state import saved_state
 from tests.conftest import gpc
 
@@ -65,6 +66,53 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(
     assert checkpoint.newest(folder) == before
     assert checkpoint.load(before).tensors.keys() == saved.tensors.keys()
     assert not list(folder.glob("*99*"))
+
+
+def save_in_parts(folder: Path, step: int) -> Path:
+    """A checkpoint of one rank, in the form of those that have a file for each."""
+    part = stream({"param/x": torch.arange(3.0), "step": torch.tensor(2.0)})
+    found = checkpoint.Checkpoint(step, {}, [checkpoint.rng_state()], {"position": None})
+    checkpoint.save_parts(folder, found, part, ALONE)
+    return folder / found.name
+
+
+def test_a_checkpoint_in_parts_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_in_parts(tmp_path, 4)
+    name = "trained-00000-of-00001.safetensors"
+    assert {file.name for file in path.iterdir()} == {name, "rng.safetensors", "state.json", "COMPLETE"}
+    saved = checkpoint.load(path)
+    (part,) = saved.parts()
+    assert torch.equal(part["param/x"].loaded(), torch.arange(3.0))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sha256", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_in_parts(tmp_path, 5)
+    monkeypatch.undo()
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[:-1] + b"\1")
+    with pytest.raises(UserError, match=f"{name} changed after it was written"):
+        checkpoint.load(path)
+    # each of several processes verifies its share
+    assert checkpoint.load(path, rank=1, ranks=2).part_files == [path / name]
+
+
+def test_a_checkpoint_in_parts_is_copied_and_removed_with_all_its_files(tmp_path: Path) -> None:
+    saved = checkpoint.load(save_in_parts(tmp_path / "one", 4))
+    save_in_parts(tmp_path / "two", 9)
+    checkpoint.replace_all(tmp_path / "two", saved)
+    (copied,) = (tmp_path / "two").iterdir()
+    assert copied.name == "step-00000004"
+    assert torch.equal(checkpoint.load(copied).parts()[0]["param/x"].loaded(), torch.arange(3.0))
+    for step in (5, 6):
+        save_in_parts(tmp_path / "one", step)
+    (tmp_path / "one" / ".step-00000007.new-0").mkdir()  # what a killed save leaves
+    (tmp_path / "one" / ".step-00000007.new-0" / "trained-00003-of-00004.safetensors").touch()
+    checkpoint.prune(tmp_path / "one", keep_last=1, best_step=None)
+    assert [each.name for each in (tmp_path / "one").iterdir()] == ["step-00000006"]
 
 
 def test_a_state_of_other_data_or_of_another_format_is_refused_by_name(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 from gpc_dist import config
 from gpc_dist.adapter import Adapter, AdapterConfig, GraftedEncoder, attach
 from gpc_dist.adapter.families import locate
-from gpc_dist.distributed.world import World
+from gpc_dist.distributed.world import World, joined
 from gpc_dist.encoder.frozen import load_encoder, thaw
 from gpc_dist.encoder.skeleton import freeze
 from gpc_dist.errors import EXIT_USAGE, UserError
@@ -26,13 +27,17 @@ from gpc_dist.search import space
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.tasks import EpochPlan, encode, make_task, read_part
 from gpc_dist.training.pack import Pack
+from gpc_dist.training.session import load_base, open_session
+from gpc_dist.training.step import LaneExamples, backward, finish, optimizer_of, prepare
 from tests.adapter.encoders import FAMILIES, batch_for, randomise, tiny
 from tests.conftest import gpc, losses
+from tests.processes import call_on_ranks, on_ranks
 from tests.training import test_ranks
 
 METHOD = ("--adapter.method", "fine-tuning", "--train.encoder_lr", 1e-3, "--train.lr", 1e-2)
-ARRANGEMENTS = [(1, 0), (2, 0), (2, 1), (2, 2)]
+ARRANGEMENTS = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (1, 3)]
 """Ranks and ZeRO stage."""
+BY_DEEPSPEED = [each for each in ARRANGEMENTS if each[1] > 0]
 
 
 def train(recipe: Path, folder: Path, ranks: int = 1, stage: int = 0, *more: object) -> Path:
@@ -72,10 +77,8 @@ class Plain(nn.Module):
         return self.head((states * text).sum(1) / text.sum(1))
 
 
-def test_a_run_equals_a_plain_loop(tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path) -> None:
-    more = ("--train.steps", 6, "--train.eval_every", 6, "--train.save_every", 6, "--train.warmup", 2)
-    assert gpc("train", tiny_recipe, "--run.dir", tmp_path, *METHOD, *more) == 0
-
+def plain_loop(tiny_recipe: Path, tiny_encoder: Path, steps: int, warmup: int) -> tuple[Plain, list[float]]:
+    """The model and the losses of a loop with torch's AdamW, in one process."""
     settings = config.load(str(tiny_recipe))
     task = make_task(settings.task, settings.data)
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
@@ -92,10 +95,11 @@ def test_a_run_equals_a_plain_loop(tiny_recipe: Path, tiny_encoder: Path, tmp_pa
         weight_decay=0.01,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (step + 1) / 2 if step < 2 else (6 - step) / 4
+        optimizer,
+        lambda step: (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup),
     )
-    expected = []
-    for _, indices in zip(range(6), (step for _, step in plan.batches()), strict=False):
+    losses = []
+    for _, indices in zip(range(steps), (step for _, step in plan.batches()), strict=False):
         chosen = [examples[i] for i in indices]
         batch = tokenizer([e.rows[0][0] for e in chosen], padding=True, return_tensors="pt")
         loss = cross_entropy(model(dict(batch)), torch.tensor([e.target for e in chosen]))
@@ -104,7 +108,14 @@ def test_a_run_equals_a_plain_loop(tiny_recipe: Path, tiny_encoder: Path, tmp_pa
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        expected.append(loss.item())
+        losses.append(loss.item())
+    return model, losses
+
+
+def test_a_run_equals_a_plain_loop(tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    more = ("--train.steps", 6, "--train.eval_every", 6, "--train.save_every", 6, "--train.warmup", 2)
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path, *METHOD, *more) == 0
+    model, expected = plain_loop(tiny_recipe, tiny_encoder, 6, 2)
     assert list(losses(tmp_path).values()) == pytest.approx(expected, rel=1e-4)
     found = {
         name.removeprefix("param/"): tensor
@@ -163,17 +174,36 @@ def test_gradients_of_every_family_are_the_plain_encoders(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS[1:])
-def test_losses_do_not_depend_on_ranks_or_stage(
-    runs: dict[tuple[int, int], Path], arrangement: tuple[int, int]
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_losses_are_the_plain_loops_on_any_ranks_at_any_stage(
+    runs: dict[tuple[int, int], Path],
+    tiny_recipe: Path,
+    tiny_encoder: Path,
+    arrangement: tuple[int, int],
 ) -> None:
-    reference = losses(runs[1, 0])
-    assert len(reference) == 12
-    assert losses(runs[arrangement]) == pytest.approx(reference, rel=1e-3)
+    _, expected = plain_loop(tiny_recipe, tiny_encoder, 12, 1)
+    assert list(losses(runs[arrangement]).values()) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arrangement", [(1, 0), (2, 0), (2, 2)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_several_passes_change_nothing_whatever_rows_they_have(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, stage: int
+) -> None:
+    folder = train(tiny_recipe, tmp_path / "run", 2, stage, "--engine.micro_batch_tokens", 20)
+    assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_without_examples_takes_part(tiny_recipe: Path, tmp_path: Path) -> None:
+    more = ("--train.batch_size", 1, "--train.steps", 4)
+    one = train(tiny_recipe, tmp_path / "one", 1, 0, *more)
+    two = train(tiny_recipe, tmp_path / "two", 2, 2, *more)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS[:-1])
 def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
     runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path, arrangement: tuple[int, int]
 ) -> None:
@@ -183,10 +213,126 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
     assert last_state(folder).name == "step-00000008"
     train(tiny_recipe, folder, *arrangement)
     assert losses(folder) == losses(runs[arrangement])
-    mine, other = (load_file(last_state(f) / "trained.safetensors") for f in (folder, runs[arrangement]))
     assert last_state(folder).name == "step-00000012"
-    assert mine.keys() == other.keys()
-    assert all(mine[key].equal(other[key]) for key in mine)
+    mine, other = (last_state(each) for each in (folder, runs[arrangement]))
+    for file in other.glob("*.safetensors"):
+        assert (mine / file.name).read_bytes() == file.read_bytes()
+    assert weights(folder).keys() == weights(runs[arrangement]).keys()
+    assert all(tensor.equal(weights(runs[arrangement])[name]) for name, tensor in weights(folder).items())
+
+
+def begun(run: Path, folder: Path) -> Path:
+    """A copy of a finished run as it was after step 8."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [((2, 1), (2, 3)), ((2, 3), (2, 2)), ((2, 2), (1, 3))])
+def test_deepspeeds_stages_take_each_others_checkpoints_on_any_ranks(
+    runs: dict[tuple[int, int], Path],
+    tiny_recipe: Path,
+    tmp_path: Path,
+    before: tuple[int, int],
+    after: tuple[int, int],
+) -> None:
+    folder = begun(runs[before], tmp_path / "run")
+    train(tiny_recipe, folder, *after)
+    assert losses(folder) == pytest.approx(losses(runs[1, 0]), rel=1e-4)
+    assert len(list(last_state(folder).glob("trained-*"))) == after[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [((2, 1), (1, 0), "by DeepSpeed's optimizer"), ((1, 0), (1, 3), "without DeepSpeed's optimizer")],
+)
+def test_a_checkpoint_of_the_other_optimizer_is_refused(
+    runs: dict[tuple[int, int], Path],
+    tiny_recipe: Path,
+    tmp_path: Path,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    message: str,
+) -> None:
+    folder = begun(runs[before], tmp_path / "run")
+    words = ("train", tiny_recipe, "--run.dir", folder, "--engine.zero_stage", after[1], *METHOD)
+    done = on_ranks(after[0], *words)
+    assert done.returncode == EXIT_USAGE
+    assert f"step-00000008 was saved {message}" in done.stderr
+
+
+@pytest.mark.slow
+def test_no_rank_writes_more_than_its_part(runs: dict[tuple[int, int], Path]) -> None:
+    saved = last_state(runs[2, 3])
+    shares = [file.stat().st_size for file in sorted(saved.glob("trained-*"))]
+    whole = (last_state(runs[1, 0]) / "trained.safetensors").stat().st_size
+    assert len(shares) == 2
+    assert max(shares) < 0.6 * whole  # headers, and what does not divide by two
+    parts = [load_file(file) for file in sorted(saved.glob("trained-*"))]
+    for name, tensor in weights(runs[2, 3]).items():
+        joined = torch.cat([part[f"param/{name}"] for part in parts])
+        assert len(joined) == tensor.numel()
+
+
+@pytest.mark.slow
+def test_a_damaged_part_is_refused_by_all_ranks(
+    runs: dict[tuple[int, int], Path], tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = begun(runs[2, 1], tmp_path / "run")
+    file = last_state(folder) / "trained-00001-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    words = ("train", tiny_recipe, "--run.dir", folder, "--engine.zero_stage", 1, *METHOD)
+    done = on_ranks(2, *words)
+    assert done.returncode == EXIT_USAGE
+    assert f"{file.name} changed after it was written" in done.stderr
+
+
+def make_steps(recipe: Path, stage: int) -> None:
+    """On a rank: a step whose loss one rank finds infinite, and one that is as it should be."""
+    settings = {"adapter.method": "fine-tuning", "engine.zero_stage": str(stage), "run.dir": "unused"}
+    chosen = config.load(str(recipe), settings)
+    with joined(chosen.engine) as world:
+        task = make_task(chosen.task, chosen.data)
+        session = open_session(chosen, world, task, load_base(chosen, world))
+        adapter = session.new_adapter(chosen)
+        optimizer = optimizer_of(adapter, session, chosen)
+        split = session.split(read_part(task, chosen.data, "train", 0))
+        step = prepare(session, [LaneExamples(adapter, split, np.arange(9))])
+
+        def values() -> dict[str, Tensor]:
+            found = optimizer.weights()
+            return {name: each.clone() for name, each in zip(found.shapes, found.values, strict=True)}
+
+        def after(change: float) -> tuple[bool, dict[str, Tensor]]:
+            class Changed:
+                engine = optimizer.engine
+
+                def backward(self, loss: Tensor, last: bool) -> None:
+                    optimizer.backward(loss + change, last)
+
+            loss = backward(session, [Changed()], step)  # type: ignore[list-item]
+            (done,), _ = finish(session, [optimizer], loss + change)
+            return done.finite, values()
+
+        start = values()
+        finite, kept = after(float("inf") if world.rank == 1 else 0.0)
+        assert not finite
+        assert all(kept[name].equal(start[name]) for name in start)
+        finite, changed = after(0.0)
+        assert finite
+        assert not changed["head.linear.weight"].equal(start["head.linear.weight"])
+        assert all(each.isfinite().all() for each in changed.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(tiny_recipe: Path, stage: int) -> None:
+    done = call_on_ranks(2, make_steps, tiny_recipe, stage)
+    assert done.returncode == 0, done.stderr
 
 
 # -- what comes of it ------------------------------------------------------------------------------------
@@ -207,6 +353,27 @@ def test_the_folder_holds_head_and_encoder_and_gives_the_reported_metric(
     assert gpc("evaluate", run / "adapter", "--engine.device", "cpu") == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["metrics"] == pytest.approx(result["metrics"]["best"])
+
+
+@pytest.mark.slow
+def test_what_was_sharded_is_the_same_in_use_sharded_or_whole(
+    runs: dict[tuple[int, int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs[2, 3]
+    result = json.loads((run / "result.json").read_text())
+    alone = json.loads((runs[1, 0] / "result.json").read_text())
+    assert result["trainable_parameters"] == alone["trainable_parameters"]
+    assert {n: t.shape for n, t in weights(run).items()} == {
+        n: t.shape for n, t in weights(runs[1, 0]).items()
+    }
+    done = on_ranks(2, "evaluate", run / "adapter", "--engine.device", "cpu")
+    assert done.returncode == 0, done.stderr
+    sharded = json.loads(done.stdout.splitlines()[-1])["metrics"]
+    whole = ("--engine.zero_stage", 0, "--engine.ranks", 1, "--engine.device", "cpu")
+    assert gpc("evaluate", run / "adapter", *whole) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
+    assert sharded == pytest.approx(result["metrics"]["best"], rel=1e-4)
+    assert printed == pytest.approx(result["metrics"]["best"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -291,10 +458,17 @@ def test_bf16_multiplies_in_bf16_and_keeps_float32_weights(
 # -- what is refused -------------------------------------------------------------------------------------
 
 
+def test_what_zero_cannot_train_is_refused() -> None:
+    given = {"adapter.method": "fine-tuning", "engine.zero_stage": "3"}
+    with pytest.raises(UserError, match="needs train.optimizer adamw with engine.zero_stage 3"):
+        config.load("rte", given | {"train.optimizer": "adafactor"})
+    with pytest.raises(UserError, match="'fine-tuning' needs engine.offload_param none"):
+        config.load("rte", given | {"engine.offload_param": "cpu"})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("engine.zero_stage", "3", "'fine-tuning' needs engine.zero_stage 0, 1 or 2"),
         ("engine.quantize", "int8", "'fine-tuning' needs engine.quantize none"),
         ("engine.token_table", "host", "'fine-tuning' needs engine.token_table device"),
         ("engine.plan", "auto", "'fine-tuning' needs engine.plan none"),

@@ -60,16 +60,21 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize(("make", "pickled"), [(t5, False), (t5, True), (albert, False), (deberta, False)])
-def test_sharded_and_whole_give_the_same_losses(
-    make: Any, pickled: bool, tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path
-) -> None:
+def written(make: Any, tiny_encoder: Path, folder: Path) -> Path:
+    """The folder of an encoder with random weights, and with the tokenizer of another one."""
     torch.manual_seed(0)
-    folder = tmp_path / "encoder"
     make().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         if (tiny_encoder / name).exists():
             shutil.copy(tiny_encoder / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("make", "pickled"), [(t5, False), (t5, True), (albert, False), (deberta, False)])
+def test_sharded_and_whole_give_the_same_losses(
+    make: Any, pickled: bool, tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = written(make, tiny_encoder, tmp_path / "encoder")
     found = []
     for ranks, stage in ((1, 0), (2, 3)):
         run = tmp_path / f"{ranks}-{stage}"
@@ -81,3 +86,21 @@ def test_sharded_and_whole_give_the_same_losses(
             pickle_weights(folder)
     assert sorted(found[0]) == [1, 2, 3, 4, 5]
     assert found[1] == pytest.approx(found[0], rel=2e-4)
+
+
+@pytest.mark.parametrize("make", [t5, albert, deberta])
+def test_sharded_and_whole_are_fine_tuned_alike(
+    make: Any, tiny_recipe: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = written(make, tiny_encoder, tmp_path / "encoder")
+    method = ("--adapter.method", "fine-tuning", "--train.encoder_lr", 1e-3, "--train.lr", 1e-2)
+    passes = ("--engine.micro_batch_tokens", 40, "--engine.activation_checkpointing", "true")
+    found = []
+    for ranks, stage, more in ((1, 0, ()), (2, 3, passes)):
+        run = tmp_path / f"{ranks}-{stage}"
+        arguments = ("--encoder.path", folder, "--run.dir", run, "--train.steps", 5, *method, *more)
+        done = on_ranks(ranks, "train", tiny_recipe, *arguments, "--engine.zero_stage", stage)
+        assert done.returncode == 0, done.stderr
+        found.append(losses(run))
+    assert sorted(found[0]) == [1, 2, 3, 4, 5]
+    assert found[1] == pytest.approx(found[0], rel=5e-4)
