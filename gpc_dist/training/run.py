@@ -83,6 +83,7 @@ class Run:
 
     Raises:
         UserError: the checkpoint was made with other weights of the encoder.
+        AlteredError: see `Integrity.check`.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Run:
         self.optimizer = LaneOptimizer(self.adapter, settings, session.world, config.engine.zero_stage)
         encoder = session.base.identity
         self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()
+        session.integrity.check(self.optimizer, folder.checkpoints)
         targets = training.encoded.targets
         assert targets is not None
         weights = class_weights(settings, targets, session.task.outputs)
@@ -190,7 +192,12 @@ class Run:
         return figures
 
     def finish_evaluation(self, evaluation: Evaluation) -> None:
-        """Save the adapter if it is the best so far; otherwise end the run if `train.patience` is used up."""
+        """Save the adapter if it is the best so far; otherwise end the run if `train.patience` is used up.
+
+        Raises:
+            AlteredError: see `Integrity.check`.
+        """
+        self.session.integrity.check(self.optimizer, self.folder.checkpoints)
         task, position, patience = self.session.task, self.position, self.config.train.patience
         metrics = evaluation.metrics
         position.last, position.evaluated_step = metrics, position.step
@@ -212,7 +219,12 @@ class Run:
         return self.over or (evaluated if every is None else self.position.step % every == 0)
 
     def save(self) -> None:
-        """Save the state as a checkpoint; every rank must call it."""
+        """Save the state as a checkpoint; every rank must call it.
+
+        Raises:
+            AlteredError: see `Integrity.check`; nothing is written.
+        """
+        self.session.integrity.check(self.optimizer, self.folder.checkpoints)
         encoder = self.session.base.identity
         save_state(self.folder.checkpoints, self.config, encoder, self.optimizer, self.position)
 
