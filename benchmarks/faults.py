@@ -54,6 +54,7 @@ def main() -> None:
     seeds = itertools.count(options.first_seed) if options.seed is None else [options.seed]
     drawn = (draw(kind, seed) for seed in seeds for kind in options.only)
     cases = list(itertools.islice(drawn, options.cases))
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "outcomes.jsonl"
     started_s = time.time()
     outcomes = list(run_all(Campaign(folder), cases, log, options.at_once))

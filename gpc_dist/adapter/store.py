@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gpc_dist import __version__
@@ -19,7 +18,7 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, read_small_json, sha256
 from gpc_dist.shown import one_line
-from gpc_dist.tensors import Stored, check_like, read_header
+from gpc_dist.tensors import Stored, check_like, read_header, save_file
 from gpc_dist.typed import check_as
 
 WEIGHTS = "adapter.safetensors"

@@ -33,7 +33,8 @@ FORMAT = 1
 _MARKER = "COMPLETE"
 _TRAINED, _RNG, _STATE = "trained.safetensors", "rng.safetensors", "state.json"
 _FILES = (_TRAINED, _RNG, _STATE)
-_NAMES = (*_FILES, _MARKER)
+_NAMES = (_MARKER, *_FILES)
+"""In the order in which they are removed: without its marker a folder is no checkpoint any more."""
 _FOLDER = re.compile(r"\.?(step-[0-9]{8,})(?:\..*)?")
 """Names of a checkpoint's folder, and of what `files.new_folder` puts beside it for a while."""
 
@@ -57,7 +58,7 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `folder/step-<n>` atomically."""
-    from safetensors.torch import save_file
+    from gpc_dist.tensors import save_file
 
     path = folder / _name(checkpoint.step)
     with new_folder(path, _NAMES) as temporary:

@@ -195,9 +195,9 @@ class Run:
         """Save the adapter if it is the best so far; otherwise end the run if `train.patience` is used up.
 
         Raises:
-            AlteredError: see `Integrity.check`.
+            UserError: see `_check_worth_keeping`.
         """
-        self.session.integrity.check(self.optimizer, self.folder.checkpoints)
+        self._check_worth_keeping()
         task, position, patience = self.session.task, self.position, self.config.train.patience
         metrics = evaluation.metrics
         position.last, position.evaluated_step = metrics, position.step
@@ -222,11 +222,22 @@ class Run:
         """Save the state as a checkpoint; every rank must call it.
 
         Raises:
-            AlteredError: see `Integrity.check`; nothing is written.
+            UserError: see `_check_worth_keeping`.
         """
-        self.session.integrity.check(self.optimizer, self.folder.checkpoints)
+        self._check_worth_keeping()
         encoder = self.session.base.identity
         save_state(self.folder.checkpoints, self.config, encoder, self.optimizer, self.position)
+
+    def _check_worth_keeping(self) -> None:
+        """Check that what is to be written now is right, and will be found.
+
+        Raises:
+            AlteredError: see `Integrity.check`; on every rank.
+            MachineError: the run's folder is gone; on rank 0.
+        """
+        self.session.integrity.check(self.optimizer, self.folder.checkpoints)
+        if self.session.world.is_main:
+            self.folder.check_present()
 
     def close(self) -> None:
         """Close the metrics log."""

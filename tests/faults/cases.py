@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ _LIMIT_S = TIMEOUT_S + 25 + 60
 """Longest wait for a command: the timeout, what the launcher gives its ranks to end, and a slow start."""
 _SAME = ("train/loss", "train/grad_norm", "train/lr_factor", "train/epoch")
 """Of a step, what does not depend on the clock; with all of `val/`."""
-_VISITS = {"start": 6, "step": 48, "evaluation": 12, "save": 45, "prune": 10, "end": 3}
-"""Visits to draw from; in the moments of saving and pruning, rank 0 alone makes most of them."""
+EVERYWHERE = ("start", "step", "evaluation", "save", "prune", "end")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,9 @@ class Case:
     ranks: int
     stage: int
     fault: Fault
+    """Its visit is still open."""
+    at: float
+    """Which of the visits it is, from 0 for the first to 1."""
 
     @property
     def name(self) -> str:
@@ -81,11 +83,12 @@ class Kind:
     detail: Callable[[random.Random], int] = lambda _: 0
     rank: int | None = None
     """The only rank in which it happens."""
+    span: tuple[float, float] = (0, 1)
+    """Of the visits of its moment, those at which it happens."""
     injected: str = ""
     """Name of what happens, if it is not that of the kind."""
 
 
-EVERYWHERE = tuple(_VISITS)
 _WHOM = ("self", "launcher", "ranks")
 
 
@@ -105,6 +108,9 @@ def _bit(draw: random.Random) -> int:
 _MACHINE = frozenset({EXIT_ENVIRONMENT})
 _SHARED = ((2, 0), (2, 1), (2, 3))
 
+# once there is a checkpoint
+_KILLED = Kind(("step",), frozenset({-9, 128 + 9}), rank=0, injected="SIGKILL", detail=_bit, span=(0.4, 1))
+
 KINDS: dict[str, Kind] = {
     "SIGKILL": _signal("SIGKILL"),
     "SIGTERM": _signal("SIGTERM", EXIT_STOPPED),
@@ -115,18 +121,19 @@ KINDS: dict[str, Kind] = {
     # the other rank is lost, and may be found first
     "raise": Kind(EVERYWHERE, frozenset({1, EXIT_ENVIRONMENT})),
     "memory": Kind(EVERYWHERE, _MACHINE, "memory"),
-    "nan": Kind(("step",), frozenset({EXIT_USAGE}), "not finite"),
+    # all of its steps are before a save, or those left out would be saved
+    "nan": Kind(("step",), frozenset({EXIT_USAGE}), "not finite", span=(0, 0.05)),
     "gradient": Kind(("step",), frozenset(), detail=_bit),
     "weight": Kind(("step",), _MACHINE, "changed in the memory of rank", detail=_bit),
     "adapter": Kind(("step",), _MACHINE, "the adapter differs", arrangements=((2, 0),), detail=_bit),
     "error": Kind(("save", "prune"), _MACHINE, detail=_errno, rank=0),
-    "quota": Kind(EVERYWHERE, _MACHINE, detail=lambda draw: int(2 ** draw.uniform(0, 17)), rank=0),
+    "quota": Kind(EVERYWHERE, _MACHINE, detail=lambda draw: int(2 ** draw.uniform(12, 17)), rank=0),
     "deleted": Kind(("step", "evaluation", "save"), _MACHINE, rank=0),
     "moved": Kind(("step", "evaluation", "save"), _MACHINE, rank=0),
     "port": Kind(("never",), _MACHINE, "could not join", arrangements=_SHARED),
-    "bit": Kind(("step",), frozenset({-9, 128 + 9}), rank=0, injected="SIGKILL", detail=_bit),
-    "cut": Kind(("step",), frozenset({-9, 128 + 9}), rank=0, injected="SIGKILL", detail=_bit),
-    "torn": Kind(("step",), frozenset({-9, 128 + 9}), rank=0, injected="SIGKILL", detail=_bit),
+    "bit": _KILLED,
+    "cut": _KILLED,
+    "torn": _KILLED,
 }
 """By name. `bit`, `cut` and `torn` damage the newest checkpoint or the metrics after the run was killed."""
 
@@ -140,17 +147,8 @@ def draw(kind: str, seed: int) -> Case:
     ranks, stage = chance.choice(how.arrangements)
     moment = chance.choice(how.moments)
     rank = how.rank if how.rank is not None else chance.randrange(ranks)
-    most = _VISITS.get(moment, 1)
-    if rank > 0 and moment in ("save", "prune", "end"):
-        most = 3 if moment == "save" else 1
-    if kind in ("bit", "cut", "torn"):  # there is a checkpoint by then
-        visit = chance.randrange(most // 2, most)
-    elif kind == "nan":  # before the first save, or the steps that were left out would be saved
-        visit = 1
-    else:
-        visit = 1 + chance.randrange(most)
-    fault = Fault(how.injected or kind, moment, visit, rank, chance.choice(how.targets), how.detail(chance))
-    return Case(kind, seed, ranks, stage, fault)
+    fault = Fault(how.injected or kind, moment, 0, rank, chance.choice(how.targets), how.detail(chance))
+    return Case(kind, seed, ranks, stage, fault, chance.uniform(*how.span))
 
 
 class Campaign:
@@ -190,9 +188,10 @@ class Campaign:
         place = Place(self.folder / case.name)
         shutil.rmtree(place.folder, ignore_errors=True)
         place.folder.mkdir(parents=True)
-        outcome = Outcome(case.kind, case.seed, asdict(case.fault), case.ranks, case.stage)
+        fault = self._fault(case)
+        outcome = Outcome(case.kind, case.seed, asdict(fault), case.ranks, case.stage)
         before = _shared_memory()
-        started = self._start(place, case.ranks, case.stage, case.fault)
+        started = self._start(place, case.ranks, case.stage, fault)
         outcome.code = _end(started)
         outcome.happened = place.happened.exists() or case.kind == "port"
         outcome.said = next(reversed(started.stderr.strip().splitlines()), "")
@@ -202,7 +201,10 @@ class Campaign:
         if outcome.code != EXIT_DONE and not outcome.problems:
             outcome.problems += self._go_on(case, place)
         if not outcome.problems and not (case.kind in NOT_DETECTED and outcome.happened):
-            outcome.problems += _differences(results(place.run), reference)
+            try:
+                outcome.problems += _differences(results(place.run), reference)
+            except (OSError, ValueError, KeyError) as error:
+                outcome.problems.append(f"there are no whole results: {error}")
             outcome.problems += _rubbish(place, before)
         outcome.seconds = round(time.monotonic() - began_s, 1)
         if not outcome.problems:
@@ -210,6 +212,13 @@ class Campaign:
         else:
             (place.folder / "stderr").write_text(started.stderr)
         return outcome
+
+    def _fault(self, case: Case) -> Fault:
+        """The fault of a case, at a visit that a run makes."""
+        place = Place(self.folder / f"undisturbed-{case.ranks}-{case.stage}")
+        file = place.visits / f"{case.fault.moment}-{case.fault.rank}"
+        count = file.stat().st_size if file.exists() else 0
+        return replace(case.fault, visit=1 + min(int(case.at * count), count - 1))
 
     def _start(self, place: Place, ranks: int, stage: int, fault: Fault | None) -> Started:
         words = ["train", str(self._recipe), "--run.dir", str(place.run), "--engine.zero_stage", str(stage)]
@@ -247,8 +256,8 @@ def results(run: Path) -> dict[str, Any]:
         {key: value for key, value in line.items() if key in ("step", *_SAME) or key.startswith("val/")}
         for line in lines
     ]
-    last = checkpoint.newest(run / "checkpoints")
-    assert last is not None
+    if (last := checkpoint.newest(run / "checkpoints")) is None:
+        raise ValueError("no checkpoint")
     result = json.loads((run / "result.json").read_text())
     return {
         "metrics": metrics,

@@ -31,7 +31,7 @@ class Fault:
     kind: str
     """A signal, or the name of a function `_on_<kind>` here."""
     moment: str
-    """A key of `_places()`."""
+    """Of the run, see `_Watch.patch`."""
     visit: int
     """It happens when the rank comes to a place of the moment for this time, from 1."""
     rank: int
@@ -64,6 +64,11 @@ class Place:
     def saved(self) -> Path:
         """Names of the checkpoints whose saves have returned."""
         return self.folder / "saved"
+
+    @property
+    def visits(self) -> Path:
+        """Holds a file for each moment and rank of a run without a fault, as long as it has visits."""
+        return self.folder / "visits"
 
     @property
     def happened(self) -> Path:
@@ -110,8 +115,12 @@ class _Watch:
         temporary.rename(self.place.processes / name)
 
     def visit(self, moment: str) -> None:
-        fault = self.fault
-        if fault is None or fault.moment != moment or int(os.environ.get("RANK", "0")) != fault.rank:
+        fault, rank = self.fault, int(os.environ.get("RANK", "0"))
+        if fault is None:
+            self.place.visits.mkdir(exist_ok=True)
+            with (self.place.visits / f"{moment}-{rank}").open("ab") as file:
+                file.write(b".")
+        if fault is None or (fault.moment, fault.rank) != (moment, rank):
             return
         self.visits += 1
         if self.visits == fault.visit:
