@@ -85,8 +85,6 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
     try:
         with explained(config.engine):
             inputs = _read_inputs(config, world, held)
-        exporter = None
-        if world.is_main:
             exporter = _open_record(inputs, argv)
         try:
             with explained(config.engine):
@@ -205,9 +203,11 @@ def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
 
 
 def _open_record(inputs: _Inputs, argv: Sequence[str]) -> ExporterProcess | None:
-    """Prepare the run's folder and, if tracking is enabled, start the export to MLflow."""
-    open_folder(inputs.folder, inputs.config, argv, inputs.task, inputs.training, inputs.validation)
-    return exporter_process.start(inputs.folder.path) if inputs.config.tracking.enabled else None
+    """Prepare the run's folder and, if tracking is enabled, start the export to MLflow, on the main rank. The others
+    wait: what they wrote first would make the folder a stranger's."""
+    world, folder, config = inputs.world, inputs.folder, inputs.config
+    world.on_main(lambda: open_folder(folder, config, argv, inputs.task, inputs.training, inputs.validation))
+    return exporter_process.start(folder.path) if world.is_main and config.tracking.enabled else None
 
 
 def _record_failure(inputs: _Inputs, exporter: ExporterProcess | None, error: BaseException) -> None:

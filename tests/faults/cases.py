@@ -232,6 +232,8 @@ class Campaign:
 
     def _go_on(self, case: Case, place: Place) -> list[str]:
         """Give the same command again, after what its messages say is to be done."""
+        if case.kind == "deleted":  # what was written of a save that had begun
+            shutil.rmtree(place.run, ignore_errors=True)
         if place.moved.exists():
             shutil.rmtree(place.run, ignore_errors=True)
             place.moved.rename(place.run)
