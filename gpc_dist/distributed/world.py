@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpc_dist.config import EngineConfig
 from gpc_dist.distributed import rendezvous
+from gpc_dist.distributed.launch import LOST
 from gpc_dist.distributed.memory import out_of_memory
 from gpc_dist.distributed.messages import Messages
 from gpc_dist.errors import MachineError, UserError
@@ -241,7 +242,7 @@ def lost_rank(error: BaseException, config: EngineConfig) -> MachineError | None
     if not from_peer:
         return None
     return MachineError(
-        f"another rank is gone, or did not answer for {config.timeout_s} s (engine.timeout_s): see what it said "
+        f"{LOST}, or did not answer for {config.timeout_s} s (engine.timeout_s): see what it said "
         f"last, and whether its node is up ({str(error).strip().splitlines()[0]})"
     )
 

@@ -22,7 +22,15 @@ from gpc_dist.adapter.fingerprint import fingerprint_files
 from gpc_dist.errors import EXIT_ENVIRONMENT
 from tests.conftest import losses
 from tests.holds import Hold
-from tests.processes import call_on_ranks, on_ranks, start_launcher, start_on_ranks, wait_until
+from tests.processes import (
+    _launch,
+    call_on_ranks,
+    on_ranks,
+    start_call,
+    start_launcher,
+    start_on_ranks,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -268,6 +276,32 @@ def test_a_rank_lost_while_the_run_is_prepared_is_one_line_and_no_obstacle(
     assert "gpc-dist: error: another rank is gone" in said
     assert "Traceback" not in said
     train(tiny_recipe, tmp_path / "run", 2, 0)
+
+
+def launch_without_memory(words: list[str], rank: str) -> int:
+    """As a launcher: one of its ranks finds no memory while the other waits for it."""
+    from gpc_dist.training import train
+
+    open_session = train.open_session
+
+    def open_large(*arguments: Any) -> Any:
+        if os.environ["RANK"] == rank:
+            torch.empty(2**60, dtype=torch.uint8)
+        return open_session(*arguments)
+
+    train.open_session = open_large
+    return _launch(words)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_rank_that_failed_is_heard_before_the_one_that_lost_it(
+    tiny_recipe: Path, tmp_path: Path, rank: str
+) -> None:
+    words = ["train", str(tiny_recipe), "--run.dir", str(tmp_path), "--engine.ranks", "2"]
+    launcher = start_call(launch_without_memory, words, rank)
+    assert launcher.wait() == EXIT_ENVIRONMENT
+    assert "gpc-dist: error: out of memory" in launcher.stderr
+    assert ("rank 1 ended with exit code 3" in launcher.stderr) == (rank == "1")
 
 
 # -- what else changes nothing ---------------------------------------------------------------------------
