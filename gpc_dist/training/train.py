@@ -86,15 +86,15 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
         with explained(config.engine):
             inputs = _read_inputs(config, world, held)
             exporter = _open_record(inputs, argv)
-        try:
-            with explained(config.engine):
-                outcome = _train(inputs, started_s, stop, held)
-        except BaseException as error:
+            try:
+                with explained(config.engine):  # what is recorded, too
+                    outcome = _train(inputs, started_s, stop, held)
+            except BaseException as error:
+                if world.is_main:
+                    _record_failure(inputs, exporter, error)
+                raise
             if world.is_main:
-                _record_failure(inputs, exporter, error)
-            raise
-        if world.is_main:
-            _record_outcome(inputs, exporter, outcome)
+                _record_outcome(inputs, exporter, outcome)
     finally:
         held.close()
         world.leave()
