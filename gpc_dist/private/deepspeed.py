@@ -54,8 +54,8 @@ def can_use_nvme() -> bool:
 
 
 def kept_parts(parameter: Any) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What this rank keeps of a partitioned parameter between passes: its shards that are in memory, flat, with the
-    scales of int8 ones, by what they are; and the whole, if it is so small that every rank has it once it was gathered."""
+    """What this rank keeps of a partitioned parameter between passes: by what they are, its shards that are in memory,
+    flat, and the scales of int8 ones; and the whole, if it is so small that every rank has it once it was gathered."""
     shards = {}
     for kind, name in (("shard", "ds_tensor"), ("second shard", "ds_secondary_tensor")):
         shard = getattr(parameter, name)

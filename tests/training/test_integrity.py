@@ -139,6 +139,7 @@ def disturb(recipe: Path, folder: Path, ranks: int, stage: int, what: str, *more
         ),
         (2, 0, "weight", LATE, "changed in the memory of rank 1 on "),
         (2, 0, "below", (*LATE, "--engine.state_cache", "none"), "changed in the memory of rank 1 on "),
+        (2, 3, "shard", ("--engine.quantize", "int8"), f"frozen weight 'encoder.{WEIGHT}/shard' changed in"),
         (2, 3, "table", (), "frozen weight 'token_embeddings.weight' changed in the memory of rank 1 on "),
         (3, 0, "moment", (), "the adapter differs on rank 1 on "),
         (2, 0, "adapter", (), "the adapter differs between rank 0 on "),
