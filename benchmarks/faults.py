@@ -7,8 +7,7 @@ and to whom the fault happens. `tests/faults/inject.py` has what happens; `tests
     python benchmarks/faults.py --only SIGKILL --seed 17
 
 The same command goes on where it was stopped: what is done stands in `outcomes.jsonl` in the folder, and the folders of
-cases in which something did not hold stay there. `faults.json` beside this script keeps the counts with the machine's
-description.
+cases in which something did not hold stay there. `--json` keeps the counts with the machine's description.
 """
 
 from __future__ import annotations
