@@ -10,10 +10,13 @@ PYTEST := python -m pytest --no-loadscope-reorder -n
 WORKERS := $(shell expr $$(nproc) + 1)
 # of each test of `make fuzz`: some 15 minutes
 EXAMPLES ?= 5000
+# of `make faults`: some 2 s each
+CASES ?= 200
+FAULTS ?= build/faults
 # no process groups, no Ray, no Slurm, no browser
 FAST := -m 'not (slow or ray or slurm or browser)'
 
-.PHONY: setup demo test test-fast test-lowest fuzz coverage lint audit check bench clean
+.PHONY: setup demo test test-fast test-lowest fuzz faults coverage lint audit check bench clean
 
 setup: $(READY)
 
@@ -53,6 +56,10 @@ $(LOWEST)/.ready: pyproject.toml tests/lowest.py
 # the readers of files under hypothesis: EXAMPLES of each test, others each time
 fuzz: setup
 	GPC_DIST_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/fuzz
+
+# faults in real runs, drawn from seeds: CASES of them; FAULTS keeps what is done, and what went wrong
+faults: setup
+	$(BIN)/python benchmarks/faults.py --cases $(CASES) --folder $(FAULTS)
 
 # of all tests, in all their processes; MARKS='not slow' for fewer
 coverage: setup

@@ -1,4 +1,4 @@
-"""The two errors a user can cause, and the exit codes every command ends with."""
+"""The errors that a command ends with in one line, and the exit codes every command ends with."""
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -16,3 +16,7 @@ class MachineError(UserError):
     """The machine, not the input, is at fault: a missing GPU, a full disk, an unreachable rank."""
 
     exit_code = EXIT_ENVIRONMENT
+
+
+class AlteredError(MachineError):
+    """Weights in memory are not what they were, or not the same on all ranks."""

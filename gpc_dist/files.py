@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -92,7 +93,7 @@ def _content(path: Path, most: int) -> bytes:
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one step; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # see `_CUT_OFF`
     try:
         with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -183,6 +184,7 @@ def remove_folder(path: Path, names: Collection[str]) -> None:
     What cannot be removed, because another machine has it open (NFS) say, stays with a warning.
     """
     try:
+        remove_cut_off(path, names)
         for name in names:
             (path / name).unlink(missing_ok=True)
         if not _others(path, names):
@@ -193,11 +195,35 @@ def remove_folder(path: Path, names: Collection[str]) -> None:
         log.warning("%s could not be removed, and is left there: %s", path, error.strerror)
 
 
+_CUT_OFF = re.compile(r"\.(.+)\.[0-9a-f]{32}")
+"""Names of what a `write_text` leaves that was cut off, after that of its file."""
+
+
+def remove_cut_off(path: Path, names: Collection[str]) -> None:
+    """Remove what a `write_text` of files of these names that was cut off has left in a folder.
+
+    For the one process that writes these files.
+    """
+    for name in os.listdir(path):
+        if _is_cut_off(name, names):
+            (path / name).unlink(missing_ok=True)
+
+
+def _is_cut_off(name: str, names: Collection[str]) -> bool:
+    match = _CUT_OFF.fullmatch(name)
+    return match is not None and match[1] in names
+
+
 def _others(path: Path, names: Collection[str]) -> list[str]:
-    """What is in a folder beside files of these names, and beside what NFS keeps of removed ones."""
+    """What is in a folder beside files of these names, beside what was cut off while they were written, and beside what
+    NFS keeps of removed ones."""
     if not path.is_dir():
         return []
-    return sorted(name for name in os.listdir(path) if name not in names and not name.startswith(".nfs"))
+    return sorted(
+        name
+        for name in os.listdir(path)
+        if not (name in names or _is_cut_off(name, names) or name.startswith(".nfs"))
+    )
 
 
 def few(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file as write
 from torch import Tensor
 
 from gpc_dist.errors import UserError
@@ -326,6 +328,22 @@ def read_headers(
                 )
             found[name] = stored
     return found
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; the library says so with an error of its own.
+    """
+    try:
+        write(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def check_like(found: Mapping[str, Stored | Joined | Tensor], wanted: Mapping[str, Sequence[int]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gpc_dist import cli
+from tests import tiny
 from tests.rays import ray_cluster
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +35,6 @@ TOGETHER = {
     "tests/tracking": "mlflow",
 }
 """Files, or folders of them, that share what runs on this machine once."""
-
-WORDS = (
-    "the a cat dog bird fish runs sleeps sings swims in on under over house garden river tree red green blue old "
-    "young happy sad and but because so not never always today yesterday with without boy girl man woman eats "
-    "reads writes sees hears book letter song bread apple water stone good bad yes no"
-).split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,65 +91,17 @@ def _shared_data(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 4 layers and width 32 with random weights, and its tokenizer."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return tiny.write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 + 23 rows of one to twelve words; the label is whether `cat` stands among them. Neither number is a
-    multiple of a batch size the tests use."""
-    import random
-
-    folder = tmp_path_factory.mktemp("data")
-    draw = random.Random(7)
-    for split, count in (("train", 70), ("validation", 23)):
-        rows = []
-        for number in range(count):
-            words = draw.choices([w for w in WORDS if w != "cat"], k=draw.randint(1, 12))
-            label = number % 2
-            if label:
-                words[draw.randrange(len(words))] = "cat"
-            rows.append({"text": " ".join(words), "label": ["without", "with"][label]})
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_data: Path) -> Path:
-    """A recipe that trains on the tiny data in under a second: 12 steps, evaluation every 4."""
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(
-        f"""
-run: {{name: tiny}}
-encoder: {{path: {tiny_encoder}}}
-task: {{name: cats, text: [text]}}
-data: {{path: {tiny_data}, max_length: 32}}
-adapter: {{method: gpc, prompt_tokens: 4, prompt_init: vocab}}
-train: {{steps: 12, batch_size: 9, lr: 1.0e-2, cell_lr: 1.0e-3, eval_every: 4, log_every: 1}}
-engine: {{device: cpu, ranks: 1}}
-tracking: {{enabled: false}}
-"""
-    )
-    return path
+    return tiny.write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", tiny_encoder, tiny_data)
 
 
 @pytest.fixture(scope="session")

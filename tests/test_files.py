@@ -51,6 +51,21 @@ def test_a_kill_between_the_renames_is_recovered(tmp_path: Path, monkeypatch: py
     assert (path / "file").read_text() == "old"
 
 
+def test_what_a_cut_off_write_left_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """A write killed before its rename leaves a temporary file, and nobody else removes it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    left, mine = folder / f".a.{'0123456789abcdef' * 2}", folder / ".a.notes"
+    left.touch()
+    with files.new_folder(folder, ["a"]) as new:
+        (new / "a").touch()
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    left.touch()
+    mine.touch()
+    files.remove_folder(folder, ["a"])
+    assert list(folder.iterdir()) == [mine]
+
+
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     files.write_json(path, {"a": 1})

@@ -177,3 +177,10 @@ def test_tensors_are_compared_before_they_are_read() -> None:
             check_like(found, wanted)
     with pytest.raises(UserError, match=r"'a' holds torch\.int8"):
         check_like({"a": torch.zeros(2, 3, dtype=torch.int8)}, {"a": (2, 3)})
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """The library has one of its own, which nobody would take for a full disk."""
+    with pytest.raises(FileNotFoundError) as caught:
+        tensors.save_file({"a": torch.zeros(3)}, tmp_path / "missing" / "file")
+    assert caught.value.filename == str(tmp_path / "missing" / "file")

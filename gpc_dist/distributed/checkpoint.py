@@ -78,7 +78,7 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `folder/step-<n>` atomically."""
-    from safetensors.torch import save_file
+    from gpc_dist.tensors import save_file
 
     path = folder / _name(checkpoint.step)
     with new_folder(path, _names(folder)) as temporary:
@@ -128,7 +128,7 @@ def save_parts(folder: Path, checkpoint: Checkpoint, part: Stream, world: World)
 
 def _write_small(folder: Path, checkpoint: Checkpoint) -> None:
     """Write all but what was trained, and the marker."""
-    from safetensors.torch import save_file
+    from gpc_dist.tensors import save_file
 
     save_file({str(r): t for r, t in enumerate(checkpoint.rng)}, folder / _RNG)
     parts = sorted(file.name for file in folder.iterdir() if _PART.fullmatch(file.name))
@@ -268,10 +268,11 @@ def _json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _names(folder: Path) -> set[str]:
-    """Names of all files of checkpoints in `folder`, whatever the number of ranks that wrote them."""
+def _names(folder: Path) -> list[str]:
+    """Names of all files of checkpoints in `folder`, whatever the number of ranks that wrote them, in the order of
+    their removal: without its marker a folder is no checkpoint any more."""
     parts = {file.name for file in folder.glob("*step-*/trained-*") if _PART.fullmatch(file.name)}
-    return {_TRAINED, _RNG, _STATE, _MARKER, *parts}
+    return [_MARKER, _TRAINED, _RNG, _STATE, *sorted(parts)]
 
 
 def _complete(folder: Path) -> list[Path]:

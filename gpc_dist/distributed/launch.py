@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import IO
 
 from gpc_dist.config import EngineConfig
-from gpc_dist.errors import MachineError, UserError
+from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError, UserError
 from gpc_dist.interpreter import python
 
 log = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _GRACE_S = 20.0
+LOST = "another rank is gone"
+"""Begins what a rank says that has lost another."""
 SECRET = "GPC_DIST_SECRET"
 """Environment variable: what the ranks of a job know, and nobody else (see `rendezvous`). Whoever starts ranks makes a
 new one; under `torchrun` the user may give one."""
@@ -147,12 +149,12 @@ def run_as_ranks(config: EngineConfig, words: Sequence[str]) -> int | None:
 def start_ranks(command: Sequence[str], ranks: int) -> int:
     """Run `command` once for each rank on this machine and wait for all of them.
 
-    Signals are passed on; when a rank fails, the others are ended. Only rank 0 writes to the terminal;
-    the error output of another failing rank is shown if rank 0 did not fail itself.
+    Signals are passed on; when a rank fails, the others are ended. Only rank 0 writes to the terminal; the error output
+    of another rank is shown if that one failed and rank 0 did not, or may have lost it.
 
     Returns:
-        0, or the exit code of the rank that failed first (128 + n for signal n); of those that are found to have failed
-        together, one that a signal ended comes first: the others have lost it.
+        0, or the exit code of the rank that failed (128 + n for signal n); of several, one that a signal ended comes
+        first, and one that says that it has lost another comes last.
     """
     environment = dict(os.environ)
     environment.update(
@@ -205,23 +207,36 @@ def _tie_to(launcher: int) -> Callable[[], None] | None:
 def _wait(processes: list[subprocess.Popen[bytes]], errors: Sequence[IO[bytes]]) -> int:
     while not _failed(processes) and any(p.poll() is None for p in processes):
         time.sleep(0.05)
-    failed = _failed(processes)
-    if not failed:
+    if not _failed(processes):
         return 0
-    first = min(failed, key=lambda rank: (processes[rank].returncode > 0, rank))
     # ranks that fail for the same reason fail together: give them time to report it
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
         time.sleep(0.05)
+    failed = _failed(processes)
     ended_by_us = [p for p in processes if p.poll() is None]
     _end(ended_by_us)
+    said = ["", *map(_text, errors)]
+    first = min(failed, key=lambda rank: (_follows(rank, processes[rank].returncode, said[rank]), rank))
     code = processes[first].returncode
-    silent = processes[0].returncode == 0 or processes[0] in ended_by_us
+    silent = processes[0].returncode in (0, EXIT_ENVIRONMENT) or processes[0] in ended_by_us
     if first > 0 and (silent or code < 0):
-        errors[first - 1].seek(0)
-        text = errors[first - 1].read().decode(errors="replace")
-        log.error("rank %d ended with %s\n%s", first, _describe(code), text[-8000:])
+        log.error("rank %d ended with %s\n%s", first, _describe(code), said[first][-8000:])
     return 128 - code if code < 0 else code
+
+
+def _follows(rank: int, code: int, said: str) -> int:
+    """How likely a rank failed because of another one, from 0: what rank 0 said is not known here."""
+    if code < 0:
+        return 0
+    if LOST in said:
+        return 3
+    return 2 if rank == 0 and code == EXIT_ENVIRONMENT else 1
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _failed(processes: list[subprocess.Popen[bytes]]) -> list[int]:

@@ -10,6 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from gpc_dist.config import EngineConfig
+from gpc_dist.errors import MachineError
+
 _M_MMAP_THRESHOLD = -3
 """Parameter of glibc's `mallopt`."""
 
@@ -22,6 +25,20 @@ def peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def out_of_memory(error: BaseException, config: EngineConfig) -> MachineError | None:
+    """The error to raise if a tensor found no memory; None for any other error."""
+    on_cpu = type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
+    if not (on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+        return None
+    reason = str(error).strip().partition("\n")[0]
+    remedies = ["engine.micro_batch_tokens", "engine.activation_checkpointing true"]
+    if config.zero_stage < 3:
+        remedies.append("engine.zero_stage 3 on several ranks")
+    return MachineError(
+        f"out of memory ({reason}): give {', or '.join(remedies)}; gpc-dist plan says what fits"
+    )
 
 
 def available_bytes() -> int:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from gpc_dist.config import EngineConfig
 from gpc_dist.distributed import rendezvous
+from gpc_dist.distributed.launch import LOST
+from gpc_dist.distributed.memory import out_of_memory
 from gpc_dist.distributed.messages import Messages
 from gpc_dist.errors import MachineError, UserError
 from gpc_dist.parsing import parse_json
@@ -193,17 +195,29 @@ def joined(config: EngineConfig) -> Iterator[World]:
     """The job's ranks, see `init_world`; at the end of the block this one leaves them.
 
     Raises:
-        UserError, MachineError: as `init_world`; or another rank was lost meanwhile.
+        UserError, MachineError: as `init_world` and `explained`.
     """
     world = init_world(config)
     try:
-        yield world
-    except Exception as error:
-        if lost := lost_rank(error, config):
-            raise lost from None
-        raise
+        with explained(config):
+            yield world
     finally:
         world.leave()
+
+
+@contextmanager
+def explained(config: EngineConfig) -> Iterator[None]:
+    """Say in one line what a library says at length in the block: another rank was lost, or there is no memory.
+
+    Raises:
+        MachineError: says so.
+    """
+    try:
+        yield
+    except Exception as error:
+        if told := lost_rank(error, config) or out_of_memory(error, config):
+            raise told from None
+        raise
 
 
 def alone(config: EngineConfig) -> World:
@@ -228,7 +242,7 @@ def lost_rank(error: BaseException, config: EngineConfig) -> MachineError | None
     if not from_peer:
         return None
     return MachineError(
-        f"another rank is gone, or did not answer for {config.timeout_s} s (engine.timeout_s): see what it said "
+        f"{LOST}, or did not answer for {config.timeout_s} s (engine.timeout_s): see what it said "
         f"last, and whether its node is up ({str(error).strip().splitlines()[0]})"
     )
 

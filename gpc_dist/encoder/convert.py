@@ -25,7 +25,7 @@ from gpc_dist.config import EncoderConfig
 from gpc_dist.encoder.frozen import find_checkpoint, load_tokenizer, matched_skeleton
 from gpc_dist.encoder.weights import SUMS
 from gpc_dist.errors import MachineError, UserError
-from gpc_dist.tensors import Stored, read_header
+from gpc_dist.tensors import Stored, read_header, save_file
 from gpc_dist.typed import read_as
 
 log = logging.getLogger(__name__)
@@ -152,8 +152,6 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def _write_part(path: Path, part: Mapping[str, Stored], dtype: torch.dtype) -> None:
     """Write a file, unless it is there, and compare it with the checkpoint."""
-    from safetensors.torch import save_file
-
     if _holds(path, part, dtype):
         log.info("%s is complete", path)
         return

@@ -22,6 +22,7 @@ with checked("deepspeed"), without("mlflow"):
     from deepspeed.accelerator import get_accelerator
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero import Init, partition_parameters
     from deepspeed.utils import groups
     from deepspeed.utils.logging import set_log_level_from_string
@@ -55,6 +56,21 @@ def compile_nothing() -> None:
 def can_use_nvme() -> bool:
     """Whether the operator for offload to NVMe is there or can be built."""
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
+def kept_parts(parameter: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What this rank keeps of a partitioned parameter between passes: by what they are, its shards that are in memory,
+    flat, and the scales of int8 ones; and the whole, if it is so small that every rank has it once it was gathered."""
+    shards = {}
+    for kind, name in (("shard", "ds_tensor"), ("second shard", "ds_secondary_tensor")):
+        shard = getattr(parameter, name)
+        if shard is None or shard.status != PartitionedParamStatus.AVAILABLE:
+            continue
+        shards[kind] = shard
+        if (scales := getattr(shard, "ds_quant_scale", None)) is not None:
+            shards[f"scales of {kind}"] = scales
+    gathered = parameter.ds_status == partition_parameters.ZeroParamStatus.AVAILABLE
+    return shards, parameter if parameter.ds_persist and gathered else None
 
 
 def check(ds_config: dict[str, Any]) -> None:

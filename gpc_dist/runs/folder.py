@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gpc_dist import files, locks
-from gpc_dist.errors import UserError
+from gpc_dist.errors import MachineError, UserError
 from gpc_dist.names import check_name, inside
 from gpc_dist.parsing import parse_yaml
 from gpc_dist.typed import read_as
@@ -70,6 +70,13 @@ class RunFolder:
         self.telemetry = self.path / "telemetry"
         self.logs = self.path / "logs"
         self.job = self.path / "job"
+        self._place: tuple[int, int] | None = None
+        """Device and inode of the folder, while it is held."""
+
+    @property
+    def _held(self) -> tuple[Path, ...]:
+        """The files that whoever holds the folder writes."""
+        return self.config, self.ds_config, self.metrics, self.facts, self.result, self.status
 
     def __str__(self) -> str:
         return str(self.path)
@@ -166,6 +173,8 @@ class RunFolder:
         self.check_own()
         try:
             with locks.hold(self.path / _LOCK, timeout_s=0.0):
+                files.remove_cut_off(self.path, [path.name for path in self._held])
+                self._place = _place(self.path)
                 yield
         except locks.TakenError:
             status = self.read_status()
@@ -173,6 +182,20 @@ class RunFolder:
                 f"{self.path} is in use by process {status.pid} on {status.host}: wait until it ends, or give "
                 f"{self.elsewhere}"
             ) from None
+
+    @property
+    def present(self) -> bool:
+        """Whether the folder that is held is still where it was."""
+        return self._place == _place(self.path)
+
+    def check_present(self) -> None:
+        """Raise `MachineError` if the folder that is held is not where it was: a new one there would lack what was
+        written before."""
+        if not self.present:
+            raise MachineError(
+                f"{self.path} was removed or moved while the {self.kind} wrote there: move it back, and the same "
+                "command goes on from what is saved in it"
+            )
 
     def check_own(self) -> None:
         """Refuse a folder that is not this program's to write into.
@@ -195,6 +218,14 @@ class RunFolder:
                 f"{self.path} holds {files.few(found)}, and is not the folder of a {self.kind}: give "
                 f"{self.elsewhere}, of a folder that is new or empty"
             )
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class TrialFolder(RunFolder):

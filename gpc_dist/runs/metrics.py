@@ -21,7 +21,7 @@ class MetricLog:
     """Appends measurements to a file that can be read at any time.
 
     A line is `{"step": 10, "time_s": 1700000000.0, "train/loss": 0.5, ...}` and is written by one
-    system call. JSON has no NaN and no infinity, so every non-finite value is written as `null`,
+    system call where there is room. JSON has no NaN and no infinity, so every non-finite value is written as `null`,
     which pandas and the exporter read as NaN. There is one writer per file.
 
     Args:
@@ -48,7 +48,9 @@ class MetricLog:
             raise ValueError(f"metric name(s) {sorted(reserved)} are taken by the log itself")
         line: dict[str, Any] = {STEP: step, TIME: time.time() if time_s is None else time_s}
         line.update((name, _json_number(value)) for name, value in metrics.items())
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        left = memoryview(json.dumps(line, allow_nan=False).encode() + b"\n")
+        while left:  # a disk that becomes full takes a part, and says so when it is asked for the rest
+            left = left[self._file.write(left) :]
 
     def truncate_after(self, step: int) -> None:
         """Remove the lines with a larger step, because a run that resumes at `step` writes them again."""

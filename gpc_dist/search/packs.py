@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpc_dist.errors import UserError
+from gpc_dist.errors import AlteredError, UserError
 from gpc_dist.search.ranks import Rank
 
 ACTOR = "gpc-dist-packs"
@@ -267,7 +267,8 @@ class Packs:
         """Call a method on all ranks; returns what rank 0 returns.
 
         Raises:
-            UserError: all ranks refuse the call; the pack stays usable. Any other error ends the pack.
+            UserError: all ranks refuse the call; the pack stays usable. Any other error ends the pack, and so does an
+                `AlteredError`: its encoder is not to be trusted any more.
         """
         async with pack.calls:
             if not pack.alive:
@@ -278,7 +279,7 @@ class Packs:
                 )
             except BaseException as error:
                 cause = _cause(error)
-                if not isinstance(cause, UserError):
+                if not isinstance(cause, UserError) or isinstance(cause, AlteredError):
                     self._fail(pack, error)
                 raise cause from None
             return found[0]

@@ -83,6 +83,7 @@ class Run:
 
     Raises:
         UserError: the checkpoint was made with other weights of the encoder.
+        AlteredError: see `Integrity.check`.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Run:
         self.optimizer = optimizer_of(self.adapter, session, config)
         encoder = session.base.identity
         self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()
+        session.integrity.check(self.optimizer, folder.checkpoints)
         targets = training.encoded.targets
         assert targets is not None
         weights = class_weights(settings, targets, session.task.outputs)
@@ -190,7 +192,12 @@ class Run:
         return figures
 
     def finish_evaluation(self, evaluation: Evaluation) -> None:
-        """Save the adapter if it is the best so far; otherwise end the run if `train.patience` is used up."""
+        """Save the adapter if it is the best so far; otherwise end the run if `train.patience` is used up.
+
+        Raises:
+            UserError: see `_check_worth_keeping`.
+        """
+        self._check_worth_keeping()
         task, position, patience = self.session.task, self.position, self.config.train.patience
         metrics = evaluation.metrics
         position.last, position.evaluated_step = metrics, position.step
@@ -220,9 +227,25 @@ class Run:
         return self.over or (evaluated if every is None else self.position.step % every == 0)
 
     def save(self) -> None:
-        """Save the state as a checkpoint; every rank must call it."""
+        """Save the state as a checkpoint; every rank must call it.
+
+        Raises:
+            UserError: see `_check_worth_keeping`.
+        """
+        self._check_worth_keeping()
         encoder = self.session.base.identity
         save_state(self.folder.checkpoints, self.config, encoder, self.optimizer, self.position)
+
+    def _check_worth_keeping(self) -> None:
+        """Check that what is to be written now is right, and will be found.
+
+        Raises:
+            AlteredError: see `Integrity.check`; on every rank.
+            MachineError: the run's folder is gone; on rank 0.
+        """
+        self.session.integrity.check(self.optimizer, self.folder.checkpoints)
+        if self.session.world.is_main:
+            self.folder.check_present()
 
     def close(self) -> None:
         """Close the metrics log."""

@@ -30,6 +30,7 @@ from gpc_dist.encoder.attention import choose_kernels
 from gpc_dist.encoder.state_cache import CachedStates
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import Encoded, EpochPlan, Example, LaneBatch, Task, collate, encode, merge_lanes
+from gpc_dist.training.integrity import Integrity
 from gpc_dist.training.text_states import TextStates
 
 _EPOCHS = 10.0
@@ -103,6 +104,12 @@ class Session:
     ds_config: dict[str, Any]
     load_s: float
     """Seconds that reading and placing the encoder took."""
+
+    @cached_property
+    def integrity(self) -> Integrity:
+        """Checks the weights that runs are trained with."""
+        states = self.text_states
+        return Integrity(self.world, self.model, lambda: states.modules if states else None)
 
     @property
     def text_tokens(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpc_dist import own_folders
 from gpc_dist.adapter.fingerprint import EncoderIdentity
@@ -101,6 +101,12 @@ class TextStates:
         found = self._pass(text, np.array([0]))[0].float().to(self._world.device)
         self._world.copy_from(found, 0)
         return found.cpu()
+
+    @property
+    def modules(self) -> nn.Module | None:
+        """The encoder that computes states on this rank, if it is loaded."""
+        parts = self._lower.parts if self._lower else None
+        return nn.ModuleList([parts.encoder, parts.token_embeddings]) if parts else None
 
     def release(self) -> None:
         """Release the layers below k, unless every pass runs them."""

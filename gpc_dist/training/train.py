@@ -15,7 +15,7 @@ from gpc_dist import batch, files, logs
 from gpc_dist.config import Config
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.memory import peak_memory_mib
-from gpc_dist.distributed.world import World, init_world, lost_rank
+from gpc_dist.distributed.world import World, explained, init_world
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from gpc_dist.planner.recipe import planned
 from gpc_dist.runs.folder import RunFolder, State
@@ -83,21 +83,18 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
     world = init_world(config.engine)
     held = ExitStack()
     try:
-        inputs = _read_inputs(config, world, held)
-        exporter = None
-        if world.is_main:
+        with explained(config.engine):
+            inputs = _read_inputs(config, world, held)
             exporter = _open_record(inputs, argv)
-        try:
-            outcome = _train(inputs, started_s, stop)
-        except BaseException as error:
-            lost = lost_rank(error, config.engine)
+            try:
+                with explained(config.engine):  # what is recorded, too
+                    outcome = _train(inputs, started_s, stop, held)
+            except BaseException as error:
+                if world.is_main:
+                    _record_failure(inputs, exporter, error)
+                raise
             if world.is_main:
-                _record_failure(inputs, exporter, lost or error)
-            if lost:
-                raise lost from None
-            raise
-        if world.is_main:
-            _record_outcome(inputs, exporter, outcome)
+                _record_outcome(inputs, exporter, outcome)
     finally:
         held.close()
         world.leave()
@@ -129,8 +126,9 @@ def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
     )
 
 
-def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
-    """Load the encoder and train until the run is complete or a stop is requested."""
+def _train(inputs: _Inputs, started_s: float, stop: StopRequest, held: ExitStack) -> _Outcome:
+    """Load the encoder and train until the run is complete or a stop is requested. From then on signals are requests
+    until `held` is closed: one that comes when all is trained must not end what records it."""
     config, world, folder = inputs.config, inputs.world, inputs.folder
     if not world.is_main:
         logs.log_rank_to(folder.rank_log(world.rank))
@@ -151,6 +149,7 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest) -> _Outcome:
     )
     session.release_lower_layers()
     begun, evaluated = run.position.step, run.position.evaluated_step
+    held.enter_context(stop)
     with GpuTelemetry(partial(_telemetry_log, folder), enabled=world.local_rank == 0) as telemetry:
         stopped = _advance(run, stop)
     run.close()
@@ -178,7 +177,7 @@ def _advance(run: Run, stop: StopRequest) -> bool:
         UserError: the loss stays non-finite.
     """
     main = run.session.task.main_metric
-    with stop, Progress("step", run.total, run.position.step, run.session.world.is_main) as progress:
+    with Progress("step", run.total, run.position.step, run.session.world.is_main) as progress:
 
         def on_step(_: Run, figures: dict[str, float] | None) -> None:
             if figures:
@@ -204,14 +203,17 @@ def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
 
 
 def _open_record(inputs: _Inputs, argv: Sequence[str]) -> ExporterProcess | None:
-    """Prepare the run's folder and, if tracking is enabled, start the export to MLflow."""
-    open_folder(inputs.folder, inputs.config, argv, inputs.task, inputs.training, inputs.validation)
-    return exporter_process.start(inputs.folder.path) if inputs.config.tracking.enabled else None
+    """Prepare the run's folder and, if tracking is enabled, start the export to MLflow, on the main rank. The others
+    wait: what they wrote first would make the folder a stranger's."""
+    world, folder, config = inputs.world, inputs.folder, inputs.config
+    world.on_main(lambda: open_folder(folder, config, argv, inputs.task, inputs.training, inputs.validation))
+    return exporter_process.start(folder.path) if world.is_main and config.tracking.enabled else None
 
 
 def _record_failure(inputs: _Inputs, exporter: ExporterProcess | None, error: BaseException) -> None:
     state: State = "failed" if isinstance(error, Exception) else "killed"
-    inputs.folder.write_status(state, str(error) or type(error).__name__)
+    if inputs.folder.present:
+        inputs.folder.write_status(state, str(error) or type(error).__name__)
     if exporter:
         exporter.finish(inputs.config.tracking.finish_timeout_s)
 
@@ -219,6 +221,7 @@ def _record_failure(inputs: _Inputs, exporter: ExporterProcess | None, error: Ba
 def _record_outcome(inputs: _Inputs, exporter: ExporterProcess | None, outcome: _Outcome) -> None:
     """Write the end of the run to its folder, finish the export to MLflow, and print the result."""
     config, folder = inputs.config, inputs.folder
+    folder.check_present()
     timeout_s: float = config.tracking.finish_timeout_s
     if outcome.stopped_by is None:
         run_id = exporter.wait_for_run_id(_RUN_ID_TIMEOUT_S) if exporter else None

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gpc_dist.config import EngineConfig
 from gpc_dist.distributed import memory
-from gpc_dist.distributed.memory import available_bytes, peak_memory_mib
+from gpc_dist.distributed.memory import available_bytes, out_of_memory, peak_memory_mib
 
 CPU = torch.device("cpu")
 
@@ -32,6 +33,18 @@ def free_on_the_host(monkeypatch: pytest.MonkeyPatch, groups: Path, available: i
     """Let this be a machine with so many free bytes, whose control groups stand in this folder."""
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     monkeypatch.setattr(memory, "CGROUPS", groups)
+
+
+def test_a_tensor_that_finds_no_memory_is_told_in_one_line() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nMore.")):
+        told = out_of_memory(error, EngineConfig())
+        assert told is not None
+        assert "\n" not in str(told)
+        assert "engine.micro_batch_tokens" in str(told)
+        assert "engine.zero_stage 3" in str(told)
+    assert out_of_memory(RuntimeError("shapes do not match"), EngineConfig()) is None
 
 
 def test_a_control_group_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

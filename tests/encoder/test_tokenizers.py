@@ -14,7 +14,7 @@ from transformers.utils import import_utils
 from gpc_dist.config import EncoderConfig
 from gpc_dist.encoder.frozen import load_tokenizer
 from gpc_dist.errors import MachineError, UserError
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 TEXTS = ("the cat sleeps under a tree", "always sing, never swim", "books and letters", "")
 

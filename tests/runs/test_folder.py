@@ -6,12 +6,13 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gpc_dist import files
-from gpc_dist.errors import UserError
+from gpc_dist.errors import MachineError, UserError
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.runs.metrics import MetricLog, read_metrics
 
@@ -104,6 +105,18 @@ def test_truncate_drops_later_steps_and_goes_on(tmp_path: Path) -> None:
     assert steps(path) == [10, 20, 20, 21]
 
 
+def test_a_line_of_which_the_disk_takes_a_part_is_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MetricLog(tmp_path / "m.jsonl") as log:
+        file = log._file
+        monkeypatch.setattr(log, "_file", SimpleNamespace(write=lambda left: file.write(left[:7])))
+        log.append(1, {"a": 1})
+        log.append(2, {"a": 2})
+        monkeypatch.undo()
+    assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == [1, 2]
+
+
 def test_a_line_is_in_the_file_when_it_has_been_written(tmp_path: Path) -> None:
     with MetricLog(tmp_path / "metrics.jsonl") as log:
         for step in (1, 2, 3):
@@ -182,6 +195,36 @@ def test_start_over_waits_for_nobody(tmp_path: Path) -> None:
     with run.hold_tracking(), pytest.raises(UserError, match="being recorded"):
         RunFolder(run.path).start_over()
     run.start_over()
+
+
+def test_who_holds_a_folder_removes_what_cut_off_writes_left(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.write_status("running")
+    left = folder.path / f".status.json.{'ab' * 16}"
+    others = [folder.path / name for name in (f".tracking.json.{'ab' * 16}", ".status.json.mine")]
+    for file in (left, *others):
+        file.touch()
+    with folder.hold():
+        assert not left.exists()
+        assert all(file.exists() for file in others)
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_folder_that_is_moved_is_missed(tmp_path: Path, comes_back: bool) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.hold():
+        folder.check_present()
+        folder.path.rename(tmp_path / "moved")
+        if comes_back:
+            folder.path.mkdir()  # as a writer does that finds none
+        with pytest.raises(
+            MachineError, match="was removed or moved while the run wrote there: move it back"
+        ):
+            folder.check_present()
+        if comes_back:
+            folder.path.rmdir()
+        (tmp_path / "moved").rename(folder.path)
+        folder.check_present()
 
 
 def test_folder_without_configuration_is_no_run(tmp_path: Path) -> None:

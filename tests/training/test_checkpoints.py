@@ -258,3 +258,17 @@ def test_a_save_cut_off_before_its_marker_is_not_read(run: Path, tmp_path: Path)
     assert checkpoint.step_of(previous) < checkpoint.step_of(newest)
     checkpoint.prune(folder, keep_last=2, best_step=None)
     assert not newest.exists()
+
+
+def test_a_save_cut_off_while_its_marker_was_written_is_made_again(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    newest = checkpoint.newest(folder)
+    assert newest is not None
+    saved = checkpoint.load(newest)
+    (newest / "COMPLETE").rename(newest / f".COMPLETE.{'ab' * 16}")
+    checkpoint.save(folder, saved)
+    assert checkpoint.newest(folder) == newest
+    (newest / "COMPLETE").rename(newest / f".COMPLETE.{'ab' * 16}")
+    checkpoint.prune(folder, keep_last=1, best_step=None)
+    assert not newest.exists()

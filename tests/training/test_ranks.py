@@ -19,9 +19,18 @@ from safetensors.torch import load_file, save_file
 
 from gpc_dist import cli
 from gpc_dist.adapter.fingerprint import fingerprint_files
+from gpc_dist.errors import EXIT_ENVIRONMENT
 from tests.conftest import losses
 from tests.holds import Hold
-from tests.processes import call_on_ranks, on_ranks, start_launcher, start_on_ranks, wait_until
+from tests.processes import (
+    _launch,
+    call_on_ranks,
+    on_ranks,
+    start_call,
+    start_launcher,
+    start_on_ranks,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -244,6 +253,55 @@ def test_a_killed_rank_ends_the_job(tiny_recipe: Path, tmp_path: Path) -> None:
     assert launcher.wait() == 128 + signal.SIGKILL
     assert "rank 1 ended with signal SIGKILL" in launcher.stderr
     assert not ranks[0].is_running()
+
+
+def train_but_lose(words: list[str], number: str, call: str) -> int:
+    """On a rank: it is killed where it would call a function of `training.train`, if it is this one."""
+    from gpc_dist.training import train
+
+    if os.environ["RANK"] == number:
+        setattr(train, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    return cli.main(words)
+
+
+@pytest.mark.parametrize(("lost", "call"), [(1, "saved_state"), (0, "open_folder")])
+def test_a_rank_lost_while_the_run_is_prepared_is_one_line_and_no_obstacle(
+    tiny_recipe: Path, tmp_path: Path, lost: int, call: str
+) -> None:
+    words = ["train", str(tiny_recipe), "--run.dir", str(tmp_path / "run")]
+    ranks = start_on_ranks(2, train_but_lose, words, str(lost), call)
+    assert ranks[lost].wait() == -signal.SIGKILL
+    assert ranks[1 - lost].wait() == EXIT_ENVIRONMENT
+    said = ranks[1 - lost].stderr
+    assert "gpc-dist: error: another rank is gone" in said
+    assert "Traceback" not in said
+    train(tiny_recipe, tmp_path / "run", 2, 0)
+
+
+def launch_without_memory(words: list[str], rank: str) -> int:
+    """As a launcher: one of its ranks finds no memory while the other waits for it."""
+    from gpc_dist.training import train
+
+    open_session = train.open_session
+
+    def open_large(*arguments: Any) -> Any:
+        if os.environ["RANK"] == rank:
+            torch.empty(2**60, dtype=torch.uint8)
+        return open_session(*arguments)
+
+    train.open_session = open_large
+    return _launch(words)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_rank_that_failed_is_heard_before_the_one_that_lost_it(
+    tiny_recipe: Path, tmp_path: Path, rank: str
+) -> None:
+    words = ["train", str(tiny_recipe), "--run.dir", str(tmp_path), "--engine.ranks", "2"]
+    launcher = start_call(launch_without_memory, words, rank)
+    assert launcher.wait() == EXIT_ENVIRONMENT
+    assert "gpc-dist: error: out of memory" in launcher.stderr
+    assert ("rank 1 ended with exit code 3" in launcher.stderr) == (rank == "1")
 
 
 # -- what else changes nothing ---------------------------------------------------------------------------

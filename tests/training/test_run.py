@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import time
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 from gpc_dist import config, schema
 from gpc_dist.distributed import checkpoint
-from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE
-from gpc_dist.training.stop import StopRequest
+from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE
+from gpc_dist.training import train
+from gpc_dist.training.stop import SIGNALS, StopRequest
 from gpc_dist.training.train import run_training
 from tests.conftest import gpc, losses
 
@@ -298,3 +300,18 @@ def test_an_adapter_is_evaluated_on_its_own_encoder_and_task_alone(
     assert gpc("evaluate", tmp_path / "adapter", "--engine.device", "cpu") == EXIT_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
+
+
+def test_a_signal_when_all_is_trained_does_not_end_what_records_it(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = train._record_outcome
+
+    def record_late(*arguments: Any) -> None:
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        record(*arguments)
+
+    monkeypatch.setattr(train, "_record_outcome", record_late)
+    assert gpc("train", tiny_recipe, "--run.dir", tmp_path) == EXIT_DONE
+    assert (tmp_path / "result.json").exists()

@@ -19,8 +19,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.conftest import WORDS, losses
+from tests.conftest import losses
 from tests.processes import on_ranks
+from tests.tiny import WORDS
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,118 @@
+"""A campaign of faults: each is injected into a real run, which must end as documented and go on undisturbed.
+
+Every case is drawn from its kind and its seed: on how many ranks and at which ZeRO stage the run is, and when, where
+and to whom the fault happens. `tests/faults/inject.py` has what happens; `tests/faults/cases.py`, what must hold then.
+
+    python benchmarks/faults.py --cases 1000 --folder /tmp/faults
+    python benchmarks/faults.py --only SIGKILL --seed 17
+
+The same command goes on where it was stopped: what is done stands in `outcomes.jsonl` in the folder, and the folders of
+cases in which something did not hold stay there. `--json` keeps the counts with the machine's description.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+from common import machine  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from tests.faults.cases import KINDS, NOT_DETECTED, Campaign, Case, draw  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=200, help="over all kinds")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=list(KINDS), help="kinds")
+    parser.add_argument("--seed", type=int, help="run the case of this seed alone of each kind")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=2)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
+    seeds = itertools.count(options.first_seed) if options.seed is None else [options.seed]
+    drawn = (draw(kind, seed) for seed in seeds for kind in options.only)
+    cases = list(itertools.islice(drawn, options.cases))
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "outcomes.jsonl"
+    started_s = time.time()
+    outcomes = list(run_all(Campaign(folder), cases, log, options.at_once))
+    table = summary(outcomes)
+    print(tabulate(table, headers="keys"))
+    for outcome in outcomes:
+        if outcome["problems"]:
+            print(f"{outcome['kind']} {outcome['seed']}: {'; '.join(outcome['problems'])}")
+    if options.json:
+        found = {"machine": machine(), "wall_s": round(time.time() - started_s), "kinds": table}
+        found["failed"] = [outcome for outcome in outcomes if outcome["problems"]]
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(any(outcome["problems"] for outcome in outcomes))
+
+
+def run_all(campaign: Campaign, cases: list[Case], log: Path, at_once: int) -> Iterator[dict[str, Any]]:
+    """Outcomes of the cases that are done, and of the others as they end."""
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    done = {(line["kind"], line["seed"]): line for line in lines}
+    for ranks, stage in sorted({(case.ranks, case.stage) for case in cases}):
+        campaign.undisturbed(ranks, stage)
+    with ThreadPoolExecutor(at_once) as pool, log.open("a") as file:
+        futures = [pool.submit(campaign.run, case) for case in cases if (case.kind, case.seed) not in done]
+        yield from (done[key] for case in cases if (key := (case.kind, case.seed)) in done)
+        for number, future in enumerate(as_completed(futures), start=1):
+            outcome = asdict(future.result())
+            file.write(json.dumps(outcome) + "\n")
+            file.flush()
+            print(f"{number} of {len(futures)}: {described(outcome)}", file=sys.stderr)
+            yield outcome
+
+
+def described(outcome: dict[str, Any]) -> str:
+    fault = outcome["fault"]
+    where = f"{fault['moment']} {fault['visit']} of rank {fault['rank']}, {fault['target']}"
+    end = "; ".join(outcome["problems"]) or f"exit code {outcome['code']}"
+    return f"{outcome['kind']} {outcome['seed']} ({where}; {outcome['seconds']} s): {end}"
+
+
+def summary(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each kind, and one for all."""
+    kinds = [kind for kind in KINDS if any(outcome["kind"] == kind for outcome in outcomes)]
+    rows = [(kind, [outcome for outcome in outcomes if outcome["kind"] == kind]) for kind in kinds]
+    return [_row(kind, found) for kind, found in [*rows, ("all", outcomes)] if found]
+
+
+def _row(kind: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    happened = [outcome for outcome in found if outcome["happened"]]
+    codes = sorted({outcome["code"] for outcome in happened if outcome["code"] is not None})
+    return {
+        "kind": kind,
+        "cases": len(found),
+        "injected": len(happened),
+        "exit codes": " ".join(map(str, codes)),
+        "undisturbed": sum(not outcome["problems"] for outcome in found if kind not in NOT_DETECTED),
+        "failed": sum(bool(outcome["problems"]) for outcome in found),
+        "median_s": median(outcome["seconds"] for outcome in found),
+    }
+
+
+if __name__ == "__main__":
+    main()
