@@ -16,7 +16,7 @@ from gpc_dist.adapter import GraftedEncoder, store
 from .grafts import assert_loads, grafted, options, trained
 
 
-def write_half(tensors: dict[str, Any], path: Path) -> None:
+def write_half(path: Path, _: Any) -> None:
     path.write_bytes(bytes(100))
 
 
@@ -29,8 +29,8 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def half_then(end: Callable[..., None]) -> Callable[..., None]:
-    def save(tensors: dict[str, Any], path: Path) -> None:
-        write_half(tensors, path)
+    def save(path: Path, weights: Any) -> None:
+        write_half(path, weights)
         end()
 
     return save
@@ -52,7 +52,7 @@ def test_a_save_that_fails_leaves_the_previous_adapter_and_no_rubbish(
 ) -> None:
     graft, saved = saved_then_changed(tmp_path / "adapter")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_file", half_then(fail))
+        patch.setattr(store, "write_stream", half_then(fail))
         with pytest.raises(OSError, match="no space left"):
             graft.save_pretrained(tmp_path / "adapter")
     assert_loads(tmp_path / "adapter", saved)
@@ -67,7 +67,7 @@ def test_a_save_that_is_killed_leaves_the_previous_adapter(tmp_path: Path, momen
     child = os.fork()
     if child == 0:
         if moment == "weights":
-            store.save_file = half_then(die)
+            store.write_stream = half_then(die)
         elif moment == "card":
             store.json.dumps = die
         else:

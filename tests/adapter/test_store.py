@@ -282,7 +282,7 @@ BROKEN |= {
         edit_card(shape=SHAPE | {"hidden_size": 10**6}),
         r"has shape \[.*, not \[.*1000000",
     ),
-    "outputs of terabytes": (edit_card(outputs=10**12), r"has shape \[3\], not \[1000000000000\]"),
+    "outputs of terabytes": (edit_card(outputs=10**12), r"has shape \[3, 32\], not \[1000000000000, 32\]"),
     "outputs beyond 64 bits": (edit_card(outputs=2**70), f"{WEIGHTS} cannot be loaded"),
     "layers beyond counting": (
         edit_card(shape=SHAPE | {"layers": 10**9}),

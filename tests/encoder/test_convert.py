@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -110,7 +109,7 @@ def test_every_family_is_copied(
 
 def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the conversion be killed while it writes a file, of which a half is there."""
-    save, written = safetensors.torch.save_file, []
+    save, written = conversion.save_file, []
 
     def save_file(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
         save(tensors, path, **options)
@@ -120,7 +119,7 @@ def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
             path.with_name(".tmpX1y2Z3").write_bytes(b"what the library writes first")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    monkeypatch.setattr(conversion, "save_file", save_file)
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -161,12 +160,12 @@ def test_a_file_that_is_not_the_checkpoints_is_written_anew(source: Path, tmp_pa
 def test_what_the_drive_lost_is_no_copy(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = safetensors.torch.save_file
+    save = conversion.save_file
 
     def lose(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
         save({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path, **options)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", lose)
+    monkeypatch.setattr(conversion, "save_file", lose)
     with pytest.raises(MachineError, match=r"model-00001-of-\d+.safetensors does not hold what was written"):
         convert(EncoderConfig(path=str(source)), tmp_path / "copy", torch.bfloat16)
     assert not (tmp_path / "copy" / "model.safetensors.index.json").exists()

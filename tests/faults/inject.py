@@ -270,8 +270,8 @@ def _on_gradient(_: _Watch, fault: Fault) -> None:
 
     backward = trainer.backward
 
-    def backward_and_flip(session: Any, step: Any) -> Any:
-        losses = backward(session, step)
+    def backward_and_flip(session: Any, optimizers: Any, step: Any) -> Any:
+        losses = backward(session, optimizers, step)
         trainer.backward = backward
         _flip(next(p.grad for p in step.lanes[0].adapter.parameters() if p.grad is not None), fault.detail)
         return losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,11 @@ def test_an_adapter_that_stands_by_itself_has_no_engine(tmp_path: Path) -> None:
 
 
 def test_a_run_that_others_wrote_chooses_no_folder(tmp_path: Path) -> None:
-    adapter = run_with(
-        tmp_path / "run",
-        zero_stage=3,
-        offload_param="nvme",
-        nvme_path=str(tmp_path / "theirs"),
-        ds_config="x.json",
-    )
+    theirs = tmp_path / "theirs.json"
+    offload = {"device": "nvme", "nvme_path": str(tmp_path / "theirs")}
+    theirs.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
+    adapter = run_with(tmp_path / "run", ds_config=str(theirs))
+    theirs.unlink()  # it stayed on their machine
     found = engine_of(adapter, {})
     assert found["offload_param"] == "cpu"
     assert not {"nvme_path", "ds_config"} & found.keys()
