@@ -205,11 +205,12 @@ def remove_cut_off(path: Path, names: Collection[str]) -> None:
     For the one process that writes these files.
     """
     for name in os.listdir(path):
-        if _is_cut_off(name, names):
+        if is_cut_off(name, names):
             (path / name).unlink(missing_ok=True)
 
 
-def _is_cut_off(name: str, names: Collection[str]) -> bool:
+def is_cut_off(name: str, names: Collection[str]) -> bool:
+    """Whether a file of this name is what a `write_text` of one of `names` that was cut off has left."""
     match = _CUT_OFF.fullmatch(name)
     return match is not None and match[1] in names
 
@@ -222,7 +223,7 @@ def _others(path: Path, names: Collection[str]) -> list[str]:
     return sorted(
         name
         for name in os.listdir(path)
-        if not (name in names or _is_cut_off(name, names) or name.startswith(".nfs"))
+        if not (name in names or is_cut_off(name, names) or name.startswith(".nfs"))
     )
 
 

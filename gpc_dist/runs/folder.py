@@ -212,7 +212,13 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is not the folder of a {self.kind} (it has {other}): give {self.elsewhere}"
             )
-        found = sorted(set(os.listdir(self.path)) - {_LOCK, _TRACKING_LOCK})
+        # a start that ended within its first write left a hidden file, and nothing else
+        names = [path.name for path in self._held]
+        found = sorted(
+            name
+            for name in set(os.listdir(self.path)) - {_LOCK, _TRACKING_LOCK}
+            if not files.is_cut_off(name, names)
+        )
         if found and not any((self.path / name).is_file() for name in _OWN):
             raise UserError(
                 f"{self.path} holds {files.few(found)}, and is not the folder of a {self.kind}: give "

@@ -230,3 +230,15 @@ def test_a_folder_that_is_moved_is_missed(tmp_path: Path, comes_back: bool) -> N
 def test_folder_without_configuration_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not the folder of a run: it has no config\.yaml"):
         RunFolder(tmp_path).read_config()
+
+
+def test_a_start_that_ended_within_its_first_write_left_no_strangers_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    left = folder.path / f".status.json.{'ab' * 16}"
+    left.touch()
+    with folder.hold():
+        assert not left.exists()
+    (folder.path / f".thesis.txt.{'ab' * 16}").touch()
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        folder.check_own()
