@@ -229,9 +229,8 @@ class TextStates:
 
     def _key(self, encoded: Encoded) -> StatesKey:
         dtype = torch.float32 if self.pooled else encoder_dtype(self._engine, self._world.device)
-        int8_shards = (
-            self._engine.quantize == "int8" and self._engine.zero_stage == 3
-        )  # with scales of other values
+        # shards have scales of other values
+        int8_shards = self._engine.quantize == "int8" and self._engine.zero_stage == 3
         return StatesKey(
             encoder=self._identity.path,
             encoder_sha256=self._identity.sha256,
