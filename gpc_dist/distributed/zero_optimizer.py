@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import TrainConfig
-from gpc_dist.distributed.optimizer import Reduced, parameter_groups
+from gpc_dist.distributed.optimizer import LaneOptimizer, Reduced, parameter_groups
 from gpc_dist.distributed.world import World
 from gpc_dist.distributed.zero_library import import_deepspeed
 from gpc_dist.errors import UserError
@@ -163,3 +163,7 @@ class ZeroOptimizer:
         if other := [key for key, each in found.items() if each.dtype != torch.float32]:
             raise UserError(f"{other[0]!r} holds {found[other[0]].dtype}, not float32")
         return float(updates[0])
+
+
+Optimizer = LaneOptimizer | ZeroOptimizer
+"""Of an adapter. All lanes of a step have the first kind, or its only lane has the second."""

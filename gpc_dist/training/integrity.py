@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gpc_dist.distributed import checkpoint
 from gpc_dist.distributed.optimizer import LaneOptimizer
 from gpc_dist.distributed.world import World
-from gpc_dist.distributed.zero_optimizer import ZeroOptimizer
+from gpc_dist.distributed.zero_optimizer import Optimizer
 from gpc_dist.errors import AlteredError
 
 _WORD = 8
@@ -47,11 +47,11 @@ class Integrity:
         self._world, self._model, self._below = world, model, below
         self._first: dict[str, int] = {}
         """Sum of each frozen tensor when it was first seen."""
-        self._sound: WeakSet[LaneOptimizer | ZeroOptimizer] = WeakSet()
+        self._sound: WeakSet[Optimizer] = WeakSet()
         """What has been checked since the last pass, and the frozen weights with it."""
         model.register_forward_pre_hook(lambda *_: self._sound.clear())
 
-    def check(self, lane: LaneOptimizer | ZeroOptimizer, checkpoints: Path) -> None:
+    def check(self, lane: Optimizer, checkpoints: Path) -> None:
         """Check what the passes since the last call were made with: the frozen weights, and the adapter of a lane.
 
         Does nothing if there was no pass since.
@@ -170,7 +170,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
-def _in_common(lane: LaneOptimizer | ZeroOptimizer) -> Iterator[tuple[str, Any]]:
+def _in_common(lane: Optimizer) -> Iterator[tuple[str, Any]]:
     """What every rank holds of an adapter and its optimizer; of a fine-tuned encoder at stage 3 empty tensors."""
     yield from lane.named.items()
     if isinstance(lane, LaneOptimizer) and lane.inner and not lane.partitioned:

@@ -15,9 +15,8 @@ from gpc_dist.distributed import checkpoint
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.optimizer import LaneOptimizer
 from gpc_dist.distributed.world import World
-from gpc_dist.distributed.zero_optimizer import ZeroOptimizer
+from gpc_dist.distributed.zero_optimizer import Optimizer, ZeroOptimizer
 from gpc_dist.errors import UserError
-from gpc_dist.training.step import Optimizer
 from gpc_dist.typed import check_as
 
 

@@ -22,7 +22,7 @@ from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import Config
 from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.optimizer import LaneOptimizer, reduce_gradients, send_updates
-from gpc_dist.distributed.zero_optimizer import ZeroOptimizer
+from gpc_dist.distributed.zero_optimizer import Optimizer, ZeroOptimizer
 from gpc_dist.tasks import LaneBatch, Sizes, share
 from gpc_dist.training.losses import summed_loss
 from gpc_dist.training.session import Session, Split, lane_batch
@@ -30,10 +30,6 @@ from gpc_dist.training.session import Session, Split, lane_batch
 PASS_TOKENS = 50
 """Padded tokens of a rank that an additional pass must save, on a CPU. Such a pass takes the time of up to 40 of them
 (MiniLM's shape, 1 and 8 lanes). A GPU needs few and large passes, and under ZeRO-3 each pass gathers the encoder."""
-
-
-Optimizer = LaneOptimizer | ZeroOptimizer
-"""Of an adapter. All lanes of a step have the first kind, or its only lane has the second."""
 
 
 def optimizer_of(adapter: Adapter, session: Session, config: Config) -> Optimizer:
