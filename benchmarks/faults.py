@@ -1,7 +1,7 @@
 """A campaign of faults: each is injected into a real run, which must end as documented and go on undisturbed.
 
-Every case is drawn from its kind and its seed: on how many ranks and at which ZeRO stage the run is, and when, where
-and to whom the fault happens. `tests/faults/inject.py` has what happens; `tests/faults/cases.py`, what must hold then.
+Every case is drawn from its kind and its seed: what is run, and when, where and to whom the fault happens.
+`tests/faults/families.py` lists the families of kinds; each has its faults, and what must hold after them, in a file.
 
     python benchmarks/faults.py --cases 1000 --folder /tmp/faults
     python benchmarks/faults.py --only SIGKILL --seed 17
@@ -34,7 +34,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 from common import machine  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from tests.faults.cases import KINDS, NOT_DETECTED, Campaign, Case, draw  # noqa: E402
+from tests.faults.families import FAMILIES, KINDS, family_of, made  # noqa: E402
 
 
 def main() -> None:
@@ -51,12 +51,11 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     seeds = itertools.count(options.first_seed) if options.seed is None else [options.seed]
-    drawn = (draw(kind, seed) for seed in seeds for kind in options.only)
+    drawn = ((kind, seed) for seed in seeds for kind in options.only)
     cases = list(itertools.islice(drawn, options.cases))
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "outcomes.jsonl"
     started_s = time.time()
-    outcomes = list(run_all(Campaign(folder), cases, log, options.at_once))
+    outcomes = list(run_all(folder, cases, options.at_once))
     table = summary(outcomes)
     print(tabulate(table, headers="keys"))
     for outcome in outcomes:
@@ -69,28 +68,35 @@ def main() -> None:
     sys.exit(any(outcome["problems"] for outcome in outcomes))
 
 
-def run_all(campaign: Campaign, cases: list[Case], log: Path, at_once: int) -> Iterator[dict[str, Any]]:
-    """Outcomes of the cases that are done, and of the others as they end."""
+def run_all(folder: Path, cases: list[tuple[str, int]], at_once: int) -> Iterator[dict[str, Any]]:
+    """Outcomes of the kinds and seeds: first of what is done, then of the others as they end."""
+    log = folder / "outcomes.jsonl"
     lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
     done = {(line["kind"], line["seed"]): line for line in lines}
-    for ranks, stage in sorted({(case.ranks, case.stage) for case in cases}):
-        campaign.undisturbed(ranks, stage)
-    with ThreadPoolExecutor(at_once) as pool, log.open("a") as file:
-        futures = [pool.submit(campaign.run, case) for case in cases if (case.kind, case.seed) not in done]
-        yield from (done[key] for case in cases if (key := (case.kind, case.seed)) in done)
-        for number, future in enumerate(as_completed(futures), start=1):
-            outcome = asdict(future.result())
-            file.write(json.dumps(outcome) + "\n")
-            file.flush()
-            print(f"{number} of {len(futures)}: {described(outcome)}", file=sys.stderr)
-            yield outcome
+    yield from (done[case] for case in cases if case in done)
+    for kind_of in FAMILIES:
+        mine = [case for case in cases if case not in done and family_of(case[0]) is kind_of]
+        if not mine:
+            continue
+        family = made(kind_of, folder)
+        drawn = [family.draw(*case) for case in mine]
+        try:
+            family.prepare(drawn)
+            with ThreadPoolExecutor(min(at_once, family.at_once)) as pool, log.open("a") as file:
+                futures = [pool.submit(family.run, case) for case in drawn]
+                for number, future in enumerate(as_completed(futures), start=1):
+                    outcome = asdict(future.result())
+                    file.write(json.dumps(outcome) + "\n")
+                    file.flush()
+                    print(f"{number} of {len(drawn)}: {described(outcome)}", file=sys.stderr)
+                    yield outcome
+        finally:
+            family.close()
 
 
 def described(outcome: dict[str, Any]) -> str:
-    fault = outcome["fault"]
-    where = f"{fault['moment']} {fault['visit']} of rank {fault['rank']}, {fault['target']}"
-    end = "; ".join(outcome["problems"]) or f"exit code {outcome['code']}"
-    return f"{outcome['kind']} {outcome['seed']} ({where}; {outcome['seconds']} s): {end}"
+    ended = "; ".join(outcome["problems"]) or f"exit code {outcome['code']}"
+    return f"{outcome['kind']} {outcome['seed']} ({outcome['what']}; {outcome['seconds']} s): {ended}"
 
 
 def summary(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -101,14 +107,14 @@ def summary(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row(kind: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    happened = [outcome for outcome in found if outcome["happened"]]
+    happened = [outcome for outcome in found if outcome["injected"]]
     codes = sorted({outcome["code"] for outcome in happened if outcome["code"] is not None})
     return {
         "kind": kind,
         "cases": len(found),
-        "injected": len(happened),
+        "injected": sum(outcome["injected"] for outcome in found),
         "exit codes": " ".join(map(str, codes)),
-        "undisturbed": sum(not outcome["problems"] for outcome in found if kind not in NOT_DETECTED),
+        "undisturbed": sum(outcome["same"] for outcome in found),
         "failed": sum(bool(outcome["problems"]) for outcome in found),
         "median_s": median(outcome["seconds"] for outcome in found),
     }

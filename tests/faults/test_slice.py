@@ -7,20 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cases import KINDS, Campaign, draw
+from tests.faults.case import Family
+from tests.faults.families import made
+from tests.faults.runs import Runs
 
-pytestmark = pytest.mark.slow
-
-CASES = [draw(kind, seed) for seed in range(2) for kind in KINDS if kind not in ("stop", "port")]
-"""Without what waits for a timeout."""
+WAITS = ("stop", "port")
+"""Kinds that wait for a timeout."""
 
 
-def test_faults_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path / "campaign")
-    for case in CASES:
-        campaign.undisturbed(case.ranks, case.stage)
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(campaign.run, CASES))
+@pytest.mark.slow
+def test_faults_in_runs_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
+    assert_nothing_is_lost(made(Runs, tmp_path), seeds=2, without=WAITS)
+
+
+def assert_nothing_is_lost(family: Family, seeds: int, without: tuple[str, ...] = ()) -> None:
+    kinds = [kind for kind in family.kinds if kind not in without]
+    cases = [family.draw(kind, seed) for seed in range(seeds) for kind in kinds]
+    try:
+        family.prepare(cases)
+        with ThreadPoolExecutor(family.at_once) as pool:
+            outcomes = list(pool.map(family.run, cases))
+    finally:
+        family.close()
     failed = [outcome for outcome in outcomes if outcome.problems]
     assert not failed, "\n".join(map(str, failed))
-    assert {outcome.kind for outcome in outcomes if outcome.happened} == {case.kind for case in CASES}
+    assert {outcome.kind for outcome in outcomes if outcome.injected} == set(kinds)

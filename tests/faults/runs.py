@@ -1,8 +1,7 @@
-"""A case of the campaign: a drawn fault in a run, and what must hold after it and after the run has gone on."""
+"""Faults in single runs: what is drawn, and what must hold after it and after the run has gone on."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -10,17 +9,15 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, EXIT_USAGE
-from tests import tiny
+from tests.faults.case import Case, Outcome, end, left, noted, shared_memory, tiny_inputs
 from tests.faults.inject import Fault, Place, launch
 from tests.processes import Started, start_call
 
@@ -34,38 +31,13 @@ EVERYWHERE = ("start", "step", "evaluation", "save", "prune", "end")
 
 
 @dataclass(frozen=True)
-class Case:
-    kind: str
-    seed: int
+class RunCase(Case):
     ranks: int
     stage: int
     fault: Fault
     """Its visit is still open."""
     at: float
     """Which of the visits it is, from 0 for the first to 1."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.seed}"
-
-
-@dataclass
-class Outcome:
-    """What became of a case."""
-
-    kind: str
-    seed: int
-    fault: dict[str, Any]
-    ranks: int
-    stage: int
-    happened: bool = False
-    """The run came to the place of the fault."""
-    code: int | None = None
-    said: str = ""
-    """Last line of the command's error output."""
-    problems: list[str] = field(default_factory=list)
-    """What did not hold."""
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,35 +113,31 @@ NOT_DETECTED = ("gradient",)
 """Kinds after which a run goes on to another result, as the documentation says."""
 
 
-def draw(kind: str, seed: int) -> Case:
-    """The case of a kind and a seed."""
-    chance, how = random.Random(f"{kind} {seed}"), KINDS[kind]
-    ranks, stage = chance.choice(how.arrangements)
-    moment = chance.choice(how.moments)
-    rank = how.rank if how.rank is not None else chance.randrange(ranks)
-    fault = Fault(how.injected or kind, moment, 0, rank, chance.choice(how.targets), how.detail(chance))
-    return Case(kind, seed, ranks, stage, fault, chance.uniform(*how.span))
+class Runs:
+    """The family of faults in single runs; see `Family`."""
 
-
-class Campaign:
-    """Runs cases in a folder, which keeps what went wrong.
-
-    Args:
-        folder: made if it is missing; a later campaign there uses the undisturbed runs again.
-    """
+    kinds = tuple(KINDS)
+    at_once = 2
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._inputs = folder / "inputs"
-        self._recipe = self._inputs / "tiny.yaml"
-        if not self._recipe.exists():
-            shutil.rmtree(self._inputs, ignore_errors=True)
-            for name in ("encoder", "data"):
-                (self._inputs / name).mkdir(parents=True)
-            start_call(tiny.write_encoder, self._inputs / "encoder").wait()
-            tiny.write_data(self._inputs / "data")
-            tiny.write_recipe(self._recipe, self._inputs / "encoder", self._inputs / "data")
+        self._recipe = tiny_inputs(folder / "inputs")
         self.undisturbed = cache(self._undisturbed)
+
+    def draw(self, kind: str, seed: int) -> RunCase:
+        chance, how = random.Random(f"{kind} {seed}"), KINDS[kind]
+        ranks, stage = chance.choice(how.arrangements)
+        moment = chance.choice(how.moments)
+        rank = how.rank if how.rank is not None else chance.randrange(ranks)
+        fault = Fault(how.injected or kind, moment, 0, rank, chance.choice(how.targets), how.detail(chance))
+        return RunCase(kind, seed, ranks, stage, fault, chance.uniform(*how.span))
+
+    def prepare(self, cases: Iterable[RunCase]) -> None:
+        for ranks, stage in sorted({(case.ranks, case.stage) for case in cases}):
+            self.undisturbed(ranks, stage)
+
+    def close(self) -> None:
+        pass
 
     def _undisturbed(self, ranks: int, stage: int) -> dict[str, Any]:
         """What a run without a fault leaves."""
@@ -178,10 +146,10 @@ class Campaign:
             shutil.rmtree(place.folder, ignore_errors=True)
             place.folder.mkdir(parents=True)
             started = self._start(place, ranks, stage, None)
-            assert _end(started) == EXIT_DONE, started.stderr
+            assert end(started, _LIMIT_S) == EXIT_DONE, started.stderr
         return results(place.run)
 
-    def run(self, case: Case) -> Outcome:
+    def run(self, case: RunCase) -> Outcome:
         """Run a case; its folder stays if something did not hold."""
         reference = self.undisturbed(case.ranks, case.stage)
         began_s = time.monotonic()
@@ -189,20 +157,22 @@ class Campaign:
         shutil.rmtree(place.folder, ignore_errors=True)
         place.folder.mkdir(parents=True)
         fault = self._fault(case)
-        outcome = Outcome(case.kind, case.seed, asdict(fault), case.ranks, case.stage)
-        before = _shared_memory()
+        where = f"{fault.moment} {fault.visit} of rank {fault.rank} of {case.ranks}, stage {case.stage}"
+        outcome = Outcome(case.kind, case.seed, f"{where}: {fault.target} {fault.detail}")
+        before = shared_memory()
         started = self._start(place, case.ranks, case.stage, fault)
-        outcome.code = _end(started)
-        outcome.happened = place.happened.exists() or case.kind == "port"
+        outcome.code = end(started, _LIMIT_S)
+        outcome.injected = int(place.happened.exists() or case.kind == "port")
         outcome.said = next(reversed(started.stderr.strip().splitlines()), "")
         for check in (_check_end, _check_saved):
             outcome.problems += check(case, outcome, place, started.stderr)
         outcome.problems += _left(place)
         if outcome.code != EXIT_DONE and not outcome.problems:
             outcome.problems += self._go_on(case, place)
-        if not outcome.problems and not (case.kind in NOT_DETECTED and outcome.happened):
+        if not outcome.problems and not (case.kind in NOT_DETECTED and outcome.injected):
             try:
-                outcome.problems += _differences(results(place.run), reference)
+                found = _differences(results(place.run), reference)
+                outcome.same, outcome.problems = not found, outcome.problems + found
             except (OSError, ValueError, KeyError) as error:
                 outcome.problems.append(f"there are no whole results: {error}")
             outcome.problems += _rubbish(place, before)
@@ -213,7 +183,7 @@ class Campaign:
             (place.folder / "stderr").write_text(started.stderr)
         return outcome
 
-    def _fault(self, case: Case) -> Fault:
+    def _fault(self, case: RunCase) -> Fault:
         """The fault of a case, at a visit that a run makes."""
         place = Place(self.folder / f"undisturbed-{case.ranks}-{case.stage}")
         file = place.visits / f"{case.fault.moment}-{case.fault.rank}"
@@ -230,7 +200,7 @@ class Campaign:
         given = asdict(fault) if fault else None
         return start_call(launch, words, place.folder, given, TMPDIR=str(temporary), OMP_NUM_THREADS="1")
 
-    def _go_on(self, case: Case, place: Place) -> list[str]:
+    def _go_on(self, case: RunCase, place: Place) -> list[str]:
         """Give the same command again, after what its messages say is to be done."""
         if case.kind == "deleted":  # what was written of a save that had begun
             shutil.rmtree(place.run, ignore_errors=True)
@@ -239,13 +209,13 @@ class Campaign:
             place.moved.rename(place.run)
         damaged = _damage(case, place)
         started = self._start(place, case.ranks, case.stage, None)
-        code = _end(started)
+        code = end(started, _LIMIT_S)
         if damaged is not None:
             if code != EXIT_USAGE or f"{damaged} is damaged" not in started.stderr:
                 return [f"a damaged checkpoint was not refused: {code}, {started.stderr[-500:]}"]
             shutil.rmtree(damaged)
             started = self._start(place, case.ranks, case.stage, None)
-            code = _end(started)
+            code = end(started, _LIMIT_S)
         if code != EXIT_DONE:
             return [f"it did not go on: {code}, {started.stderr[-500:]}"]
         return _left(place)
@@ -272,25 +242,13 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def _end(started: Started) -> int | None:
-    """Exit code; None if it hung."""
-    deadline = time.monotonic() + _LIMIT_S
-    while started.returncode is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    code = started.returncode
-    if code is None:
-        started.kill()
-    started.wait()
-    return code
-
-
-def _check_end(case: Case, outcome: Outcome, _: Place, said: str) -> list[str]:
+def _check_end(case: RunCase, outcome: Outcome, _: Place, said: str) -> list[str]:
     code, kind = outcome.code, KINDS[case.kind]
     if code is None:
         return [f"it hung for {_LIMIT_S} s"]
     # a stopped rank's peers and a rank that is found first speak of a lost rank
     if code == EXIT_DONE:
-        hidden = outcome.happened and case.kind in ("weight", "adapter", "nan", "stop", "port")
+        hidden = outcome.injected > 0 and case.kind in ("weight", "adapter", "nan", "stop", "port")
         return [f"{case.kind} was not detected"] if hidden else []
     if code not in kind.codes:
         return [f"exit code {code} instead of {sorted(kind.codes)}: {outcome.said}"]
@@ -299,7 +257,7 @@ def _check_end(case: Case, outcome: Outcome, _: Place, said: str) -> list[str]:
     return [] if kind.says in said else [f"it did not say '{kind.says}': {outcome.said}"]
 
 
-def _check_saved(case: Case, _: Outcome, place: Place, __: str) -> list[str]:
+def _check_saved(case: RunCase, _: Outcome, place: Place, __: str) -> list[str]:
     """The newest checkpoint that was reported as saved is there."""
     if not place.saved.exists() or case.kind == "deleted":
         return []
@@ -312,35 +270,14 @@ def _check_saved(case: Case, _: Outcome, place: Place, __: str) -> list[str]:
 
 
 def _left(place: Place) -> list[str]:
-    """Processes of the case that are still there."""
-    deadline = time.monotonic() + 10
-    while (found := list(_living(place))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    return [f"process {process.pid} was left" for process in found]
-
-
-def _living(place: Place) -> Any:
-    for file in place.processes.glob("[!.]*"):
-        pid, created_s = file.read_text().split()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(pid))
-            same = abs(process.create_time() - float(created_s)) < 0.05
-            if same and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-
-
-def _shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    return left(lambda: noted(place.processes))
 
 
 def _rubbish(place: Place, before: set[str]) -> list[str]:
     """Temporary files and shared memory that are left when the run is done."""
     found = [f"{name} is left in the temporary folder" for name in os.listdir(place.folder / "tmp")]
     pids = {file.read_text().split()[0] for file in place.processes.glob("[!.]*")}
-    for name in _shared_memory() - before:
+    for name in shared_memory() - before:
         if any(pid in name for pid in pids):
             found.append(f"/dev/shm/{name} is left")
     return found
@@ -357,7 +294,7 @@ def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return found
 
 
-def _damage(case: Case, place: Place) -> Path | None:
+def _damage(case: RunCase, place: Place) -> Path | None:
     """Damage what a killed run has left. Returns the checkpoint that can no longer be used, if one is damaged."""
     if case.kind == "torn":
         with (place.run / "metrics.jsonl").open("ab") as file:
