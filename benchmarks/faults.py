@@ -84,12 +84,16 @@ def run_all(folder: Path, cases: list[tuple[str, int]], at_once: int) -> Iterato
             family.prepare(drawn)
             with ThreadPoolExecutor(min(at_once, family.at_once)) as pool, log.open("a") as file:
                 futures = [pool.submit(family.run, case) for case in drawn]
-                for number, future in enumerate(as_completed(futures), start=1):
-                    outcome = asdict(future.result())
-                    file.write(json.dumps(outcome) + "\n")
-                    file.flush()
-                    print(f"{number} of {len(drawn)}: {described(outcome)}", file=sys.stderr)
-                    yield outcome
+                try:
+                    for number, future in enumerate(as_completed(futures), start=1):
+                        outcome = asdict(future.result())
+                        file.write(json.dumps(outcome) + "\n")
+                        file.flush()
+                        print(f"{number} of {len(drawn)}: {described(outcome)}", file=sys.stderr)
+                        yield outcome
+                except BaseException:  # an error of the campaign, or it was stopped
+                    pool.shutdown(cancel_futures=True)
+                    raise
         finally:
             family.close()
 

@@ -39,6 +39,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, all to survive a power cut; one that exists stays."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_folder(folder.parent)
+
+
 def read_text(path: Path) -> str:
     """The text of a file that a user wrote, without a byte order mark.
 
@@ -92,7 +100,7 @@ def _content(path: Path, most: int) -> bytes:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one step; creates its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # see `_CUT_OFF`
     try:
         with temporary.open("x", encoding="utf-8") as file:
@@ -121,7 +129,7 @@ def new_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
         UserError: see `check_replaceable`.
     """
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     recover_folder(path, names)
     check_replaceable(path, names)
     temporary = _beside(path, _NEW)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpc_dist import files
+
 log = logging.getLogger(__name__)
 
 _TAKEN = (errno.EAGAIN, errno.EACCES)
@@ -37,7 +39,7 @@ def hold(path: Path, timeout_s: float | None = None) -> Iterator[None]:
     Raises:
         TakenError: another process still holds the lock.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     end_s = None if timeout_s is None else time.monotonic() + timeout_s
     with path.open("a") as file:  # closing it releases the lock
         while not _taken_up(file.fileno(), path):

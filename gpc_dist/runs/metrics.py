@@ -29,7 +29,7 @@ class MetricLog:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         self._path = path
         self._open()
 
@@ -59,7 +59,12 @@ class MetricLog:
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._open()
 
+    def sync(self) -> None:
+        """Make all lines survive a power cut. What says that their steps are done must be written after this."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
+        self.sync()
         self._file.close()
 
     def __enter__(self) -> MetricLog:

@@ -233,6 +233,8 @@ class Run:
             UserError: see `_check_worth_keeping`.
         """
         self._check_worth_keeping()
+        if self._log:
+            self._log.sync()
         encoder = self.session.base.identity
         save_state(self.folder.checkpoints, self.config, encoder, self.optimizer, self.position)
 

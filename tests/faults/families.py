@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.faults.case import Family
+from tests.faults.records import Records
 from tests.faults.runs import Runs
 
-FAMILIES: tuple[type[Family], ...] = (Runs,)
+FAMILIES: tuple[type[Family], ...] = (Runs, Records)
 
 KINDS = tuple(kind for family in FAMILIES for kind in family.kinds)
 """Each is of one family."""

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -21,6 +22,18 @@ from typing import Any
 
 import psutil
 
+from tests.faults.disk import Disk
+
+_COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "gather",
+    "barrier",
+)
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR2")
 
 
@@ -38,7 +51,9 @@ class Fault:
     target: str = "self"
     """Whom a signal is sent: self, launcher or ranks."""
     detail: int = 0
-    """Of the kind: an error number, bytes, a bit, milliseconds."""
+    """Of the kind: an error number, bytes, a bit, milliseconds, seconds."""
+    number: int = 0
+    """Of those of a case."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +63,32 @@ class Place:
     folder: Path
 
     @property
+    def disk(self) -> Path:
+        """Holds what the command writes."""
+        return self.folder / "disk"
+
+    @property
     def run(self) -> Path:
-        return self.folder / "run"
+        return self.disk / "run"
 
     @property
     def moved(self) -> Path:
-        return self.folder / "moved"
+        return self.disk / "moved"
+
+    @property
+    def filler(self) -> Path:
+        """A file that fills the disk."""
+        return self.disk / "filler"
 
     @property
     def processes(self) -> Path:
         """Holds a file for each process, with its id and the time at which it began."""
         return self.folder / "processes"
+
+    @property
+    def exporters(self) -> Path:
+        """Holds such a file for each exporter to MLflow."""
+        return self.folder / "exporters"
 
     @property
     def saved(self) -> Path:
@@ -70,18 +100,22 @@ class Place:
         """Holds a file for each moment and rank of a run without a fault, as long as it has visits."""
         return self.folder / "visits"
 
-    @property
-    def happened(self) -> Path:
+    def happened(self, fault: Fault) -> Path:
         """There once the fault has begun."""
-        return self.folder / "happened"
+        return self.folder / f"happened-{fault.number}"
+
+    @property
+    def released(self) -> Path:
+        """A rank that is held goes on once it is there."""
+        return self.folder / "released"
 
 
-def launch(words: Sequence[str], place: Path, fault: dict[str, Any] | None) -> int:
-    """Run `gpc-dist`, and the fault in it."""
+def launch(words: Sequence[str], place: Path, faults: Sequence[dict[str, Any]] | None) -> int:
+    """Run `gpc-dist`, and the faults in it; without a list of them, what is noted is how often places are visited."""
     from gpc_dist import cli
     from tests import processes
 
-    watch = _Watch(Place(place), Fault(**fault) if fault else None)
+    watch = _Watch(Place(place), None if faults is None else [Fault(**fault) for fault in faults])
     watch.note("launcher")
     watch.patch()
     begin = processes._ForkedRank._begin
@@ -99,35 +133,37 @@ def launch(words: Sequence[str], place: Path, fault: dict[str, Any] | None) -> i
 
 
 class _Watch:
-    """Counts the visits of the moment, in each rank by itself."""
+    """Counts the visits of each moment, in each rank by itself."""
 
-    def __init__(self, place: Place, fault: Fault | None):
-        self.place, self.fault = place, fault
-        self.visits = 0
+    def __init__(self, place: Place, faults: Sequence[Fault] | None):
+        self.place, self.faults = place, faults
+        self.visits: Counter[str] = Counter()
+        self.disk = Disk(place.disk, place.folder / "replaced")
         self.run: Any = None
         """The `Run`, once it makes steps."""
         self.inside_save = False
+        self.exporter: int | None = None
+        """Process id of the exporter that this rank has started."""
 
     def note(self, name: str) -> None:
-        self.place.processes.mkdir(exist_ok=True)
-        temporary = self.place.processes / f".{name}"
-        temporary.write_text(f"{os.getpid()} {psutil.Process().create_time()}")
-        temporary.rename(self.place.processes / name)
+        note(self.place.processes, name, os.getpid())
 
     def visit(self, moment: str) -> None:
-        fault, rank = self.fault, int(os.environ.get("RANK", "0"))
-        if fault is None:
+        rank = int(os.environ.get("RANK", "0"))
+        if self.faults is None:
             self.place.visits.mkdir(exist_ok=True)
             with (self.place.visits / f"{moment}-{rank}").open("ab") as file:
                 file.write(b".")
-        if fault is None or (fault.moment, fault.rank) != (moment, rank):
             return
-        self.visits += 1
-        if self.visits == fault.visit:
-            self.place.happened.touch()
-            happen(self, fault)
+        self.visits[moment] += 1
+        for fault in self.faults:
+            if (fault.moment, fault.visit, fault.rank) == (moment, self.visits[moment], rank):
+                self.place.happened(fault).touch()
+                happen(self, fault)
 
     def patch(self) -> None:
+        from torch import distributed
+
         from gpc_dist.distributed import checkpoint, launch
         from gpc_dist.training import evaluation, run, train, trainer
 
@@ -146,6 +182,7 @@ class _Watch:
                 (trainer, "finish"),
                 (run.Run, "finish_step"),
             ],
+            "collective": [(distributed, name) for name in _COLLECTIVES],
             "evaluation": [(evaluation, "lane_batch"), (run.Run, "finish_evaluation"), (run, "save_adapter")],
             "save": [
                 (run, "save_state"),
@@ -161,8 +198,13 @@ class _Watch:
             for owner, name in functions:
                 self._before(moment, owner, name)
         self._note_saves(checkpoint)
+        self._note_exporters()
         self._note_run(run.Run)
-        if self.fault is not None and self.fault.kind == "port":
+        kinds = {fault.kind: fault for fault in self.faults or ()}
+        if "power" in kinds:
+            self.disk.watch()
+        if "port" in kinds:
+            self.place.happened(kinds["port"]).touch()
             taken = socket.create_server(("127.0.0.1", 0))
             launch._free_port = lambda: taken.getsockname()[1]
 
@@ -206,6 +248,21 @@ class _Watch:
 
         kind.begin_step = begin_and_note
 
+    def _note_exporters(self) -> None:
+        from gpc_dist.tracking import process
+
+        spawn = process.spawn
+
+        def spawn_and_note(*arguments: Any) -> Any:
+            exporter = spawn(*arguments)
+            assert exporter is not None
+            note(self.place.exporters, str(exporter.pid), exporter.pid)
+            self.exporter = exporter.pid
+            self.visit("export")
+            return exporter
+
+        process.spawn = spawn_and_note
+
     # -- processes -----------------------------------------------------------------------------------------------
 
     def pids(self, target: str) -> list[int]:
@@ -222,6 +279,14 @@ class _Watch:
         return sorted(found, key=lambda pid: pid == os.getpid())
 
 
+def note(folder: Path, name: str, pid: int) -> None:
+    """Write which process this is; see `case.noted`."""
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{name}"
+    temporary.write_text(f"{pid} {psutil.Process(pid).create_time()}")
+    temporary.rename(folder / name)
+
+
 def happen(watch: _Watch, fault: Fault) -> None:
     if fault.kind in SIGNALS:
         for pid in watch.pids(fault.target):
@@ -233,11 +298,28 @@ def happen(watch: _Watch, fault: Fault) -> None:
 def _on_pause(watch: _Watch, fault: Fault) -> None:
     """Stand still for a while."""
     pids = watch.pids(fault.target)
-    listed = " ".join(map(str, pids))
-    words = ["sh", "-c", f"sleep {fault.detail / 1000}; kill -CONT {listed}"]
-    subprocess.Popen(words, start_new_session=True)
+    _later(fault.detail, "CONT", pids)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
+
+
+def _later(after_ms: int, name: str, pids: Sequence[int]) -> None:
+    """Send a signal from a process of its own: this one may stand still then, or be gone."""
+    words = ["sh", "-c", f"sleep {after_ms / 1000}; kill -{name} {' '.join(map(str, pids))}"]
+    subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def _on_exporter_kill(watch: _Watch, fault: Fault) -> None:
+    """The exporter is killed after some time."""
+    assert watch.exporter is not None
+    _later(fault.detail, "KILL", [watch.exporter])
+
+
+def _on_exporter_pause(watch: _Watch, fault: Fault) -> None:
+    """The exporter stands still for some seconds, after some time."""
+    assert watch.exporter is not None
+    _later(fault.detail, "STOP", [watch.exporter])
+    _later(fault.detail + 4000, "CONT", [watch.exporter])
 
 
 def _on_stop(watch: _Watch, _: Fault) -> None:
@@ -316,3 +398,41 @@ def _on_deleted(watch: _Watch, _: Fault) -> None:
 
 def _on_moved(watch: _Watch, _: Fault) -> None:
     watch.place.run.rename(watch.place.moved)
+
+
+def _on_clock(_: _Watch, fault: Fault) -> None:
+    """The clock of this rank jumps, back or forth."""
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + fault.detail
+    time.time_ns = lambda: now_ns() + fault.detail * 10**9
+
+
+def _on_power(watch: _Watch, _: Fault) -> None:
+    """The machine loses its power, and what its disk has not promised to keep."""
+    me = os.getpid()
+    for pid in [*watch.pids("launcher"), *(pid for pid in watch.pids("ranks") if pid != me)]:
+        if pid != me:
+            os.kill(pid, signal.SIGKILL)
+    watch.disk.cut()
+    os.kill(me, signal.SIGKILL)
+
+
+def _on_full(watch: _Watch, fault: Fault) -> None:
+    """Nobody may write more than these bytes: a file of somebody else has the rest of the disk."""
+    room = os.statvfs(watch.place.disk)
+    left = room.f_bavail * room.f_frsize - fault.detail
+    with watch.place.filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, left))
+
+
+def _on_readonly(watch: _Watch, _: Fault) -> None:
+    """The disk is mounted again, without the right to write: only files that are open may be written on."""
+    disk = str(watch.place.disk)
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
+
+
+def _on_hold(watch: _Watch, _: Fault) -> None:
+    """Stand still until the campaign has tried something."""
+    while not watch.place.released.exists():
+        time.sleep(0.01)

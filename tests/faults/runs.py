@@ -8,8 +8,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,25 +21,26 @@ from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, EXIT_USAGE
 from tests.faults.case import Case, Outcome, end, left, noted, shared_memory, tiny_inputs
 from tests.faults.inject import Fault, Place, launch
-from tests.processes import Started, start_call
+from tests.processes import Started, free_port, start_call
 
 TIMEOUT_S = 20
-"""`engine.timeout_s` of all runs."""
+"""`engine.timeout_s` of runs."""
+_SHORT_S = 10
+"""That of those which are to wait for it."""
 _LIMIT_S = TIMEOUT_S + 25 + 60
 """Longest wait for a command: the timeout, what the launcher gives its ranks to end, and a slow start."""
 _SAME = ("train/loss", "train/grad_norm", "train/lr_factor", "train/epoch")
-"""Of a step, what does not depend on the clock; with all of `val/`."""
-EVERYWHERE = ("start", "step", "evaluation", "save", "prune", "end")
+EVERYWHERE = ("start", "step", "collective", "evaluation", "save", "prune", "end")
 
 
 @dataclass(frozen=True)
 class RunCase(Case):
     ranks: int
     stage: int
-    fault: Fault
-    """Its visit is still open."""
-    at: float
-    """Which of the visits it is, from 0 for the first to 1."""
+    faults: tuple[tuple[str, Fault], ...]
+    """By the names of their kinds; their visits are still open."""
+    at: tuple[float, ...]
+    """Of each fault which of the visits it is, from 0 for the first to 1."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Kind:
     """The only rank in which it happens."""
     span: tuple[float, float] = (0, 1)
     """Of the visits of its moment, those at which it happens."""
+    timeout_s: int = TIMEOUT_S
+    """`engine.timeout_s` of the run that the fault happens in."""
     injected: str = ""
     """Name of what happens, if it is not that of the kind."""
 
@@ -83,13 +88,24 @@ _SHARED = ((2, 0), (2, 1), (2, 3))
 # once there is a checkpoint
 _KILLED = Kind(("step",), frozenset({-9, 128 + 9}), rank=0, injected="SIGKILL", detail=_bit, span=(0.4, 1))
 
+
+def _bytes(draw: random.Random) -> int:
+    return int(2 ** draw.uniform(12, 17))
+
+
+def _jump(draw: random.Random) -> int:
+    return draw.choice([-1, 1]) * int(10 ** draw.uniform(1, 8))
+
+
 KINDS: dict[str, Kind] = {
     "SIGKILL": _signal("SIGKILL"),
     "SIGTERM": _signal("SIGTERM", EXIT_STOPPED),
     "SIGINT": _signal("SIGINT", EXIT_STOPPED),
     "SIGUSR2": _signal("SIGUSR2", EXIT_STOPPED),
     "pause": Kind(EVERYWHERE, frozenset(), targets=_WHOM, detail=lambda draw: draw.randrange(50, 1500)),
-    "stop": Kind(("start", "step", "evaluation", "save"), _MACHINE, "did not", arrangements=_SHARED),
+    "stop": Kind(
+        ("start", "step", "evaluation", "save"), _MACHINE, "did not", arrangements=_SHARED, timeout_s=_SHORT_S
+    ),
     # the other rank is lost, and may be found first
     "raise": Kind(EVERYWHERE, frozenset({1, EXIT_ENVIRONMENT})),
     "memory": Kind(EVERYWHERE, _MACHINE, "memory"),
@@ -99,24 +115,57 @@ KINDS: dict[str, Kind] = {
     "weight": Kind(("step",), _MACHINE, "changed in the memory of rank", detail=_bit),
     "adapter": Kind(("step",), _MACHINE, "the adapter differs", arrangements=((2, 0),), detail=_bit),
     "error": Kind(("save", "prune"), _MACHINE, detail=_errno, rank=0),
-    "quota": Kind(EVERYWHERE, _MACHINE, detail=lambda draw: int(2 ** draw.uniform(12, 17)), rank=0),
+    "quota": Kind(EVERYWHERE, _MACHINE, detail=_bytes, rank=0),
+    "full": Kind(EVERYWHERE, _MACHINE, detail=_bytes, rank=0),
+    "readonly": Kind(EVERYWHERE, _MACHINE, rank=0),
+    "power": Kind(EVERYWHERE, frozenset({-9, 128 + 9}), rank=0),
+    "clock": Kind(EVERYWHERE, frozenset(), detail=_jump),
     "deleted": Kind(("step", "evaluation", "save"), _MACHINE, rank=0),
     "moved": Kind(("step", "evaluation", "save"), _MACHINE, rank=0),
-    "port": Kind(("never",), _MACHINE, "could not join", arrangements=_SHARED),
+    "twice": Kind(("step", "evaluation", "save"), frozenset(), injected="hold", rank=0),
+    "absent": Kind(("never",), _MACHINE, "could not join", arrangements=_SHARED, timeout_s=_SHORT_S),
+    "port": Kind(("never",), _MACHINE, "could not join", arrangements=_SHARED, timeout_s=_SHORT_S),
     "bit": _KILLED,
     "cut": _KILLED,
     "torn": _KILLED,
 }
-"""By name. `bit`, `cut` and `torn` damage the newest checkpoint or the metrics after the run was killed."""
+"""By name. `bit`, `cut` and `torn` damage the newest checkpoint or the metrics after the run was killed; in `twice` the
+same command is given while the run goes on; in `absent` the other ranks are never started."""
+
+PAIRED = (
+    "SIGKILL",
+    "SIGTERM",
+    "SIGINT",
+    "SIGUSR2",
+    "pause",
+    "raise",
+    "memory",
+    "weight",
+    "error",
+    "quota",
+    "power",
+    "clock",
+    "moved",
+)
+"""Kinds of which two are drawn for a `pair`: in one run, or the second in that which goes on after the first."""
 
 NOT_DETECTED = ("gradient",)
 """Kinds after which a run goes on to another result, as the documentation says."""
+
+_ON_A_SMALL_DISK = ("full", "readonly")
+
+
+def _may_mount() -> bool:
+    """Whether this process can make a case a disk of its own."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "CapEff" in line)
+    return bool(int(line.split()[1], 16) >> 21 & 1)  # CAP_SYS_ADMIN
 
 
 class Runs:
     """The family of faults in single runs; see `Family`."""
 
-    kinds = tuple(KINDS)
+    table: Mapping[str, Kind] = KINDS
+    kinds = tuple(kind for kind in (*KINDS, "pair") if _may_mount() or kind not in _ON_A_SMALL_DISK)
     at_once = 2
 
     def __init__(self, folder: Path):
@@ -125,12 +174,18 @@ class Runs:
         self.undisturbed = cache(self._undisturbed)
 
     def draw(self, kind: str, seed: int) -> RunCase:
-        chance, how = random.Random(f"{kind} {seed}"), KINDS[kind]
-        ranks, stage = chance.choice(how.arrangements)
-        moment = chance.choice(how.moments)
-        rank = how.rank if how.rank is not None else chance.randrange(ranks)
-        fault = Fault(how.injected or kind, moment, 0, rank, chance.choice(how.targets), how.detail(chance))
-        return RunCase(kind, seed, ranks, stage, fault, chance.uniform(*how.span))
+        chance = random.Random(f"{kind} {seed}")
+        names = [kind] if kind != "pair" else chance.sample(PAIRED, 2)
+        ranks, stage = chance.choice(self.table[names[0]].arrangements)
+        faults, at = [], []
+        for number, name in enumerate(names):
+            how = self.table[name]
+            moment = chance.choice([m for m in how.moments if ranks > 1 or m != "collective"])
+            rank = how.rank if how.rank is not None else chance.randrange(ranks)
+            target, detail = chance.choice(how.targets), how.detail(chance)
+            faults.append((name, Fault(how.injected or name, moment, 0, rank, target, detail, number)))
+            at.append(chance.uniform(*how.span))
+        return RunCase(kind, seed, ranks, stage, tuple(faults), tuple(at))
 
     def prepare(self, cases: Iterable[RunCase]) -> None:
         for ranks, stage in sorted({(case.ranks, case.stage) for case in cases}):
@@ -143,10 +198,10 @@ class Runs:
         """What a run without a fault leaves."""
         place = Place(self.folder / f"undisturbed-{ranks}-{stage}")
         if not (place.run / "result.json").exists():
-            shutil.rmtree(place.folder, ignore_errors=True)
-            place.folder.mkdir(parents=True)
-            started = self._start(place, ranks, stage, None)
+            self.open(place)
+            started = self._start(place, None, ranks, stage, None)
             assert end(started, _LIMIT_S) == EXIT_DONE, started.stderr
+            assert not (found := self.finished(None, place)), found
         return results(place.run)
 
     def run(self, case: RunCase) -> Outcome:
@@ -154,80 +209,198 @@ class Runs:
         reference = self.undisturbed(case.ranks, case.stage)
         began_s = time.monotonic()
         place = Place(self.folder / case.name)
-        shutil.rmtree(place.folder, ignore_errors=True)
-        place.folder.mkdir(parents=True)
-        fault = self._fault(case)
-        where = f"{fault.moment} {fault.visit} of rank {fault.rank} of {case.ranks}, stage {case.stage}"
-        outcome = Outcome(case.kind, case.seed, f"{where}: {fault.target} {fault.detail}")
+        self.open(place)
+        rest = self._faults(case)
+        where = ", ".join(
+            f"{name} at {f.moment} {f.visit} of rank {f.rank}: {f.target} {f.detail}" for name, f in rest
+        )
+        outcome = Outcome(case.kind, case.seed, f"{case.ranks} ranks, stage {case.stage}, {where}")
         before = shared_memory()
-        started = self._start(place, case.ranks, case.stage, fault)
-        outcome.code = end(started, _LIMIT_S)
-        outcome.injected = int(place.happened.exists() or case.kind == "port")
-        outcome.said = next(reversed(started.stderr.strip().splitlines()), "")
-        for check in (_check_end, _check_saved):
-            outcome.problems += check(case, outcome, place, started.stderr)
-        outcome.problems += _left(place)
-        if outcome.code != EXIT_DONE and not outcome.problems:
-            outcome.problems += self._go_on(case, place)
-        if not outcome.problems and not (case.kind in NOT_DETECTED and outcome.injected):
-            try:
-                found = _differences(results(place.run), reference)
-                outcome.same, outcome.problems = not found, outcome.problems + found
-            except (OSError, ValueError, KeyError) as error:
-                outcome.problems.append(f"there are no whole results: {error}")
-            outcome.problems += _rubbish(place, before)
+        with _disk(place, case):
+            undetected = self._attempts(case, place, rest, outcome)
+            if not outcome.problems:
+                outcome.problems += self.finished(case, place)
+            outcome.injected = sum(place.happened(fault).exists() for _, fault in rest)
+            if not outcome.problems and not undetected:
+                outcome.problems += _differences(place.run, reference)
+                outcome.same = not outcome.problems
+            if not outcome.problems:
+                outcome.problems += _rubbish(place, before)
         outcome.seconds = round(time.monotonic() - began_s, 1)
         if not outcome.problems:
             shutil.rmtree(place.folder)
-        else:
-            (place.folder / "stderr").write_text(started.stderr)
         return outcome
 
-    def _fault(self, case: RunCase) -> Fault:
-        """The fault of a case, at a visit that a run makes."""
+    def _attempts(self, case: RunCase, place: Place, rest: list[tuple[str, Fault]], outcome: Outcome) -> bool:
+        """Give the command until it is done, with those of the faults that have not happened yet. Returns whether one
+        happened after which the result is another."""
+        undetected = False
+        for attempt in range(len(rest) + 1):
+            started = self._begin(case, place, rest)
+            outcome.problems += self.meanwhile(case, place, started, rest)
+            code = end(started, _LIMIT_S)
+            said = next(reversed(started.stderr.strip().splitlines()), "")
+            if attempt == 0:
+                outcome.code, outcome.said = code, said
+            now = [name for name, fault in rest if place.happened(fault).exists()]
+            rest = [(name, fault) for name, fault in rest if name not in now]
+            undetected |= any(name in NOT_DETECTED for name in now)
+            outcome.problems += self._check_end(now, code, started.stderr)
+            outcome.problems += [*_check_saved(case, place), *_left(place)]
+            if outcome.problems:
+                (place.folder / "stderr").write_text(started.stderr)
+            if code == EXIT_DONE or outcome.problems:
+                return undetected
+            outcome.problems += self._mended(case, place)
+        return undetected
+
+    def _faults(self, case: RunCase) -> list[tuple[str, Fault]]:
+        """The faults of a case, at visits that a run makes."""
         place = Place(self.folder / f"undisturbed-{case.ranks}-{case.stage}")
-        file = place.visits / f"{case.fault.moment}-{case.fault.rank}"
-        count = file.stat().st_size if file.exists() else 0
-        return replace(case.fault, visit=1 + min(int(case.at * count), count - 1))
+        placed = []
+        for (name, fault), at in zip(case.faults, case.at, strict=True):
+            file = place.visits / f"{fault.moment}-{fault.rank}"
+            count = file.stat().st_size if file.exists() else 0
+            placed.append((name, replace(fault, visit=1 + min(int(at * count), count - 1))))
+        return placed
 
-    def _start(self, place: Place, ranks: int, stage: int, fault: Fault | None) -> Started:
-        words = ["train", str(self._recipe), "--run.dir", str(place.run), "--engine.zero_stage", str(stage)]
-        words += ["--engine.timeout_s", str(TIMEOUT_S), "--train.keep_last", "1"]
-        if ranks > 1:
+    def _begin(self, case: RunCase, place: Place, faults: list[tuple[str, Fault]]) -> Started:
+        absent = [fault for name, fault in faults if name == "absent"]
+        rank = str(absent[0].rank) if absent else None
+        if absent:
+            place.happened(absent[0]).touch()
+        return self._start(place, case, case.ranks, case.stage, [fault for _, fault in faults], rank)
+
+    def _start(
+        self,
+        place: Place,
+        case: RunCase | None,
+        ranks: int,
+        stage: int,
+        faults: list[Fault] | None,
+        alone: str | None = None,
+        run: Path | None = None,
+    ) -> Started:
+        """Start the command.
+
+        Args:
+            faults: None notes how often places are visited.
+            alone: the rank that it is to be where no launcher starts the others.
+            run: the run's folder, if it is that of another place.
+        """
+        words = ["train", str(self._recipe), "--run.dir", str(run or place.run), "--train.keep_last", "1"]
+        kinds = [self.table[name] for name, _ in case.faults] if case and faults else []
+        timeout_s = min((kind.timeout_s for kind in kinds), default=TIMEOUT_S)
+        words += ["--engine.zero_stage", str(stage), "--engine.timeout_s", str(timeout_s)]
+        words += self.settings(case)
+        environment = {"TMPDIR": str(place.folder / "tmp"), "OMP_NUM_THREADS": "1"}
+        if alone is not None:
+            environment |= {"RANK": alone, "LOCAL_RANK": alone, "WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        elif ranks > 1:
             words += ["--engine.ranks", str(ranks)]
-        temporary = place.folder / "tmp"
-        temporary.mkdir(exist_ok=True)
-        given = asdict(fault) if fault else None
-        return start_call(launch, words, place.folder, given, TMPDIR=str(temporary), OMP_NUM_THREADS="1")
+        (place.folder / "tmp").mkdir(parents=True, exist_ok=True)
+        given = None if faults is None else [asdict(fault) for fault in faults]
+        return start_call(launch, words, place.folder, given, **environment)
 
-    def _go_on(self, case: RunCase, place: Place) -> list[str]:
-        """Give the same command again, after what its messages say is to be done."""
+    def open(self, place: Place) -> None:
+        """Make the folders of a case, or of an undisturbed run."""
+        shutil.rmtree(place.folder, ignore_errors=True)
+        place.disk.mkdir(parents=True)
+
+    def settings(self, case: RunCase | None) -> list[str]:
+        """More words of the command, of a case or of an undisturbed run."""
+        return []
+
+    def meanwhile(
+        self, case: RunCase, place: Place, started: Started, faults: list[tuple[str, Fault]]
+    ) -> list[str]:
+        """Do what is to happen beside the command. Returns what did not hold then."""
+        held = [fault for name, fault in faults if name == "twice"]
+        if not held:
+            return []
+        while not place.happened(held[0]).exists() and started.returncode is None:
+            time.sleep(0.02)
+        beside = Place(place.folder / "second")
+        second = self._start(beside, case, case.ranks, case.stage, [], run=place.run)
+        code = end(second, _LIMIT_S)
+        place.released.touch()
+        if code != EXIT_USAGE or "Traceback" in second.stderr:
+            return [f"a second command was not refused: {code}, {second.stderr[-500:]}"]
+        return []
+
+    def finished(self, case: RunCase | None, place: Place) -> list[str]:
+        """Look at a run that is done. Returns what does not hold."""
+        return []
+
+    def _mended(self, case: RunCase, place: Place) -> list[str]:
+        """Do what the messages of a run say, before the command is given again."""
+        if case.kind == "readonly":
+            _unmount(place.disk)
+        place.filler.unlink(missing_ok=True)
         if case.kind == "deleted":  # what was written of a save that had begun
             shutil.rmtree(place.run, ignore_errors=True)
         if place.moved.exists():
             shutil.rmtree(place.run, ignore_errors=True)
             place.moved.rename(place.run)
         damaged = _damage(case, place)
-        started = self._start(place, case.ranks, case.stage, None)
+        if damaged is None:
+            return []
+        started = self._start(place, case, case.ranks, case.stage, [])
         code = end(started, _LIMIT_S)
-        if damaged is not None:
-            if code != EXIT_USAGE or f"{damaged} is damaged" not in started.stderr:
-                return [f"a damaged checkpoint was not refused: {code}, {started.stderr[-500:]}"]
-            shutil.rmtree(damaged)
-            started = self._start(place, case.ranks, case.stage, None)
-            code = end(started, _LIMIT_S)
-        if code != EXIT_DONE:
-            return [f"it did not go on: {code}, {started.stderr[-500:]}"]
+        if code != EXIT_USAGE or f"{damaged} is damaged" not in started.stderr:
+            return [f"a damaged checkpoint was not refused: {code}, {started.stderr[-500:]}"]
+        shutil.rmtree(damaged)
         return _left(place)
+
+    def _check_end(self, happened: list[str], code: int | None, said: str) -> list[str]:
+        """Whether a command ended as is right after faults of these kinds."""
+        last = next(reversed(said.strip().splitlines()), "")
+        if code is None:
+            return [f"it hung for {_LIMIT_S} s"]
+        if code == EXIT_DONE:
+            hidden = [
+                kind for kind in happened if kind in ("weight", "adapter", "nan", "stop", "port", "absent")
+            ]
+            return [f"{kind} was not detected" for kind in hidden]
+        right: set[int] = set().union(*(self.table[kind].codes for kind in happened))
+        if code not in right:
+            return [f"exit code {code} instead of {sorted(right | {EXIT_DONE})}: {last}"]
+        if "Traceback" in said and "raise" not in happened:
+            return [f"a trace: {last}"]
+        missing = [self.table[kind].says for kind in happened if self.table[kind].says not in said]
+        # of two faults, one may end the run before the other is noticed
+        return [f"it did not say '{words}': {last}" for words in missing] if len(happened) == 1 else []
+
+
+@contextmanager
+def _disk(place: Place, case: RunCase) -> Iterator[None]:
+    """What a case writes to: a small disk if it is to become full, or not to be written to."""
+    if case.kind not in _ON_A_SMALL_DISK:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place.disk)], check=True)
+    try:
+        yield
+    finally:
+        while os.path.ismount(place.disk):
+            _unmount(place.disk)
+
+
+def _unmount(folder: Path) -> None:
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def is_same(metric: str) -> bool:
+    """Whether a metric does not depend on the clock."""
+    return metric in _SAME or metric.startswith("val/")
 
 
 def results(run: Path) -> dict[str, Any]:
     """What must be equal in two runs."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    metrics = [
-        {key: value for key, value in line.items() if key in ("step", *_SAME) or key.startswith("val/")}
-        for line in lines
-    ]
+    metrics = [{key: value for key, value in line.items() if key == "step" or is_same(key)} for line in lines]
     if (last := checkpoint.newest(run / "checkpoints")) is None:
         raise ValueError("no checkpoint")
     result = json.loads((run / "result.json").read_text())
@@ -242,22 +415,7 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def _check_end(case: RunCase, outcome: Outcome, _: Place, said: str) -> list[str]:
-    code, kind = outcome.code, KINDS[case.kind]
-    if code is None:
-        return [f"it hung for {_LIMIT_S} s"]
-    # a stopped rank's peers and a rank that is found first speak of a lost rank
-    if code == EXIT_DONE:
-        hidden = outcome.injected > 0 and case.kind in ("weight", "adapter", "nan", "stop", "port")
-        return [f"{case.kind} was not detected"] if hidden else []
-    if code not in kind.codes:
-        return [f"exit code {code} instead of {sorted(kind.codes)}: {outcome.said}"]
-    if "Traceback" in said and case.kind != "raise":
-        return [f"a trace: {outcome.said}"]
-    return [] if kind.says in said else [f"it did not say '{kind.says}': {outcome.said}"]
-
-
-def _check_saved(case: RunCase, _: Outcome, place: Place, __: str) -> list[str]:
+def _check_saved(case: RunCase, place: Place) -> list[str]:
     """The newest checkpoint that was reported as saved is there."""
     if not place.saved.exists() or case.kind == "deleted":
         return []
@@ -283,7 +441,11 @@ def _rubbish(place: Place, before: set[str]) -> list[str]:
     return found
 
 
-def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _differences(run: Path, theirs: dict[str, Any]) -> list[str]:
+    try:
+        mine = results(run)
+    except (OSError, ValueError, KeyError) as error:
+        return [f"there are no whole results: {error}"]
     found = [f"{key} differs" for key in theirs if key != "metrics" and mine[key] != theirs[key]]
     for key in ("files", "checkpoints"):
         if mine[key] != theirs[key]:
@@ -296,18 +458,19 @@ def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def _damage(case: RunCase, place: Place) -> Path | None:
     """Damage what a killed run has left. Returns the checkpoint that can no longer be used, if one is damaged."""
+    detail = case.faults[0][1].detail
     if case.kind == "torn":
         with (place.run / "metrics.jsonl").open("ab") as file:
-            file.write([b'{"step": 11, "tra', b"\0" * 512, b"\xff\n"][case.fault.detail % 3])
+            file.write([b'{"step": 11, "tra', b"\0" * 512, b"\xff\n"][detail % 3])
     newest = checkpoint.newest(place.run / "checkpoints")
     if case.kind not in ("bit", "cut") or newest is None:
         return None
     files = sorted(path for path in newest.iterdir() if path.name != "COMPLETE")
-    file = files[case.fault.detail % len(files)]
+    file = files[detail % len(files)]
     content = bytearray(file.read_bytes())
     if case.kind == "cut":
-        del content[case.fault.detail % len(content) :]
+        del content[detail % len(content) :]
     else:
-        content[case.fault.detail // 8 % len(content)] ^= 1 << case.fault.detail % 8
+        content[detail // 8 % len(content)] ^= 1 << detail % 8
     file.write_bytes(content)
     return newest

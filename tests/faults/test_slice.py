@@ -1,4 +1,4 @@
-"""A short slice of the campaign in `benchmarks/faults.py`: the same cases each time, of every kind that is quick."""
+"""A short slice of the campaign in `benchmarks/faults.py`: the same cases each time, one of every kind."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ import pytest
 
 from tests.faults.case import Family
 from tests.faults.families import made
+from tests.faults.records import Records
 from tests.faults.runs import Runs
-
-WAITS = ("stop", "port")
-"""Kinds that wait for a timeout."""
 
 
 @pytest.mark.slow
-def test_faults_in_runs_lose_nothing_and_change_nothing(tmp_path: Path) -> None:
-    assert_nothing_is_lost(made(Runs, tmp_path), seeds=2, without=WAITS)
+def test_faults_in_runs(tmp_path: Path) -> None:
+    assert_nothing_is_lost(made(Runs, tmp_path))
 
 
-def assert_nothing_is_lost(family: Family, seeds: int, without: tuple[str, ...] = ()) -> None:
-    kinds = [kind for kind in family.kinds if kind not in without]
-    cases = [family.draw(kind, seed) for seed in range(seeds) for kind in kinds]
+@pytest.mark.slow
+def test_faults_in_what_records_runs(tmp_path: Path) -> None:
+    assert_nothing_is_lost(made(Records, tmp_path))
+
+
+def assert_nothing_is_lost(family: Family, seed: int = 1) -> None:
+    """A case of each kind.
+
+    Args:
+        seed: one for which every fault happens.
+    """
+    cases = [family.draw(kind, seed) for kind in family.kinds]
     try:
         family.prepare(cases)
         with ThreadPoolExecutor(family.at_once) as pool:
@@ -31,4 +38,4 @@ def assert_nothing_is_lost(family: Family, seeds: int, without: tuple[str, ...] 
         family.close()
     failed = [outcome for outcome in outcomes if outcome.problems]
     assert not failed, "\n".join(map(str, failed))
-    assert {outcome.kind for outcome in outcomes if outcome.injected} == set(kinds)
+    assert {outcome.kind for outcome in outcomes if outcome.injected} == set(family.kinds)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import yaml
 from gpc_dist import config, files
 from gpc_dist.runs.folder import RunFolder, SearchFolder, State, TrialFolder
 from gpc_dist.runs.metrics import MetricLog
-from tests.processes import free_port, wait_until
+from tests.mlflow_server import MlflowServer
 
 from .searches import AddTrial, MakeSearch, decide
 
@@ -171,28 +168,6 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> 
     """A real tracking server."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(mlflow_store, folder / "mlflow.db")
-    uri = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", uri.rsplit(":", 1)[1]]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("wb") as output:
-        # without the processes that wait for evaluations to run, which take more of the cores than all else it does
-        quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        server = subprocess.Popen(
-            command, cwd=folder, env=quiet, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        wait_until(lambda: _answers(f"{uri}/health"))
-        yield uri
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)  # with its workers, and without their long farewell
-        server.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+    server = MlflowServer(folder)
+    yield server.uri
+    server.kill()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.search_exporter import SearchExporter
 from gpc_dist.tracking.store import tracking_uri
 from gpc_dist.tracking.sync import sync
+from tests.proxy import Decision, standing_before
 
 from .conftest import MakeRun
 from .searches import AddTrial, MakeSearch, children_of, parent_of
@@ -150,36 +149,13 @@ def test_the_variable_of_mlflow_names_the_store(monkeypatch: pytest.MonkeyPatch,
 def old_server(server_uri: str) -> Iterator[str]:
     """The real server behind one that wants a password and knows no models, as MLflow 2."""
 
-    class Proxy(BaseHTTPRequestHandler):
-        def _pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.headers.get("Authorization") != f"Basic {base64.b64encode(b'ada:secret').decode()}":
-                return self._answer(401, b"")
-            if "/logged-models" in self.path:
-                return self._answer(404, b"<html>Not Found</html>")
-            headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
-            asked = urllib.request.Request(server_uri + self.path, body or None, headers, method=self.command)
-            try:
-                with urllib.request.urlopen(asked) as answer:
-                    self._answer(answer.status, answer.read())
-            except urllib.error.HTTPError as error:
-                self._answer(error.code, error.read())
+    def decide(request: BaseHTTPRequestHandler) -> Decision:
+        if request.headers.get("Authorization") != f"Basic {base64.b64encode(b'ada:secret').decode()}":
+            return 401
+        return 404 if "/logged-models" in request.path else "pass"
 
-        do_GET = do_POST = do_PUT = do_PATCH = _pass_on  # noqa: N815 - the library's names
-
-        def _answer(self, code: int, body: bytes) -> None:
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with standing_before(server_uri, decide) as uri:
+        yield uri
 
 
 @pytest.mark.slow
