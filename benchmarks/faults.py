@@ -6,8 +6,9 @@ Every case is drawn from its kind and its seed: what is run, and when, where and
     python benchmarks/faults.py --cases 1000 --folder /tmp/faults
     python benchmarks/faults.py --only SIGKILL --seed 17
 
-The same command goes on where it was stopped: what is done stands in `outcomes.jsonl` in the folder, and the folders of
-cases in which something did not hold stay there. `--json` keeps the counts with the machine's description.
+The same command goes on where it was stopped: what is done stands in `outcomes.jsonl` in the folder, of which the table
+at the end is made, and the folders of cases in which something did not hold stay there. `--again` runs those again.
+`--json` keeps the counts with the machine's description.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +46,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument(
+        "--again", action="store_true", help="run cases again in which something did not hold"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
@@ -54,26 +56,30 @@ def main() -> None:
     drawn = ((kind, seed) for seed in seeds for kind in options.only)
     cases = list(itertools.islice(drawn, options.cases))
     folder.mkdir(parents=True, exist_ok=True)
-    started_s = time.time()
-    outcomes = list(run_all(folder, cases, options.at_once))
+    log = folder / "outcomes.jsonl"
+    run_all(folder, log, cases, options.at_once, options.again)
+    outcomes = list(done_in(log).values())
     table = summary(outcomes)
     print(tabulate(table, headers="keys"))
     for outcome in outcomes:
         if outcome["problems"]:
             print(f"{outcome['kind']} {outcome['seed']}: {'; '.join(outcome['problems'])}")
     if options.json:
-        found = {"machine": machine(), "wall_s": round(time.time() - started_s), "kinds": table}
+        found = {"machine": machine(), "kinds": table}
         found["failed"] = [outcome for outcome in outcomes if outcome["problems"]]
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(any(outcome["problems"] for outcome in outcomes))
 
 
-def run_all(folder: Path, cases: list[tuple[str, int]], at_once: int) -> Iterator[dict[str, Any]]:
-    """Outcomes of the kinds and seeds: first of what is done, then of the others as they end."""
-    log = folder / "outcomes.jsonl"
+def done_in(log: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The last outcome of each case, by its kind and seed."""
     lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-    done = {(line["kind"], line["seed"]): line for line in lines}
-    yield from (done[case] for case in cases if case in done)
+    return {(line["kind"], line["seed"]): line for line in lines}
+
+
+def run_all(folder: Path, log: Path, cases: list[tuple[str, int]], at_once: int, again: bool) -> None:
+    """Run the kinds and seeds that are not done yet, and log their outcomes as they end."""
+    done = {case for case, outcome in done_in(log).items() if not (again and outcome["problems"])}
     for kind_of in FAMILIES:
         mine = [case for case in cases if case not in done and family_of(case[0]) is kind_of]
         if not mine:
@@ -90,7 +96,6 @@ def run_all(folder: Path, cases: list[tuple[str, int]], at_once: int) -> Iterato
                         file.write(json.dumps(outcome) + "\n")
                         file.flush()
                         print(f"{number} of {len(drawn)}: {described(outcome)}", file=sys.stderr)
-                        yield outcome
                 except BaseException:  # an error of the campaign, or it was stopped
                     pool.shutdown(cancel_futures=True)
                     raise
