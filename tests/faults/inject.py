@@ -315,6 +315,12 @@ def _on_exporter_kill(watch: _Watch, fault: Fault) -> None:
     _later(fault.detail, "KILL", [watch.exporter])
 
 
+def _on_exporter_end(watch: _Watch, fault: Fault) -> None:
+    """The exporter is asked to end after some time, as a batch system asks all processes of a job."""
+    assert watch.exporter is not None
+    _later(fault.detail, "TERM", [watch.exporter])
+
+
 def _on_exporter_pause(watch: _Watch, fault: Fault) -> None:
     """The exporter stands still for some seconds, after some time."""
     assert watch.exporter is not None

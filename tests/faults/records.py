@@ -64,6 +64,9 @@ KINDS: dict[str, Kind] = {
     "record-exporter-SIGKILL": Kind(
         ("export",), _UNSEEN, arrangements=_ALONE, detail=_after_ms, injected="exporter_kill"
     ),
+    "record-exporter-SIGTERM": Kind(
+        ("export",), _UNSEEN, arrangements=_ALONE, detail=_after_ms, injected="exporter_end"
+    ),
     "record-exporter-pause": Kind(
         ("export",), _UNSEEN, arrangements=_ALONE, detail=_after_ms, injected="exporter_pause"
     ),
