@@ -101,6 +101,15 @@ def _content(path: Path, most: int) -> bytes:
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one step; creates its folder."""
     make_folder(path.parent)
+    replace_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`write_text` where there must be a folder already.
+
+    Raises:
+        FileNotFoundError: there is none: it was removed, or moved.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # see `_CUT_OFF`
     try:
         with temporary.open("x", encoding="utf-8") as file:

@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpc_dist.errors import UserError
-from gpc_dist.files import new_folder, read_small_json, recover_folder, remove_folder, sha256, write_text
+from gpc_dist.files import (
+    new_folder,
+    read_small_json,
+    recover_folder,
+    remove_folder,
+    replace_text,
+    sha256,
+)
 from gpc_dist.shown import one_line
 
 # torch is imported on use: the processes of a search that only look for checkpoints do without it
@@ -137,7 +144,8 @@ def _write_small(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _complete_with(path: Path, digests: dict[str, str]) -> None:
-    write_text(path / _MARKER, json.dumps(digests, indent=2) + "\n")
+    # a marker in a folder of its own would be of nothing: the one that was written may have been moved
+    replace_text(path / _MARKER, json.dumps(digests, indent=2) + "\n")
 
 
 def newest(folder: Path) -> Path | None:

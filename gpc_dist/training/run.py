@@ -237,6 +237,7 @@ class Run:
             self._log.sync()
         encoder = self.session.base.identity
         save_state(self.folder.checkpoints, self.config, encoder, self.optimizer, self.position)
+        self._check_present()  # a folder that was moved meanwhile does not have it
 
     def _check_worth_keeping(self) -> None:
         """Check that what is to be written now is right, and will be found.
@@ -246,6 +247,9 @@ class Run:
             MachineError: the run's folder is gone; on rank 0.
         """
         self.session.integrity.check(self.optimizer, self.folder.checkpoints)
+        self._check_present()
+
+    def _check_present(self) -> None:
         if self.session.world.is_main:
             self.folder.check_present()
 

@@ -231,7 +231,8 @@ class _Watch:
                     call(folder, *arguments)
                 finally:
                     self.inside_save = False
-                if call is save:
+                # what went into a folder that was moved is not reported: the run ends, and says so
+                if call is save and self.run.folder.present:
                     with self.place.saved.open("a") as file:
                         file.write(f"{arguments[0].name}\n")
 

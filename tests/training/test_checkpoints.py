@@ -100,6 +100,23 @@ def test_a_checkpoint_in_parts_is_whole_or_not_there(tmp_path: Path, monkeypatch
     assert checkpoint.load(path, rank=1, ranks=2).part_files == [path / name]
 
 
+def test_a_checkpoint_that_is_moved_before_its_marker_is_not_marked_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, moved = tmp_path / "run" / "checkpoints", tmp_path / "moved"
+    complete_with = checkpoint._complete_with
+
+    def move_and_complete(path: Path, digests: dict[str, str]) -> None:
+        folder.parent.rename(moved)
+        complete_with(path, digests)
+
+    monkeypatch.setattr(checkpoint, "_complete_with", move_and_complete)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.save(folder, checkpoint.Checkpoint(4, {"a": torch.ones(2)}, [checkpoint.rng_state()], {}))
+    assert not folder.parent.exists()
+    assert checkpoint.newest(moved / "checkpoints") is None
+
+
 def test_a_checkpoint_in_parts_is_copied_and_removed_with_all_its_files(tmp_path: Path) -> None:
     saved = checkpoint.load(save_in_parts(tmp_path / "one", 4))
     save_in_parts(tmp_path / "two", 9)
