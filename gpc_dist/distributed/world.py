@@ -25,6 +25,7 @@ from gpc_dist.distributed.memory import out_of_memory
 from gpc_dist.distributed.messages import Messages
 from gpc_dist.errors import MachineError, UserError
 from gpc_dist.parsing import parse_json
+from gpc_dist.private.torch import set_group_timeout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By their names in `engine.dtype`."""
@@ -170,13 +171,15 @@ def init_world(config: EngineConfig) -> World:
         torch.cuda.set_device(device)
     if size == 1 and config.zero_stage < 3 and config.plan == "none":
         return World(rank, size, local_rank, device)
+    timeout = timedelta(seconds=config.timeout_s)
+    set_group_timeout(timeout)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=rendezvous.meet(rank, size, config.timeout_s) if size > 1 else dist.HashStore(),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=config.timeout_s),
+            timeout=timeout,
         )
         world = World(rank, size, local_rank, device)
         # before anything else is taken from another rank, all have shown that they know the job's secret

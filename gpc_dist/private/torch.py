@@ -1,10 +1,11 @@
-"""Private parts of PyTorch: those of the planner's dry run, and the hooks of a module."""
+"""Private parts of PyTorch: those of the planner's dry run, the hooks of a module, and the timeout of groups."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 from gpc_dist.private import checked, require
@@ -12,6 +13,7 @@ from gpc_dist.private import checked, require
 with checked("torch"):
     from torch import UntypedStorage, device, nn, ops
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.distributed import distributed_c10d
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -21,6 +23,8 @@ with checked("torch"):
         require(FakeTensor, "fake_device")
     DEVICE_OF = ops.prim.device.default
     require(FlopCounterMode(display=False), "mod_tracker")
+    _TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
+    require(distributed_c10d, "_get_default_timeout", *_TIMEOUTS)
     CPU_ATTENTION = ops.aten._scaled_dot_product_flash_attention_for_cpu
     CPU_ATTENTION_BACKWARD = ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -34,10 +38,18 @@ __all__ = [
     "device_of",
     "flop_counter_without_modules",
     "sdpa_flop_count",
+    "set_group_timeout",
     "storage_key",
     "tree_leaves",
     "with_own_children",
 ]
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """Set the timeout of process groups that are made without one from now on, as DeepSpeed makes its own: their ranks
+    would wait for one that is lost for half an hour."""
+    for name in _TIMEOUTS:
+        setattr(distributed_c10d, name, timeout)
 
 
 def storage_key(storage: UntypedStorage) -> int:

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from gpc_dist import cli, logs
+from gpc_dist.config import EngineConfig
 from gpc_dist.distributed import launch, rendezvous
+from gpc_dist.distributed.world import init_world
 from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError, UserError
 from gpc_dist.search import node
 from tests.processes import free_port, start, start_call, wait_until
@@ -216,3 +219,16 @@ def test_signals_are_the_callers_again_when_its_ranks_have_ended() -> None:
     before = [signal.getsignal(number) for number in launch.FORWARDED]
     assert launch.start_ranks(["true"], 1) == 0
     assert [signal.getsignal(number) for number in launch.FORWARDED] == before
+
+
+def join_and_make_a_group() -> None:
+    world = init_world(EngineConfig(device="cpu", zero_stage=3, timeout_s=7))
+    made = dist.new_group([0])._get_backend(world.device)
+    print(made.options._timeout.total_seconds())
+
+
+def test_groups_that_libraries_make_do_not_wait_longer_for_a_rank_than_the_job() -> None:
+    """DeepSpeed gives its own no timeout, and PyTorch's is half an hour."""
+    done = start_call(join_and_make_a_group)
+    assert done.wait() == 0, done.stderr
+    assert done.stdout == "7.0\n"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,7 @@ class Kind:
     codes: frozenset[int]
     """Exit codes that are right, apart from 0 of a run that the fault did not reach or harm."""
     says: str = ""
-    """What the error must say, if there is one."""
+    """What the error must say, if there is one; a pattern."""
     arrangements: tuple[tuple[int, int], ...] = ((1, 0), (2, 0), (2, 1), (2, 3))
     """Ranks and ZeRO stage."""
     targets: tuple[str, ...] = ("self",)
@@ -104,7 +105,11 @@ KINDS: dict[str, Kind] = {
     "SIGUSR2": _signal("SIGUSR2", EXIT_STOPPED),
     "pause": Kind(EVERYWHERE, frozenset(), targets=_WHOM, detail=lambda draw: draw.randrange(50, 1500)),
     "stop": Kind(
-        ("start", "step", "evaluation", "save"), _MACHINE, "did not", arrangements=_SHARED, timeout_s=_SHORT_S
+        ("start", "step", "evaluation", "save"),
+        _MACHINE,
+        "did not|could not join",
+        arrangements=_SHARED,
+        timeout_s=_SHORT_S,
     ),
     # the other rank is lost, and may be found first
     "raise": Kind(EVERYWHERE, frozenset({1, EXIT_ENVIRONMENT})),
@@ -368,7 +373,7 @@ class Runs:
             return [f"exit code {code} instead of {sorted(right | {EXIT_DONE})}: {last}"]
         if "Traceback" in said and "raise" not in happened:
             return [f"a trace: {last}"]
-        missing = [self.table[kind].says for kind in happened if self.table[kind].says not in said]
+        missing = [says for kind in happened if not re.search(says := self.table[kind].says, said)]
         # of two faults, one may end the run before the other is noticed
         return [f"it did not say '{words}': {last}" for words in missing] if len(happened) == 1 else []
 
