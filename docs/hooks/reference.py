@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -92,9 +93,10 @@ def _field(key: str, field: FieldInfo, schema: dict[str, Any], definitions: dict
     elif field.default is None:
         default = "not given by default"
     else:
-        default = f"default `{schema.get('default', field.default)}`"
+        default = f"default `{_value(schema['default'])}`" if "default" in schema else ""
     anchor = f"{{ #{key} }}" if "<" not in key else ""
-    return ["", f"### `{key}` {anchor}", "", f"*{taken}; {default}*", "", _linked(field.description or "")]
+    said = "; ".join(filter(None, (taken, default)))
+    return ["", f"### `{key}` {anchor}", "", f"*{said}*", "", _linked(field.description or "")]
 
 
 def _takes(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -122,6 +124,10 @@ def _takes(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 _BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+
+
+def _value(default: Any) -> str:
+    return default if isinstance(default, str) and default else json.dumps(default)
 
 
 def _short(number: float) -> str:
@@ -154,10 +160,10 @@ def _command(name: str, command: Any, parser: argparse.ArgumentParser) -> list[s
     for action in parser._actions:
         if action.dest in ("help", "verbose", "quiet"):
             continue
-        metavar = str(action.metavar or ("|".join(action.choices) if action.choices else action.dest.upper()))
-        shown = ", ".join(action.option_strings) + (f" {metavar}" if action.nargs != 0 else "")
-        said = (action.help or "").replace("|", "\\|")
-        lines.append(f"| `{(shown if action.option_strings else metavar)}`".replace("|", "\\|")[1:] + f" | {said} |")
+        value = str(action.metavar or " or ".join(action.choices or [action.dest.upper()])).replace("|", " or ")
+        names = ", ".join(action.option_strings)
+        shown = value if not names else names if action.nargs == 0 else f"{names} {value}"
+        lines.append(f"| `{shown}` | {_linked(action.help or '')} |")
     if command.settings == "recipe":
         lines += ["| `--section.key VALUE` | [the keys of a run](keys.md) |"]
     lines += ["| `-v`, `-q` | log details; log warnings and errors only |"]
@@ -165,5 +171,8 @@ def _command(name: str, command: Any, parser: argparse.ArgumentParser) -> list[s
 
 
 def _linked(text: str) -> str:
-    """A docstring with its mentions of pages as links."""
-    return re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", text)
+    """A docstring as Markdown: its mentions of pages are links, what stands in angle brackets is no element."""
+    parts = text.split("`")  # every second one is code
+    plain = [re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", part.replace("<", "&lt;")) for part in parts[::2]]
+    parts[::2] = plain
+    return "`".join(parts)
