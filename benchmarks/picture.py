@@ -79,7 +79,9 @@ def draw(report: dict[str, Any], task: str) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     report = HERE.parent / "docs" / "studies" / "minilm-sst2-cb" / "report.json"
     parser.add_argument("--report", type=Path, default=report, help="of a study")
     parser.add_argument("--task", default="sst2")

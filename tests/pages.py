@@ -32,7 +32,9 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    found = re.findall(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE
+    )
     return [Block(page.relative_to(ROOT).as_posix(), *each) for each in found]
 
 

@@ -1,14 +1,13 @@
 """Every command of the README and of the pages runs, page by page, in the order in which it is read.
 
-A block that needs a cluster, a network or hours says so in its title. What is trained is shortened: a tiny encoder, a few
-rows, two steps.
+A block that needs a cluster, a network or hours says so in its title. What is trained is shortened: a tiny
+encoder, a few rows, two steps.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,12 @@ from tests.conftest import gpc
 from tests.pages import SHELL, Block
 from tests.processes import command, start_launcher
 
-PAGES = {block.page: [each for each in SHELL if each.page == block.page and not each.needs] for block in SHELL}
-SEARCHES = [page for page, held in PAGES.items() if any(words[1] == "tune" for b in held for words in b.lines)]
+PAGES = {
+    block.page: [each for each in SHELL if each.page == block.page and not each.needs] for block in SHELL
+}
+SEARCHES = [
+    page for page, held in PAGES.items() if any(words[1] == "tune" for b in held for words in b.lines)
+]
 ON_RANKS = {name for name, each in cli.COMMANDS.items() if each.on_ranks}
 SHORT = {
     "train.steps": "2",
@@ -38,9 +41,7 @@ def shortened(tiny_encoder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def prepared(
-    tmp_path_factory: pytest.TempPathFactory, shortened: dict[str, str], mlflow_store: Path
-) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory, shortened: dict[str, str], mlflow_store: Path) -> Path:
     """A user's folder: official files, a table, a recipe, a DeepSpeed file, and runs that were trained before."""
     folder = tmp_path_factory.mktemp("user")
     rows = [
@@ -76,11 +77,11 @@ def prepared(
 
 
 @pytest.fixture
-def user(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def user(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "user"
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
-    yield folder
+    return folder
 
 
 def run(words: list[str], settings: dict[str, str], environment: dict[str, str]) -> None:

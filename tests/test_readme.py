@@ -18,9 +18,7 @@ from tests.pages import BLOCKS, PAGES, ROOT, SHELL
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = list(
-    {
-        " ".join(words): words for block in SHELL for words in block.lines if words[0] == "gpc-dist"
-    }.values()
+    {" ".join(words): words for block in SHELL for words in block.lines if words[0] == "gpc-dist"}.values()
 )
 
 
@@ -35,7 +33,9 @@ def test_a_command_is_understood(words: list[str]) -> None:
         study.load(options.study, overrides)
     elif words[1:3] == ["submit", "tune"]:
         spec.load(options.recipe, overrides)
-    elif not hasattr(options, "recipe") or options.recipe.endswith(".yaml") or "engine.ds_config" in overrides:
+    elif (
+        not hasattr(options, "recipe") or options.recipe.endswith(".yaml") or "engine.ds_config" in overrides
+    ):
         config.build({}, {key: value for key, value in overrides.items() if key != "engine.ds_config"})
     else:
         config.load(options.recipe, overrides)

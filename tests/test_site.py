@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import os
 import re
 import runpy
@@ -104,13 +105,26 @@ _OF_THE_SYSTEM = ("No space left on device", "Disk quota exceeded")
 
 def _messages() -> Iterator[str]:
     """The texts of the program, with `…` for what is put in; and the lines of the batch scripts."""
-    for file in (ROOT / "gpc_dist").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-                yield "".join(map(str, parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield re.sub(r"%[sdg]", "…", node.value)
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "gpc_dist").rglob("*.py")]
+    constants = {
+        node.targets[0].id: node.value.value
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+
+    def text(part: ast.expr) -> str:
+        if isinstance(part, ast.FormattedValue):
+            return str(constants.get(getattr(part.value, "id", ""), "…"))
+        return str(part.value) if isinstance(part, ast.Constant) else ""
+
+    for node in itertools.chain.from_iterable(map(ast.walk, trees)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(map(text, node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield re.sub(r"%[sdg]", "…", node.value)
     for file in (ROOT / "slurm").glob("*.s*"):
         yield re.sub(r"\$\w+", "…", file.read_text())
 

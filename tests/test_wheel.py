@@ -49,7 +49,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     ways = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
-    build = (sys.executable, "-m", "pip", "wheel", *ways, "--no-build-isolation", "--wheel-dir", folder, source)
+    build = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        *ways,
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        source,
+    )
     subprocess.run(build, check=True, timeout=120)
     (wheel,) = folder.glob("*.whl")
     place = folder / "environment"
@@ -78,7 +88,9 @@ def test_it_shows_its_help_and_copies_what_is_made_to_be_edited(installed: Path,
     assert "commands:" in run(installed / "gpc-dist", "--help", cwd=tmp_path)
     run(installed / "gpc-dist", "init", "mine", cwd=tmp_path)
     for name in SHIPPED:
-        copied = {path.relative_to(tmp_path / "mine" / name) for path in (tmp_path / "mine" / name).rglob("*")}
+        copied = {
+            path.relative_to(tmp_path / "mine" / name) for path in (tmp_path / "mine" / name).rglob("*")
+        }
         own = shipped_folder(name)
         kinds = (".yaml", ".json", ".sh", ".sbatch")
         assert {path.relative_to(own) for path in own.rglob("*.*") if path.suffix in kinds} <= copied

@@ -120,7 +120,9 @@ def _takes(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         "string": schema.get("format", "text"),
         None: "any value",
     }[kind]
-    return words + "".join(f" {said} {_short(schema[name])}" for name, said in _BOUNDS.items() if name in schema)
+    return words + "".join(
+        f" {said} {_short(schema[name])}" for name, said in _BOUNDS.items() if name in schema
+    )
 
 
 _BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
@@ -160,7 +162,9 @@ def _command(name: str, command: Any, parser: argparse.ArgumentParser) -> list[s
     for action in parser._actions:
         if action.dest in ("help", "verbose", "quiet"):
             continue
-        value = str(action.metavar or " or ".join(action.choices or [action.dest.upper()])).replace("|", " or ")
+        value = str(action.metavar or " or ".join(action.choices or [action.dest.upper()])).replace(
+            "|", " or "
+        )
         names = ", ".join(action.option_strings)
         shown = value if not names else names if action.nargs == 0 else f"{names} {value}"
         lines.append(f"| `{shown}` | {_linked(action.help or '')} |")
@@ -173,6 +177,8 @@ def _command(name: str, command: Any, parser: argparse.ArgumentParser) -> list[s
 def _linked(text: str) -> str:
     """A docstring as Markdown: its mentions of pages are links, what stands in angle brackets is no element."""
     parts = text.split("`")  # every second one is code
-    plain = [re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", part.replace("<", "&lt;")) for part in parts[::2]]
+    plain = [
+        re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", part.replace("<", "&lt;")) for part in parts[::2]
+    ]
     parts[::2] = plain
     return "`".join(parts)
