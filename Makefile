@@ -33,9 +33,10 @@ demo: setup
 	$(BIN)/gpc-dist train demo --train.resume false
 	$(BIN)/gpc-dist results runs/demo-linear-probe runs/demo-prompt-tuning runs/demo
 
-# the pages, warnings as errors: open build/site/index.html through a server, such as `python -m http.server -d build/site`
+# warnings are errors
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "see the pages: $(BIN)/python -m http.server --directory build/site"
 
 test: setup
 	$(BIN)/$(PYTEST) $(WORKERS)

@@ -84,6 +84,11 @@ def user(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder
 
 
+def expanded(word: str) -> list[str]:
+    """What a shell makes of a word."""
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
+
+
 def run(words: list[str], settings: dict[str, str], environment: dict[str, str]) -> None:
     """Run a command as it stands, with these settings in place of its own."""
     options, _ = cli.build_parser().parse_known_args(words[1:])
@@ -99,7 +104,7 @@ def run(words: list[str], settings: dict[str, str], environment: dict[str, str])
         settings = {key: value for key, value in settings.items() if key != "encoder.path"}
     else:
         settings = {}
-    kept = list(words[1:])
+    kept = [each for word in words[1:] for each in expanded(word)]
     for key, value in settings.items():
         if f"--{key}" in kept:
             kept[kept.index(f"--{key}") + 1] = value

@@ -137,6 +137,7 @@ const looking = setInterval(() => {
 }, 50)
 </script>"""
 """A page that is not loaded before the search in it has found something: a browser takes its picture then."""
+_NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 
 @pytest.mark.browser
@@ -165,6 +166,7 @@ def test_a_key_is_found_in_a_browser(site: Path, tmp_path: Path) -> None:
     handler = functools.partial(Handler, directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        rendered(f"http://127.0.0.1:{server.server_port}/look", tmp_path / "found.png", size=(1280, 1000))
+        address = f"http://127.0.0.1:{server.server_port}/look"
+        rendered(address, tmp_path / "found.png", _NO_NETWORK, size=(1280, 1000))
         server.shutdown()
     assert found[0] == "/reference/keys/"
