@@ -33,9 +33,9 @@ demo: setup
 	$(BIN)/gpc-dist train demo --train.resume false
 	$(BIN)/gpc-dist results runs/demo-linear-probe runs/demo-prompt-tuning runs/demo
 
-# warnings are errors
+# warnings are errors (with --quiet they would not be)
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "see the pages: $(BIN)/python -m http.server --directory build/site"
 
 test: setup
