@@ -26,10 +26,20 @@ def on_files(files: Files, config: Any) -> Files:
     for picture in sorted((ROOT / "benchmarks").glob("*.png")):
         place = f"benchmarks/{picture.name}"
         files.append(File.generated(config, place, abs_src_path=str(picture)))
-    written = reference.pages() | {"tutorial.md": tutorial_page.page(ROOT / "docs" / "tutorial.py")}
+    written = reference.pages() | {
+        "tutorial.md": tutorial_page.page(ROOT / "docs" / "tutorial.py"),
+        "results/studies.md": _studies(),
+    }
     for place, text in written.items():
         files.append(File.generated(config, place, content=text))
     return files
+
+
+def _studies() -> str:
+    names = sorted(report.parent.name for report in (ROOT / "docs" / "studies").glob("*/report.md"))
+    links = "\n".join(f"* [{name}](../studies/{name}/report.md)" for name in names)
+    intro = "As `gpc-dist study` wrote them; [how to read one](../study.md#how-to-read-one)."
+    return f"# Reports of studies\n\n{intro}\n\n{links}\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
