@@ -16,7 +16,7 @@ FAULTS ?= build/faults
 # no process groups, no Ray, no Slurm, no browser
 FAST := -m 'not (slow or ray or slurm or browser)'
 
-.PHONY: setup demo test test-fast test-lowest fuzz faults coverage lint audit check bench clean
+.PHONY: setup demo docs test test-fast test-lowest fuzz faults coverage lint audit check bench clean
 
 setup: $(READY)
 
@@ -24,7 +24,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	touch $@
 
 demo: setup
@@ -32,6 +32,11 @@ demo: setup
 	$(BIN)/gpc-dist train demo --run.name demo-prompt-tuning --adapter.method prompt-tuning --train.resume false
 	$(BIN)/gpc-dist train demo --train.resume false
 	$(BIN)/gpc-dist results runs/demo-linear-probe runs/demo-prompt-tuning runs/demo
+
+# warnings are errors (with --quiet they would not be)
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "see the pages: $(BIN)/python -m http.server --directory build/site"
 
 test: setup
 	$(BIN)/$(PYTEST) $(WORKERS)
