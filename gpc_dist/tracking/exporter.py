@@ -164,16 +164,16 @@ class Exporter(ABC):
             found = client.search_runs([experiment_id], f"tags.`gpc.key` = '{self.state.key}'")
         self.state.experiment_id = experiment_id
         self._save()  # before the run is created, so that it can be found by its key
-        run = (
-            found[0]
-            if found
-            else client.create_run(
-                experiment_id,
-                start_time=translate.ms(status.started_s),
-                run_name=self._run_name(),
-                tags={"gpc.key": self.state.key} | self._first_tags(),
-            )
-        )
+        if found:
+            run = found[0]
+        else:
+            with store.sent_once():
+                run = client.create_run(
+                    experiment_id,
+                    start_time=translate.ms(status.started_s),
+                    run_name=self._run_name(),
+                    tags={"gpc.key": self.state.key} | self._first_tags(),
+                )
         self.state.run_id = run.info.run_id
         self._save()
 

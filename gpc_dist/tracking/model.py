@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpc_dist.errors import UserError
+from gpc_dist.tracking.store import sent_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,14 +100,15 @@ def register(client: MlflowClient, name: str, model_id: str, tags: Mapping[str, 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = client.create_model_version(
-        name,
-        # not models:/<model_id>, which MLflow would look up in its global store instead of this one
-        registered.artifact_location,
-        run_id=registered.source_run_id,
-        model_id=model_id,
-        tags={**tags, "model_id": model_id},
-    ).version
+    with sent_once():
+        version = client.create_model_version(
+            name,
+            # not models:/<model_id>, which MLflow would look up in its global store instead of this one
+            registered.artifact_location,
+            run_id=registered.source_run_id,
+            model_id=model_id,
+            tags={**tags, "model_id": model_id},
+        ).version
     links = json.loads(registered.tags.get(_VERSIONS, "[]")) + [{"name": name, "version": version}]
     client.set_logged_model_tags(model_id, {_VERSIONS: json.dumps(links)})
     return str(version)

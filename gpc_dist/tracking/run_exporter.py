@@ -22,8 +22,11 @@ from gpc_dist.runs import metrics
 from gpc_dist.runs.folder import RunFolder, Status
 from gpc_dist.tracking import model, pictures, translate
 from gpc_dist.tracking.exporter import Exporter
+from gpc_dist.tracking.store import sent_once
 
-_ADAPTER, _CREATED = "adapter", "adapter created"
+_ADAPTER, _CREATING, _CREATED = "adapter", "adapter being created", "adapter created"
+_VERSION = "gpc.version"
+"""Tag of a model: the digest of the adapter's files."""
 _NO_MODELS = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED")
 """Errors of servers without logged models (MLflow 2, some clouds), where the adapter is an artifact of its run."""
 
@@ -104,20 +107,36 @@ class RunExporter(Exporter):
         if version is None or self.state.sent.get(_CREATED) == version:
             return
         try:
-            created = self.client.create_logged_model(
-                self.experiment_id,
-                name=_ADAPTER,
-                source_run_id=self.run_id,
-                params=translate.params(self._config),
-                model_type="gpc-dist adapter",
-            )
-            self.state.model_id = created.model_id
+            self.state.model_id = self._model_of(version)
         except MlflowException as error:
             if error.error_code not in _NO_MODELS:
                 raise
             self.state.model_id = None
         self.state.sent[_CREATED] = version
         self._save()
+
+    def _model_of(self, version: str) -> str:
+        """Id of the model of this version of the adapter, which is created if it is not there yet."""
+        if self.state.sent.get(_CREATING) == version:  # a request that timed out may have created it
+            found = self.client.search_logged_models(
+                [self.experiment_id],
+                f"source_run_id = '{self.run_id}' AND tags.`{_VERSION}` = '{version}'",
+                max_results=1,
+            )
+            if found:
+                return str(found[0].model_id)
+        self.state.sent[_CREATING] = version
+        self._save()
+        with sent_once():
+            created = self.client.create_logged_model(
+                self.experiment_id,
+                name=_ADAPTER,
+                source_run_id=self.run_id,
+                tags={_VERSION: version},
+                params=translate.params(self._config),
+                model_type="gpc-dist adapter",
+            )
+        return str(created.model_id)
 
     def _send_adapter(self) -> None:
         from mlflow.entities import LoggedModelOutput

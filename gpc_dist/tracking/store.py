@@ -24,7 +24,8 @@ _SERVER = re.compile(r"(https?|databricks|uc)\b")
 
 # MLflow's default (7 retries, 120 s each) would hide a server that is down for minutes; the exporter
 # retries by itself, and `gpc-dist sync` should fail at once.
-_HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_HTTP_PATIENCE = {_RETRIES: "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 def tracking_uri(given: str | None, run_dir: Path | str, last: str | None = None) -> str:
@@ -125,6 +126,18 @@ def _client(uri: str) -> MlflowClient:
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return MlflowClient(uri, registry_uri=uri)
+
+
+@contextmanager
+def sent_once() -> Iterator[None]:
+    """MLflow's client does not repeat a request of the block: one that creates something, of which only the answer was
+    lost, would create it twice. Whoever tries again looks first for what may be there."""
+    usual = os.environ.get(_RETRIES, _HTTP_PATIENCE[_RETRIES])
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ[_RETRIES] = usual
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
@@ -22,6 +23,7 @@ from gpc_dist.tracking.run_exporter import RunExporter
 from gpc_dist.tracking.search_exporter import SearchExporter
 from gpc_dist.tracking.store import tracking_uri
 from gpc_dist.tracking.sync import sync
+from tests.processes import wait_until
 from tests.proxy import Decision, standing_before
 
 from .conftest import MakeRun
@@ -99,6 +101,40 @@ def test_without_its_artifact_store_a_search_has_all_but_files(
     blocked.unlink()
     SearchExporter(search).update()
     assert parent_of(search).data.tags["registered_model"] == f"models:/{name}/1"
+
+
+@pytest.mark.slow
+def test_what_was_created_is_not_created_again_where_the_answer_is_lost(
+    make_run: MakeRun, server_uri: str
+) -> None:
+    lost: list[str] = []
+
+    def decide(request: BaseHTTPRequestHandler) -> Decision:
+        path, creates = request.path, ("/experiments/create", "/runs/create", "/mlflow/logged-models")
+        if request.command != "POST" or not path.endswith(creates) or path in lost:
+            return "pass"
+        lost.append(path)
+        return "lose"
+
+    with standing_before(server_uri, decide) as uri:
+        run = finished(make_run(tracking__uri=uri, tracking__experiment="answers are lost"))
+        exporter = RunExporter(run)
+        wait_until(lambda: updated(exporter))
+    assert len(lost) == 3
+    client = MlflowClient(server_uri)
+    experiment = client.get_experiment_by_name("answers are lost")
+    assert experiment is not None
+    places = [experiment.experiment_id]
+    assert [found.info.run_id for found in client.search_runs(places)] == [exporter.run_id]
+    assert [found.model_id for found in client.search_logged_models(places)] == [exporter.state.model_id]
+
+
+def updated(exporter: RunExporter) -> bool:
+    """Whether an attempt succeeded."""
+    try:
+        return exporter.update().complete
+    except MlflowException:
+        return False
 
 
 def test_a_deleted_experiment_is_named_with_its_remedy(
