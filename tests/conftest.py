@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from gpc_dist import cli
 from tests import tiny
 from tests.rays import ray_cluster
+from tests.slurms import SlurmLab, slurm_lab
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -29,12 +31,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 TOGETHER = {
     "tests/cluster": "slurm",
+    "tests/faults/test_slice.py::test_faults_in_jobs": "slurm",
     "tests/search/test_tuner.py": "ray",
     "tests/search/test_ray_cluster.py": "ray",
     "tests/study/test_run.py": "ray",
     "tests/tracking": "mlflow",
 }
-"""Files, or folders of them, that share what runs on this machine once."""
+"""Tests, by what their ids begin with, that share what runs on this machine once."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,11 +56,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
-        """One worker has all tests of a file, which share its fixtures, or of the files that stand `TOGETHER`."""
+        """One worker has all tests of a file, which share its fixtures, or that stand `TOGETHER`."""
 
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return next((group for place, group in TOGETHER.items() if file.startswith(place)), file)
+            return next((group for place, group in TOGETHER.items() if nodeid.startswith(place)), file)
 
     return ByFile(config, log)
 
@@ -112,6 +115,18 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmLab]:
+    """The cluster of all tests that need Slurm."""
+    if shutil.which("sbatch") is None:
+        reason = "needs Slurm: apt-get install --no-install-recommends slurm-wlm munge"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with slurm_lab() as lab:
+        yield lab
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,11 @@ from gpc_dist.cluster import slurm as cluster_slurm
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.shipped import shipped_folder
 from gpc_dist.tracking.state import ExportState
-from tests.cluster.conftest import HELD, Refuse, SlurmLab, job_of, recorded_once, same_run
+from tests.cluster.conftest import HELD, STEPS, Refuse, job_of, same_run
 from tests.conftest import losses
 from tests.holds import Hold
 from tests.processes import TIMEOUT_S, command, on_ranks, wait_until
+from tests.slurms import SlurmLab, recorded_once
 from tests.test_interpreter import MODULES
 
 pytestmark = pytest.mark.slurm
@@ -79,7 +80,7 @@ def test_a_run_is_shown_and_cancelled_and_goes_on(
     )
     assert json.loads(run.result.read_text())["world_size"] == 2
     same_run(run.path, undisturbed)
-    recorded_once(run.path)
+    recorded_once(run.path, STEPS)
 
 
 def test_an_array_of_seeds_is_kept_as_it_was_submitted(

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import HELD, SlurmLab, recorded_once, same_run
-from tests.conftest import ROOT
+from tests.cluster.conftest import HELD, STEPS, same_run
 from tests.holds import Hold
 from tests.processes import command, wait_until
+from tests.slurms import SCRIPT, SlurmLab, log_of, recorded_once
 
 pytestmark = pytest.mark.slurm
 
@@ -39,7 +39,6 @@ def near_its_limit(
     slurm.call("scancel", job)
 
 
-SCRIPT = ROOT / "slurm" / "train.sbatch"
 NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -60,10 +59,6 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
         ):
             found[int(environment["SLURM_PROCID"])] = process
     return [found[rank] for rank in sorted(found)]
-
-
-def log_of(folder: Path) -> str:
-    return "".join(path.read_text() for path in folder.glob("*.log"))
 
 
 def test_a_failure_that_stays_is_given_up(slurm: SlurmLab, long_recipe: Path, tmp_path: Path) -> None:
@@ -216,4 +211,4 @@ def test_a_job_disturbed_in_every_way_ends_as_the_undisturbed_one(
     found = slurm.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "4"), log_of(tmp_path)
     same_run(tmp_path / "run", undisturbed)
-    recorded_once(tmp_path / "run")
+    recorded_once(tmp_path / "run", STEPS)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.conftest import Refuse, SlurmLab, job_of
+from tests.cluster.conftest import Refuse, job_of
 from tests.holds import Hold
 from tests.processes import command, wait_until
+from tests.slurms import SlurmLab
 
 pytestmark = pytest.mark.slurm
 
