@@ -39,20 +39,38 @@ gpc_count_failures() {
 
 gpc_count_anew() { { echo "count anew" >> "$gpc_notes.starts"; } 2> /dev/null; }
 
+# The job's state, and whether it was requeued: if Slurm had lost this node, another start may run already. The controller
+# may be away for a while: it is asked until it answers.
+gpc_state() {
+  local said told= state
+  until said=$(scontrol show job "$gpc_job" 2>&1) || [[ $said == *"Invalid job id"* ]]; do
+    [[ -n $told ]] || gpc_say "Slurm's controller does not answer: waiting for it" >&2
+    told=yes
+    sleep 1
+  done
+  state=$(grep -o ' JobState=[A-Z_]*' <<< "$said")
+  [[ $said != *" Restarts="* || $said == *" Restarts=$gpc_restarts "* ]] || state+=", requeued"
+  echo "$state"
+}
+
 gpc_requeue() {
   gpc_say "$1: requeued"
-  scontrol requeue "$gpc_job"
+  scontrol requeue "$gpc_job" && return
+  # once more, if the controller was away
+  [[ $(gpc_state) != *RUNNING ]] || scontrol requeue "$gpc_job"
 }
 
 # Decide what becomes of the job, whose step ended with this exit code, and end the script with it.
 gpc_finish() {
   local code=$1 idle=$gpc_stopped_early state count
-  [[ ! -e $GPC_DIST_IDLE ]] || idle=yes
-  state=$(scontrol show job "$gpc_job" | grep -o ' JobState=[A-Z_]*')
-  [[ $code == 0 ]] || gpc_say "ended with exit code $code,$state"
   if [[ $code == 0 ]]; then
     rm -f "$gpc_notes.starts"
-  elif [[ $state != *RUNNING ]]; then
+    exit 0
+  fi
+  [[ ! -e $GPC_DIST_IDLE ]] || idle=yes
+  state=$(gpc_state)
+  gpc_say "ended with exit code $code,$state"
+  if [[ $state != *RUNNING ]]; then
     :  # cancelled, or requeued by Slurm
   elif [[ $code == 75 && -z $idle ]]; then
     gpc_count_anew
@@ -81,7 +99,7 @@ gpc_stop_early() {
   gpc_stopped_early=yes
   gpc_finish 75
 }
-trap gpc_stop_early USR2 TERM
+trap gpc_stop_early USR2 TERM INT
 [[ -z $gpc_stopped ]] || gpc_stop_early
 
 set +u  # the user's file may ask for variables that are not set
@@ -108,7 +126,7 @@ gpc_run() {
   local step
   "$@" &
   step=$!
-  trap 'gpc_say "asked to stop"; kill -USR2 "$step"' USR2
+  trap 'gpc_say "asked to stop"; kill -USR2 "$step"' USR2 INT
   trap 'gpc_say "ended by Slurm"' TERM  # which tells the ranks itself
   while kill -0 "$step" 2> /dev/null; do wait "$step"; done  # a trapped signal interrupts wait
   wait "$step"

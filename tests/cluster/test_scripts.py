@@ -24,6 +24,7 @@ printf '%s\\n' "$@" > "$FAKES/srun"
 env > "$FAKES/environment"
 [[ -z ${REFUSAL:-} ]] || echo "$REFUSAL" > "$GPC_DIST_REFUSAL"
 [[ -z ${IDLE:-} ]] || touch "$GPC_DIST_IDLE"
+printf '%s\\n' ${AWAY:-} > "$FAKES/away"
 if [[ ${CODE:-0} == wait ]]; then
   trap 'exit 75' USR2
   touch "$FAKES/waits"
@@ -36,10 +37,17 @@ if [[ -n ${HOLD:-} && ! -e $FAKES/released ]]; then
   touch "$FAKES/held"
   until [[ -e $FAKES/released ]]; do sleep 0.02; done
 fi
+away=$(head -n 1 "$FAKES/away" 2> /dev/null)
+sed -i 1d "$FAKES/away" 2> /dev/null
+if [[ $away == yes ]]; then
+  echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+  exit 1
+fi
 case "$1 $2" in
   "show hostnames") printf 'node07\\nnode08\\n' ;;
   "show job")
     printf '%s\n' "JobId=$3 JobName=x" "   JobState=${STATE:-RUNNING} Reason=None Dependency=(null)" \
+      "   Requeue=1 Restarts=${RESTARTS:-${SLURM_RESTART_COUNT:-0}} BatchFlag=1" \
       "   Command=$COMMAND" "   WorkDir=/elsewhere"
     # a whole array
     [[ $3 != "${SLURM_ARRAY_JOB_ID:-}" ]] || printf '\n%s\n' "JobId=1 JobName=x" "   JobState=COMPLETED Reason=None" ;;
@@ -207,6 +215,7 @@ def test_the_last_task_of_an_array_requeues_itself_alone(run: Run, tmp_path: Pat
         (2, {"REFUSAL": "no such column"}, "not requeued: it would fail again", False),
         (1, {"STATE": "CANCELLED"}, "ended with exit code 1, JobState=CANCELLED", False),
         (1, {}, "failure 1: requeued", True),
+        (1, {"RESTARTS": "1"}, "JobState=RUNNING, requeued", False),  # on a node that Slurm had lost
         (1, {"GPC_DIST_MAX_FAILURES": "0"}, "given up after 1 failures", False),
     ],
 )
@@ -230,10 +239,38 @@ def test_failures_are_counted_over_starts_until_one_succeeds(run: Run, tmp_path:
 
 
 @both
-def test_a_warning_is_passed_on_and_the_job_requeued(start: Start, tmp_path: Path, script: str) -> None:
+def test_a_controller_that_is_away_at_the_start_is_waited_for(run: Run, tmp_path: Path, script: str) -> None:
+    (tmp_path / "away").write_text("yes\n")
+    code, said = run(script, "rte")
+    assert code == 0, said
+    assert (tmp_path / "srun").exists()
+
+
+def test_a_controller_that_is_away_at_the_end_is_waited_for(run: Run, tmp_path: Path) -> None:
+    """When it is asked for the job's state, and when it is asked to requeue it."""
+    code, said = run("train.sbatch", "rte", CODE="1", AWAY="yes no yes")
+    assert code == 1
+    assert said.count("Slurm's controller does not answer: waiting for it") == 1
+    assert "failure 1: requeued" in said
+    assert asked(tmp_path) == ["requeue 12"]
+
+
+def test_a_job_that_slurm_does_not_requeue_ends(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "programs" / "scontrol").write_text(
+        SCONTROL.replace('*) echo "$@" >> "$FAKES/asked"', '*) echo "$@" >> "$FAKES/asked"; exit 1')
+    )
+    assert run("train.sbatch", "rte", CODE="75")[0] == 75
+    assert asked(tmp_path) == ["requeue 12"] * 2
+
+
+@both
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGINT])
+def test_a_warning_is_passed_on_and_the_job_requeued(
+    start: Start, tmp_path: Path, script: str, number: signal.Signals
+) -> None:
     process = start(script, "rte", CODE="wait")
     wait_until((tmp_path / "waits").exists)
-    process.send_signal(signal.SIGUSR2)
+    process.send_signal(number)
     said, _ = process.communicate()
     assert process.returncode == 75
     assert said.index("asked to stop") < said.index("stopped on request: requeued")
@@ -241,7 +278,7 @@ def test_a_warning_is_passed_on_and_the_job_requeued(start: Start, tmp_path: Pat
 
 
 @both
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
 def test_a_stop_that_comes_first_of_all(
     start: Start, tmp_path: Path, script: str, number: signal.Signals
 ) -> None:
