@@ -168,7 +168,8 @@ class RunFolder:
         """Be the one process that works on this run while the block runs.
 
         Raises:
-            UserError: another process is; or the folder is no run's, see `check_own`.
+            MachineError: another process is, for now: the lost node of a batch job may end it only later.
+            UserError: the folder is no run's, see `check_own`.
         """
         self.check_own()
         try:
@@ -178,7 +179,7 @@ class RunFolder:
                 yield
         except locks.TakenError:
             status = self.read_status()
-            raise UserError(
+            raise MachineError(
                 f"{self.path} is in use by process {status.pid} on {status.host}: wait until it ends, or give "
                 f"{self.elsewhere}"
             ) from None

@@ -175,7 +175,7 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._recipe = tiny_inputs(folder / "inputs")
+        self.recipe = tiny_inputs(folder / "inputs")
         self.undisturbed = cache(self._undisturbed)
 
     def draw(self, kind: str, seed: int) -> RunCase:
@@ -227,10 +227,10 @@ class Runs:
                 outcome.problems += self.finished(case, place)
             outcome.injected = sum(place.happened(fault).exists() for _, fault in rest)
             if not outcome.problems and not undetected:
-                outcome.problems += _differences(place.run, reference)
+                outcome.problems += differences(place.run, reference)
                 outcome.same = not outcome.problems
             if not outcome.problems:
-                outcome.problems += _rubbish(place, before)
+                outcome.problems += rubbish(place, before)
         outcome.seconds = round(time.monotonic() - began_s, 1)
         if not outcome.problems:
             shutil.rmtree(place.folder)
@@ -261,13 +261,16 @@ class Runs:
 
     def _faults(self, case: RunCase) -> list[tuple[str, Fault]]:
         """The faults of a case, at visits that a run makes."""
-        place = Place(self.folder / f"undisturbed-{case.ranks}-{case.stage}")
-        placed = []
-        for (name, fault), at in zip(case.faults, case.at, strict=True):
-            file = place.visits / f"{fault.moment}-{fault.rank}"
-            count = file.stat().st_size if file.exists() else 0
-            placed.append((name, replace(fault, visit=1 + min(int(at * count), count - 1))))
-        return placed
+        return [
+            (name, self.at_visit(fault, at, case.ranks, case.stage))
+            for (name, fault), at in zip(case.faults, case.at, strict=True)
+        ]
+
+    def at_visit(self, fault: Fault, at: float, ranks: int, stage: int) -> Fault:
+        """The fault at one of the visits of its moment, from 0 for the first to 1; never where there is none."""
+        file = Place(self.folder / f"undisturbed-{ranks}-{stage}").visits / f"{fault.moment}-{fault.rank}"
+        count = file.stat().st_size if file.exists() else 0
+        return replace(fault, visit=1 + min(int(at * count), count - 1))
 
     def _begin(self, case: RunCase, place: Place, faults: list[tuple[str, Fault]]) -> Started:
         absent = [fault for name, fault in faults if name == "absent"]
@@ -293,7 +296,7 @@ class Runs:
             alone: the rank that it is to be where no launcher starts the others.
             run: the run's folder, if it is that of another place.
         """
-        words = ["train", str(self._recipe), "--run.dir", str(run or place.run), "--train.keep_last", "1"]
+        words = ["train", str(self.recipe), "--run.dir", str(run or place.run), "--train.keep_last", "1"]
         kinds = [self.table[name] for name, _ in case.faults] if case and faults else []
         timeout_s = min((kind.timeout_s for kind in kinds), default=TIMEOUT_S)
         words += ["--engine.zero_stage", str(stage), "--engine.timeout_s", str(timeout_s)]
@@ -330,7 +333,7 @@ class Runs:
         second = self._start(beside, case, case.ranks, case.stage, [], run=place.run)
         code = end(second, _LIMIT_S)
         place.released.touch()
-        if code != EXIT_USAGE or "Traceback" in second.stderr:
+        if code != EXIT_ENVIRONMENT or "Traceback" in second.stderr:
             return [f"a second command was not refused: {code}, {second.stderr[-500:]}"]
         return []
 
@@ -436,7 +439,7 @@ def _left(place: Place) -> list[str]:
     return left(lambda: noted(place.processes))
 
 
-def _rubbish(place: Place, before: set[str]) -> list[str]:
+def rubbish(place: Place, before: set[str]) -> list[str]:
     """Temporary files and shared memory that are left when the run is done."""
     found = [f"{name} is left in the temporary folder" for name in os.listdir(place.folder / "tmp")]
     pids = {file.read_text().split()[0] for file in place.processes.glob("[!.]*")}
@@ -446,7 +449,8 @@ def _rubbish(place: Place, before: set[str]) -> list[str]:
     return found
 
 
-def _differences(run: Path, theirs: dict[str, Any]) -> list[str]:
+def differences(run: Path, theirs: dict[str, Any]) -> list[str]:
+    """What to say of a run that should have the same results as another one."""
     try:
         mine = results(run)
     except (OSError, ValueError, KeyError) as error:

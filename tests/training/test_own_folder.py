@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gpc_dist.errors import EXIT_USAGE
+from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_USAGE
 from gpc_dist.runs.folder import RunFolder, SearchFolder
 from tests.conftest import gpc, losses
 from tests.holds import Hold
@@ -99,7 +99,7 @@ def test_a_second_trainer_is_refused_and_told_by_whom(
     first = start("train", tiny_recipe, "--run.dir", run)
     hold.wait(lambda: first.stderr)
     for more in ((), ("--train.resume", "false")):
-        assert gpc("train", tiny_recipe, "--run.dir", run, *more) == EXIT_USAGE
+        assert gpc("train", tiny_recipe, "--run.dir", run, *more) == EXIT_ENVIRONMENT
         said = capsys.readouterr().err
         assert f"{run} is in use by process {first.pid} on {os.uname().nodename}: wait until it ends" in said
     hold.release()
