@@ -99,9 +99,9 @@ def end(started: Started, limit_s: float) -> int | None:
     return code
 
 
-def left(living: Callable[[], Iterable[psutil.Process]]) -> list[str]:
-    """What to say of processes that are still there after 10 s, which are killed."""
-    deadline = time.monotonic() + 10
+def left(living: Callable[[], Iterable[psutil.Process]], within_s: float = 10) -> list[str]:
+    """What to say of processes that are still there after a while, which are killed."""
+    deadline = time.monotonic() + within_s
     while (found := list(living())) and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in found:
@@ -110,9 +110,9 @@ def left(living: Callable[[], Iterable[psutil.Process]]) -> list[str]:
     return [f"process {process.pid} was left" for process in found]
 
 
-def noted(processes: Path) -> Iterator[psutil.Process]:
+def noted(processes: Path, names: str = "[!.]*") -> Iterator[psutil.Process]:
     """Those that live of the processes that have noted their id and start time in files of this folder."""
-    for file in processes.glob("[!.]*"):
+    for file in processes.glob(names):
         pid, created_s = file.read_text().split()
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.faults.case import Family
+from tests.faults.jobs import Jobs
 from tests.faults.records import Records
 from tests.faults.runs import Runs
 
-FAMILIES: tuple[type[Family], ...] = (Runs, Records)
+FAMILIES: tuple[type[Family], ...] = (Runs, Records, Jobs)
 
 KINDS = tuple(kind for family in FAMILIES for kind in family.kinds)
 """Each is of one family."""

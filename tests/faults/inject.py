@@ -6,6 +6,7 @@ it has patched: each notes its process, so that others can send it signals and t
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -109,6 +110,26 @@ class Place:
         """A rank that is held goes on once it is there."""
         return self.folder / "released"
 
+    @property
+    def fault(self) -> Path:
+        """The fault in a run whose ranks others start, see `join`."""
+        return self.folder / "fault.json"
+
+    @property
+    def losses(self) -> Path:
+        """What starts of such a run have found lost."""
+        return self.folder / "losses"
+
+    def lost(self) -> str:
+        """What to say of the newest checkpoint that was reported as saved, if neither it nor a newer one is there."""
+        from gpc_dist.distributed import checkpoint
+
+        reported = self.saved.read_text().splitlines()[-1] if self.saved.exists() else ""
+        newest = checkpoint.newest(self.run / "checkpoints")
+        if reported and (newest is None or newest.name < reported):
+            return f"{reported} was reported as saved, and the newest is {newest}"
+        return ""
+
 
 def launch(words: Sequence[str], place: Path, faults: Sequence[dict[str, Any]] | None) -> int:
     """Run `gpc-dist`, and the faults in it; without a list of them, what is noted is how often places are visited."""
@@ -130,6 +151,26 @@ def launch(words: Sequence[str], place: Path, faults: Sequence[dict[str, Any]] |
         return processes._launch(list(words))
     watch.note("rank-0")
     return cli.main(words)
+
+
+def join() -> None:
+    """In a rank that others start: let the fault happen that is described in the folder TESTS_JOB, or in the folder
+    there of this task of a job array. It happens once, however often the rank is started."""
+    from gpc_dist import cli
+
+    place = Place(Path(os.environ["TESTS_JOB"], os.environ.get("SLURM_ARRAY_TASK_ID", "")))
+    fault = Fault(**json.loads(place.fault.read_text()))
+    watch, main = _Watch(place, [] if place.happened(fault).exists() else [fault]), cli.main
+
+    def note_and_run(words: Sequence[str] | None = None) -> int:
+        number = os.environ["SLURM_PROCID"]
+        watch.note(f"{number}-{os.getpid()}")
+        if number == "0" and (lost := place.lost()):
+            place.losses.write_text(lost)
+        watch.patch()
+        return main(words)
+
+    cli.main = note_and_run
 
 
 class _Watch:

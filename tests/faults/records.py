@@ -93,7 +93,7 @@ class Records(Runs):
         self._store = folder / "store" / "mlflow.db"
         if not self._store.exists():
             self._store.parent.mkdir(exist_ok=True)
-            start_call(_first_use, self._store).wait()
+            start_call(first_use, self._store).wait()
         self._server: MlflowServer | None = None
         self._restarting = threading.Lock()
 
@@ -192,7 +192,8 @@ class Records(Runs):
             yield
 
 
-def _first_use(store: Path) -> None:
+def first_use(store: Path) -> None:
+    """Make MLflow's database."""
     from mlflow import MlflowClient
 
     MlflowClient(f"sqlite:///{store}").search_experiments()

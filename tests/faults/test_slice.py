@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 
 from tests.faults.case import Family
 from tests.faults.families import made
+from tests.faults.jobs import Jobs
 from tests.faults.records import Records
 from tests.faults.runs import Runs
+from tests.slurms import SlurmLab
 
 
 @pytest.mark.slow
@@ -23,13 +26,21 @@ def test_faults_in_what_records_runs(tmp_path: Path) -> None:
     assert_nothing_is_lost(made(Records, tmp_path))
 
 
-def assert_nothing_is_lost(family: Family, seed: int = 1) -> None:
-    """A case of each kind.
+@pytest.mark.slurm
+def test_faults_in_jobs(slurm: SlurmLab, tmp_path: Path) -> None:
+    """That end each job in another way: by Slurm, a failure, its user and a signal; and one of an array."""
+    kinds = ("job-requeue", "job-srun", "job-cancel", "job-signal", "job-array")
+    assert_nothing_is_lost(Jobs(tmp_path, slurm), 0, kinds)
+
+
+def assert_nothing_is_lost(family: Family, seed: int = 1, kinds: Sequence[str] = ()) -> None:
+    """A case of each kind, or of each of these.
 
     Args:
         seed: one for which every fault happens.
     """
-    cases = [family.draw(kind, seed) for kind in family.kinds]
+    kinds = kinds or family.kinds
+    cases = [family.draw(kind, seed) for kind in kinds]
     try:
         family.prepare(cases)
         with ThreadPoolExecutor(family.at_once) as pool:
@@ -38,4 +49,4 @@ def assert_nothing_is_lost(family: Family, seed: int = 1) -> None:
         family.close()
     failed = [outcome for outcome in outcomes if outcome.problems]
     assert not failed, "\n".join(map(str, failed))
-    assert {outcome.kind for outcome in outcomes if outcome.injected} == set(family.kinds)
+    assert {outcome.kind for outcome in outcomes if outcome.injected} == set(kinds)

@@ -2,6 +2,8 @@
 
 The file that `tests.holds.Hold` puts down is renamed when the step is logged, and the run waits until that one is
 removed, or until it is asked to stop. A step that is made again, by a run that goes on, is not held.
+
+In the ranks of jobs of the campaign of faults, it lets the fault happen (`tests.faults.inject.join`).
 """
 
 import os
@@ -33,3 +35,8 @@ if "TESTS_HOLDS" in os.environ:
 
     MetricLog.append = append_and_hold
     StopRequest._handle = handle_and_note
+
+if "TESTS_JOB" in os.environ:
+    from tests.faults import inject
+
+    inject.join()
