@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ SERVING_MODULE = "gpc_dist.inference.serving"
 
 _VERSIONS = "mlflow.modelVersions"  # tag from which a model's page in MLflow links to its versions
 _NEEDED = ("torch", "transformers", "safetensors")
+_PREFIX, _FILES = ".model-", "model"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!_+-]*")
 
 
@@ -37,6 +40,7 @@ def log_adapter(
     model_id: str,
     adapter: Path,
     facts: Mapping[str, Any],
+    place: Path,
     loader_module: str = SERVING_MODULE,
 ) -> None:
     """Upload the adapter's files to an MLflow model that was created empty, and mark it ready.
@@ -48,6 +52,7 @@ def log_adapter(
         model_id: the model.
         adapter: folder of the adapter.
         facts: the run's facts: package `versions`, and `signature`.
+        place: the run's folder, in which the model is made; nobody else does this now.
         loader_module: module that can be imported where the model is loaded.
     """
     import mlflow.pyfunc
@@ -60,10 +65,9 @@ def log_adapter(
         model_uuid=model_id,
         model_id=model_id,
     )
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with _folder_in(place) as files, warnings.catch_warnings():
         # no example is given, because it would be a row of the user's data
         warnings.filterwarnings("ignore", message=".*input example was not provided")
-        files = Path(folder) / "model"
         mlflow.pyfunc.save_model(
             files,
             loader_module=loader_module,
@@ -74,6 +78,17 @@ def log_adapter(
         )
         client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
+
+
+@contextmanager
+def _folder_in(place: Path) -> Iterator[Path]:
+    """A new folder while the block runs; those of exporters that were killed are removed."""
+    for left in place.glob(f"{_PREFIX}*"):
+        # what holds anything else is somebody's
+        if left.is_dir() and not left.is_symlink() and {path.name for path in left.iterdir()} <= {_FILES}:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=place) as folder:
+        yield Path(folder) / _FILES
 
 
 def register(client: MlflowClient, name: str, model_id: str, tags: Mapping[str, str]) -> str:

@@ -149,7 +149,8 @@ class RunExporter(Exporter):
             self.client.log_artifacts(self.run_id, str(adapter), _ADAPTER)
         else:
             facts = files.read_json(self._folder.facts)
-            model.log_adapter(self.client, model_id, adapter, facts, self._loader_module)
+            place = self._folder.path
+            model.log_adapter(self.client, model_id, adapter, facts, place, self._loader_module)
             step = int(files.read_json(self._folder.result).get("steps", 0))
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
         self.state.sent[_ADAPTER] = version

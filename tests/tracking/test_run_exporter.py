@@ -318,6 +318,9 @@ def test_adapter_is_a_model(make_run: MakeRun, loader: str, monkeypatch: pytest.
     assert "gpc-dist==0.1.0" in requirements
 
     # A resumed run ends with another adapter; one that is the same is not recorded again.
+    (run.path / ".model-killed" / "model").mkdir(parents=True)
+    (run.path / ".model-mine").mkdir()
+    (run.path / ".model-mine" / "notes").touch()
     run.write_status("finished")
     assert RunExporter(run, loader_module=loader).update().model_id == state.model_id
     files.write_text(run.adapter / "adapter_config.json", "second")
@@ -326,6 +329,7 @@ def test_adapter_is_a_model(make_run: MakeRun, loader: str, monkeypatch: pytest.
     assert mlflow.pyfunc.load_model(f"models:/{again.model_id}").predict(table) == [
         "second: It rains. It is wet."
     ]
+    assert [path.name for path in run.path.glob(".model-*")] == [".model-mine"]
 
 
 def test_model_without_signature_gets_the_whole_table(
