@@ -53,8 +53,8 @@ class EncoderConfig(Section):
 
 class TaskConfig(Section):
     name: str = "table"
-    """A packaged task (boolq, cb, cola, copa, multirc, record, rte, sst2, wic, wsc), or any name for a
-    table described by the keys below."""
+    """A packaged task (boolq, cb, cola, copa, multirc, record, rte, sst2, wic, wsc; axb and axg, the diagnostics, to
+    evaluate an adapter of rte), or any name for a table described by the keys below."""
     kind: Literal["classification", "choice", "regression"] = "classification"
     """Table only: what is predicted: one of the labels, one of the choices, or a number."""
     text: list[str] = Field([])

@@ -33,7 +33,8 @@ COMMAND = Command(
     add_arguments,
     run,
     "Prints JSON: the metrics and, for a classification, precision, recall and F1 of each label and the confusion\n"
-    "matrix.\n\n"
+    "matrix. An adapter of rte answers SuperGLUE's diagnostics, too: --task.name axb (Matthews correlation), or axg\n"
+    "(accuracy, gender parity).\n\n"
     f"{ENGINE_OF_RUN}\n\n"
     "example: gpc-dist evaluate runs/rte/adapter --data.path SuperGLUE/RTE",
     settings="recipe",

@@ -19,7 +19,7 @@ from gpc_dist.encoder.sharding import held
 from gpc_dist.errors import UserError
 from gpc_dist.inference.engine import engine_of
 from gpc_dist.shown import one_line
-from gpc_dist.tasks import Prediction, make_task, read_part, write_predictions
+from gpc_dist.tasks import Example, Prediction, answered_by, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session
 
@@ -33,7 +33,8 @@ def adapter_config(
         engine: keys of the engine of its run, see `engine_of`.
 
     Raises:
-        UserError: a key is unknown, or its value is not valid; or the card names no task, or none that is valid.
+        UserError: a key is unknown, or its value is not valid; or the card names no task, or none that is valid, or
+            another one than adapters that answer the diagnostic that `task.name` asks for.
     """
     if not card.task.keys() >= {"task", "data"}:
         raise UserError("the adapter's card names no task: it was not written by gpc-dist train")
@@ -44,12 +45,21 @@ def adapter_config(
         "data": card.task["data"],
     }
     try:
-        configuration.build(tree)
+        own = configuration.build(tree)
     except UserError as error:
         raise UserError(
             f"the adapter's card is not valid, or from another version: {one_line(error)}"
         ) from None
-    return configuration.build({**tree, "engine": engine or {}}, dict(overrides or {}))
+    chosen = dict(overrides or {})
+    if answering := answered_by(asked := chosen.get("task.name", own.task.name)):
+        if own.task.name != answering:
+            raise UserError(
+                f"the diagnostic {asked} is answered by adapters of task {answering}, and this one is of task "
+                f"'{own.task.name}': give an adapter of {answering}"
+            )
+        # its data are its own: the file of another task would be read without complaint
+        tree |= {"task": {}, "data": {"max_length": own.data.max_length}}
+    return configuration.build({**tree, "engine": engine or {}}, chosen)
 
 
 def load_on_all(folder: Path, world: World) -> tuple[Adapter, AdapterCard]:
@@ -113,19 +123,27 @@ def run_evaluation(folder: Path, part: Literal["validation", "holdout"], overrid
     return 0
 
 
-def run_prediction(folder: Path, input: Path, output: Path, overrides: Mapping[str, str]) -> int:
-    """`gpc-dist predict`: write an adapter's predictions for a file (see `tasks.write_predictions`)."""
-    # an absolute path, because `demo` and Hub ids have meanings of their own
-    own = {"data.path": str(input.absolute().parent), "data.test": input.name}
+def run_prediction(folder: Path, input: Path | None, output: Path, overrides: Mapping[str, str]) -> int:
+    """`gpc-dist predict`: write an adapter's predictions for a file, or else for the test split of its data (see
+    `tasks.write_predictions`)."""
+    own = {}
+    if input is not None:
+        # an absolute path, because `demo` and Hub ids have meanings of their own
+        own = {"data.path": str(input.absolute().parent), "data.test": input.name}
     config = adapter_config(read_card(folder), {**overrides, **own}, engine_of(folder, overrides))
     with joined(config.engine) as world:
         session = open_adapter(folder, config, world)
-        examples = session.task.read("test")
-        outputs = adapter_outputs(session, session.split(examples, cached=False))
+        examples, outputs = outputs_of_test(session)
         if outputs is not None:
             file = write_predictions(session.task, examples, outputs, output)
             print(f"{len(examples)} predictions written to {file}")
     return 0
+
+
+def outputs_of_test(session: Session) -> tuple[list[Example], Any]:
+    """The examples of the test split, and the adapter's outputs for them on rank 0; None on other ranks."""
+    examples = session.task.read("test")
+    return examples, adapter_outputs(session, session.split(examples, cached=False))
 
 
 def adapter_outputs(session: Session, split: Split, adapter: Adapter | None = None) -> Any:

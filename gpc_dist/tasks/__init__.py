@@ -13,8 +13,8 @@ from gpc_dist.tasks.collate import Batch, LaneBatch, collate, merge_lanes
 from gpc_dist.tasks.encode import Encoded, encode, one_text
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.holdout import read_part, selection_part
-from gpc_dist.tasks.packaged import NAMES, make_packaged_task
-from gpc_dist.tasks.submission import write_predictions
+from gpc_dist.tasks.packaged import NAMES, answered_by, make_packaged_task
+from gpc_dist.tasks.submission import file_name, submission, write_predictions
 from gpc_dist.tasks.table import make_table_task
 from gpc_dist.tasks.task import Prediction, Task
 
@@ -27,15 +27,18 @@ __all__ = [
     "Prediction",
     "Sizes",
     "Task",
+    "answered_by",
     "collate",
     "encode",
     "evaluation_batches",
+    "file_name",
     "make_task",
     "merge_lanes",
     "one_text",
     "read_part",
     "selection_part",
     "share",
+    "submission",
     "write_predictions",
 ]
 

@@ -25,6 +25,10 @@ class Spec:
     """In the order of the Hub's indices."""
     label_words: tuple[str, ...]
     metrics: Mapping[str, Metric]
+    answered_by: str | None = None
+    """Of a diagnostic, which has no training rows: the task whose adapters answer it."""
+    file: str | None = None
+    """Name of its one file."""
 
 
 def class_index(row: Row, labels: tuple[str, ...]) -> int | None:

@@ -91,6 +91,16 @@ def multirc_exact_match(examples: Sequence[Example], decisions: np.ndarray) -> f
     return float(np.mean(list(whole.values())))
 
 
+def gender_parity(examples: Sequence[Example], decisions: np.ndarray) -> float:
+    """AX-g's gender parity: share of the pairs (groups of two), which differ in a pronoun's gender alone, with the same
+    decision on both; 0 without a pair."""
+    decided: dict[object, list[int]] = {}
+    for example, decision in zip(examples, decisions, strict=True):
+        decided.setdefault(example.group, []).append(int(decision))
+    pairs = [pair for pair in decided.values() if len(pair) == 2]
+    return float(np.mean([one == other for one, other in pairs])) if pairs else 0.0
+
+
 def record_f1(examples: Sequence[Example], decisions: np.ndarray) -> float:
     """Mean of the token F1 between the chosen entity and the gold answer nearest to it."""
     return _best_over_answers(_token_f1, examples, decisions)

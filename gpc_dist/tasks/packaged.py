@@ -1,4 +1,4 @@
-"""Packaged tasks: those of SuperGLUE and of GLUE, by name."""
+"""Packaged tasks: those of SuperGLUE and of GLUE, and SuperGLUE's diagnostics, by name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from gpc_dist.config import DataConfig
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import glue, superglue
+from gpc_dist.tasks import diagnostics, glue, superglue
 from gpc_dist.tasks.example import Example, Split
 from gpc_dist.tasks.formats import Row
 from gpc_dist.tasks.read import Source, read_rows, the_input
 from gpc_dist.tasks.task import Task
 from gpc_dist.tasks.values import is_null
 
-_SPECS = superglue.SPECS | glue.SPECS
+_SPECS = superglue.SPECS | glue.SPECS | diagnostics.SPECS
 
 NAMES = tuple(_SPECS)
 
@@ -24,7 +24,7 @@ NAMES = tuple(_SPECS)
 def make_packaged_task(name: str, data: DataConfig, metric: str | None = None) -> Task:
     """The packaged task `name`; `metric` overrides the one that selects the best checkpoint."""
     spec = _SPECS[name]
-    averaged = len(spec.metrics) > 1
+    averaged = len(spec.metrics) > 1 and not spec.answered_by
     return Task(
         name=name,
         kind=spec.kind,
@@ -39,8 +39,19 @@ def make_packaged_task(name: str, data: DataConfig, metric: str | None = None) -
     )
 
 
+def answered_by(name: str) -> str | None:
+    """The task whose adapters answer a diagnostic; None for any other task."""
+    return _SPECS[name].answered_by if name in _SPECS else None
+
+
 def _read(name: str, data: DataConfig, split: Split) -> list[Example]:
-    source, rows = read_rows(data, split, hub_config=name)
+    spec = _SPECS[name]
+    if spec.answered_by and split == "train":
+        raise UserError(
+            f"task {name} is a diagnostic and has no training rows: train {spec.answered_by}, and evaluate its adapter "
+            f"with --task.name {name}"
+        )
+    source, rows = read_rows(data, split, hub_config=name, only=spec.file)
     return adapt_rows(name, _without_labels(rows) if split == "test" else rows, source)
 
 

@@ -51,7 +51,9 @@ def the_input(rows: Sequence[Row]) -> Source:
     return Source([("the input", len(rows))])
 
 
-def read_rows(data: DataConfig, split: Split, hub_config: str | None = None) -> tuple[Source, list[Row]]:
+def read_rows(
+    data: DataConfig, split: Split, hub_config: str | None = None, only: str | None = None
+) -> tuple[Source, list[Row]]:
     """The rows of one split and where they come from.
 
     Args:
@@ -59,6 +61,7 @@ def read_rows(data: DataConfig, split: Split, hub_config: str | None = None) -> 
             that recipe); `data.train`, `data.validation` and `data.test` name a file (in that
             folder, or any path) or a Hub split that does not have a usual name.
         hub_config: configuration name to take from the Hub when `data.config` is not set.
+        only: name of the data's one file, which is any split; on the Hub it is `test`.
 
     Raises:
         UserError: nothing found under the name, several files for one split, unknown file type,
@@ -68,9 +71,10 @@ def read_rows(data: DataConfig, split: Split, hub_config: str | None = None) -> 
     config = data.config or hub_config
     path = _DEMO if data.path == "demo" else Path(data.path) if data.path else None
     if path is not None and not path.exists() and _is_hub_id(str(data.path)):
-        tables = [(f"{data.path} ({split})", _read_hub(str(data.path), config, named or split))]
+        on_hub = named or ("test" if only else split)
+        tables = [(f"{data.path} ({split})", _read_hub(str(data.path), config, on_hub))]
     else:
-        files = split_files(path, split, named, config)
+        files = split_files(path, split, named or only, config)
         tables = [(str(file), read_file(file, data.quoting)) for file in files]
     source = Source([(name, len(rows)) for name, rows in tables])
     rows = list(chain.from_iterable(rows for _, rows in tables))

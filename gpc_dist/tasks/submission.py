@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpc_dist.files import write_text
-from gpc_dist.tasks import glue
+from gpc_dist.tasks import diagnostics, glue
 from gpc_dist.tasks.delimited import DELIMITERS
 from gpc_dist.tasks.example import Example
 from gpc_dist.tasks.task import Prediction, Task
@@ -37,14 +37,28 @@ def write_predictions(
         path: the file, or a folder in which it gets the name that the benchmark asks for
             (`predictions.jsonl` for tables).
     """
-    name, form = _FORMATS.get(task.name, ("predictions.jsonl", _table))
-    file = path if path.suffix and not path.is_dir() else path / name
-    predicted = list(zip(examples, task.predictions(examples, outputs), strict=True))
-    if file.suffix == ".csv" or (file.suffix in DELIMITERS and form is _table):
-        write_text(file, _delimited(predicted, DELIMITERS[file.suffix]))
+    file = path if path.suffix and not path.is_dir() else path / file_name(task.name)
+    if file.suffix == ".csv" or (file.suffix in DELIMITERS and task.name not in _FORMATS):
+        write_text(file, _delimited(_predicted(task, examples, outputs), DELIMITERS[file.suffix]))
     else:
-        write_text(file, "".join(f"{line}\n" for line in form(predicted)))
+        write_text(file, submission(task, examples, outputs))
     return file
+
+
+def file_name(task: str) -> str:
+    """The name that a task's benchmark asks for, or `predictions.jsonl`."""
+    return _FORMATS[task][0] if task in _FORMATS else "predictions.jsonl"
+
+
+def submission(task: Task, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> str:
+    """The content of the file with the predictions for the examples: lines, in the format of the task's benchmark if it
+    has one. Arguments as of `write_predictions`."""
+    _, form = _FORMATS.get(task.name, ("", _table))
+    return "".join(f"{line}\n" for line in form(_predicted(task, examples, outputs)))
+
+
+def _predicted(task: Task, examples: Sequence[Example], outputs: Sequence[np.ndarray]) -> Predicted:
+    return list(zip(examples, task.predictions(examples, outputs), strict=True))
 
 
 def _delimited(predicted: Predicted, delimiter: str) -> str:
@@ -130,6 +144,7 @@ def _glue(labels: Sequence[str], predicted: Predicted) -> Iterable[str]:
 
 
 _FORMATS: dict[str, tuple[str, Callable[[Predicted], Iterable[str]]]] = {
+    **{name: (str(spec.file), _plain) for name, spec in diagnostics.SPECS.items()},
     "boolq": ("BoolQ.jsonl", _plain),
     "cb": ("CB.jsonl", _plain),
     "cola": ("CoLA.tsv", partial(_glue, glue.SPECS["cola"].labels)),

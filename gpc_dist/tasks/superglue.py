@@ -21,7 +21,8 @@ from gpc_dist.tasks.metrics import Metric
 
 _BOOLEAN = ("false", "true")
 _CB = ("entailment", "contradiction", "neutral")
-_RTE = ("entailment", "not_entailment")
+RTE = ("entailment", "not_entailment")
+"""Labels of RTE, and of the diagnostics that its adapters answer."""
 
 
 def _boolq(row: Row) -> Iterator[Example]:
@@ -197,10 +198,10 @@ SPECS = {
         {"f1": metrics.record_f1, "exact_match": metrics.record_exact_match},
     ),
     "rte": Spec(
-        partial(_entailment, _RTE),
+        partial(_entailment, RTE),
         ("premise", "hypothesis"),
         "classification",
-        _RTE,
+        RTE,
         ("entailment", "not entailment"),
         _ACCURACY,
     ),

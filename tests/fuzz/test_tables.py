@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gpc_dist.config import DataConfig, TaskConfig
 from gpc_dist.errors import UserError
-from gpc_dist.tasks import make_task
+from gpc_dist.tasks import Example, make_task
 from gpc_dist.tasks.formats import read_file
 from tests.fuzz.conftest import FUZZ, judged
 from tests.fuzz.mutations import changed_bytes, changed_tree, trees
@@ -152,7 +152,14 @@ def test_rows_of_any_values_make_examples_or_one_line(folder: Path, kind: str, d
         assert len(found) == len(rows)
 
 
-PACKAGED = ["boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc", "sst2", "cola"]
+DIAGNOSTICS = ["axb", "axg"]
+PACKAGED = ["boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc", "sst2", "cola", *DIAGNOSTICS]
+
+
+def read(name: str, path: Path) -> list[Example]:
+    """The examples of a packaged task in a file with labels."""
+    task = make_task(TaskConfig(name=name), DataConfig(path=str(path), validation=path.name))
+    return task.read("validation" if name in DIAGNOSTICS else "train")
 
 
 @pytest.mark.parametrize("name", PACKAGED)
@@ -164,7 +171,7 @@ def test_rows_of_packaged_tasks_make_examples_or_one_line(
     row = data.draw(st.dictionaries(st.sampled_from(sorted(KEYS)), trees, max_size=8))
     row = {**GOOD.get(name, {}), **row}
     path = put(folder, "t.jsonl", json.dumps(row).encode())
-    found = judged(lambda: make_task(TaskConfig(name=name), DataConfig(path=str(path))).read("train"))
+    found = judged(lambda: read(name, path))
     assert isinstance(found, UserError | list)
 
 
@@ -209,6 +216,8 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "sst2": {"sentence": "fine", "label": 1, "idx": 0},
     "cola": {"sentence": "fine", "label": 1, "idx": 0},
+    "axb": {"sentence1": "It is.", "sentence2": "It is not.", "idx": 0, "label": "not_entailment"},
+    "axg": {"premise": "It is.", "hypothesis": "It is not.", "idx": 0, "label": "not_entailment"},
 }
 KEYS = {key for row in GOOD.values() for key in row}
 
@@ -216,4 +225,4 @@ KEYS = {key for row in GOOD.values() for key in row}
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_good_row_of_a_packaged_task_makes_examples(folder: Path, name: str) -> None:
     path = put(folder, "t.jsonl", json.dumps(GOOD[name]).encode())
-    assert make_task(TaskConfig(name=name), DataConfig(path=str(path))).read("train")
+    assert read(name, path)
