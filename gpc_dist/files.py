@@ -100,8 +100,13 @@ def _content(path: Path, most: int) -> bytes:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one step; creates its folder."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` for other content than text."""
     make_folder(path.parent)
-    replace_text(path, text)
+    _replace(path, content)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -110,10 +115,14 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         FileNotFoundError: there is none: it was removed, or moved.
     """
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # see `_CUT_OFF`
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

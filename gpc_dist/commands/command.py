@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from gpc_dist.errors import UserError
 
 Run = Callable[[Any, dict[str, str], list[str]], int]
 """Takes the parsed arguments, the settings (dotted key -> text), and the words of the whole command line after
@@ -47,6 +51,15 @@ def count(text: str) -> int:
     if not 1 <= number <= _MOST:
         raise ValueError
     return number
+
+
+def check_output(path: Path) -> None:
+    """Refuse an `--output` to which nothing could be written, before the work and not after it."""
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    if above := next((folder for folder in path.absolute().parents if folder.is_file()), None):
+        raise UserError(f"--output {path} cannot be written: {above} is a file")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--output {path} cannot be written: you may not write to {place}")
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 from tabulate import tabulate
 
 from gpc_dist.errors import UserError
-from gpc_dist.runs.result import RunResult
+from gpc_dist.runs.result import read_result
 from gpc_dist.shown import shown_cells
-from gpc_dist.typed import read_as
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ def results_table(folders: Sequence[Path]) -> str:
     runs, others = [], []
     for folder in folders:
         try:
-            runs.append(_read(folder))
+            runs.append((folder.name, read_result(folder)))
         except UserError as error:
             others.append(str(error))
     if not runs:
@@ -46,16 +45,3 @@ def results_table(folders: Sequence[Path]) -> str:
     headers = ["task", "run", "method", "metric", "best", "trained", "frozen", "seconds"]
     formats = ("", "", "", "", ".4f", ",", ",", ".0f")
     return tabulate(shown_cells(lines), headers=headers, floatfmt=formats, intfmt=formats)
-
-
-def _read(folder: Path) -> tuple[str, RunResult]:
-    """The name of a run and its result."""
-    path = folder / "result.json"
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    if not path.is_file():
-        raise UserError(f"{folder} holds no finished run: result.json is missing")
-    found = read_as(RunResult, path)
-    if found is None or not found.main_metric:
-        raise UserError(f"{path} is not the result of a run")
-    return folder.name, found

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from gpc_dist.typed import is_number
+from gpc_dist.errors import UserError
+from gpc_dist.typed import is_number, read_as
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,23 @@ class RunResult:
     def _number(self, values: dict[str, Any]) -> float | None:
         value: Any = values.get(self.main_metric)
         return float(value) if is_number(value) else None
+
+
+def read_result(folder: Path) -> RunResult:
+    """The result of a run.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    path = folder / "result.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished run: result.json is missing")
+    found = read_as(RunResult, path)
+    if found is None or not found.main_metric:
+        raise UserError(f"{path} is not the result of a run")
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from gpc_dist.config import DataConfig, TaskConfig
-from gpc_dist.tasks import Example, Task, make_task, write_predictions
+from gpc_dist.tasks import Example, Task, file_name, make_task, submission, write_predictions
+from gpc_dist.tasks.archive import LINES
 
 SECOND, FIRST = np.array([0.0, 1.0]), np.array([1.0, 0.0])
 
@@ -34,6 +36,8 @@ def read_back(file: Path) -> list[Any]:
         ("rte", "RTE.jsonl", ["not_entailment", "entailment"]),
         ("wic", "WiC.jsonl", ["true", "false"]),
         ("wsc", "WSC.jsonl", ["True", "False"]),
+        ("axb", "AX-b.jsonl", ["not_entailment", "entailment"]),
+        ("axg", "AX-g.jsonl", ["not_entailment", "entailment"]),
     ],
 )
 def test_one_label_per_example(tmp_path: Path, name: str, file: str, labels: list[Any]) -> None:
@@ -137,3 +141,53 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         write_predictions(task, [unwritable], [np.array([1.5])], file)
     assert file.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [file]
+
+
+# As the benchmark's site and its toolkit jiant describe each file: the words or numbers of `label`.
+LABELS = {
+    "boolq": {"true", "false"},
+    "cb": {"entailment", "contradiction", "neutral"},
+    "copa": {0, 1},
+    "rte": {"entailment", "not_entailment"},
+    "wic": {"true", "false"},
+    "wsc": {"True", "False"},
+    "axb": {"entailment", "not_entailment"},
+    "axg": {"entailment", "not_entailment"},
+}
+
+
+def check_submitted(task: str, text: str, rows: Sequence[Any]) -> None:
+    """Check a file of a submission against the rows of the test split, in the schema of the official files."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    if task == "multirc":
+        assert [_answers(line) for line in lines] == [_answers(row) for row in rows]
+        labels = {a["label"] for line in lines for q in line["passage"]["questions"] for a in q["answers"]}
+        assert labels <= {0, 1}
+        return
+    if task == "record":
+        rows = [{"idx": query["idx"], "passage": row["passage"]} for row in rows for query in row["qas"]]
+        for line, row in zip(lines, rows, strict=True):
+            whole, spans = row["passage"]["text"], row["passage"]["entities"]
+            assert line["label"] in {whole[span["start"] : span["end"] + 1] for span in spans}
+    else:
+        assert {line["label"] for line in lines} <= LABELS[task]
+        assert {type(line["label"]) for line in lines} == {type(each) for each in LABELS[task]}
+    assert all(line.keys() == {"idx", "label"} for line in lines)
+    assert [line["idx"] for line in lines] == [row["idx"] for row in rows]
+
+
+def _answers(row: Any) -> Any:
+    """The ids of a passage, its questions and their answers."""
+    questions = row["passage"]["questions"]
+    return row["idx"], [(q["idx"], [answer["idx"] for answer in q["answers"]]) for q in questions]
+
+
+@pytest.mark.parametrize("name", [name for name in LINES if name not in ("record", "axb", "axg")])
+def test_the_official_test_splits_as_the_benchmark_asks_for_them(name: str, superglue: Path) -> None:
+    folder = superglue / Path(file_name(name)).stem
+    task = make_task(TaskConfig(name=name), DataConfig(path=str(folder)))
+    examples, draw = task.read("test"), np.random.default_rng(0)
+    outputs = [draw.normal(size=max(task.outputs, len(example.rows))) for example in examples]
+    text = submission(task, examples, outputs)
+    check_submitted(name, text, read_back(folder / "test.jsonl"))
+    assert len(text.splitlines()) == LINES[name]
