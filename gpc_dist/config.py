@@ -128,17 +128,19 @@ class AdapterConfig(Section):
     """The cell's units: both, or one of them alone (ablation)."""
     cell_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Layers, counted from 0, after which the cell acts. When not given, every layer from `first_layer` on whose prompt
-    states are read: all but the last, and with `pooling: prompt` that one too."""
+    states are read: all but the last, and where `pooling` reads the prompt that one too."""
     cell_norm: bool = True
     """The cell works on states divided by their root mean square and what it writes is brought back to the encoded
     prompt's, so that its learning rate does not depend on the scale of the encoder's states."""
     cell_scale: Literal["none", "prompt", "text"] = "prompt"
     """Scale of what the cell writes: as it comes; or each position brought to the root mean square of the encoded
     prompt state it replaces (`prompt`), or to the mean one of its row's text states (`text`)."""
-    pooling: Literal["mean", "first", "prompt"] = "mean"
-    """What the head reads: the mean of the text states, the first text token's state, or the mean of the prompt's
-    states in the last layer."""
-
+    pooling: Literal["mean", "first", "prompt", "prompt-first"] = "mean"
+    """What the head reads: the mean of the text states, the first text token's state, or in the last layer the mean of
+    the prompt's states or the first of them (as BERT's and RoBERTa's own heads under PEFT)."""
+    head_hidden: bool = False
+    """The head has a layer of the encoder's width, with tanh, before its linear map, as BERT's pooler and RoBERTa's
+    head."""
     head_layers: Literal["last", "mix"] = "last"
     """What the head reads of the text: the states of the last layer, or a mix, with trained weights, of the pooled
     states that enter `first_layer` and of those after each layer from there on (docs/method.md)."""
@@ -147,13 +149,13 @@ class AdapterConfig(Section):
     def _check(self) -> AdapterConfig:
         if self.prompt_init == "text" and not self.prompt_text:
             raise ValueError("adapter.prompt_init 'text' needs adapter.prompt_text")
-        if self.pooling == "prompt" and not self.has_prompt:
+        if self.reads_prompt and not self.has_prompt:
             raise ValueError(
-                f"adapter.pooling 'prompt' needs a prompt, which adapter.method '{self.method}' lacks"
+                f"adapter.pooling '{self.pooling}' needs a prompt, which adapter.method '{self.method}' lacks"
             )
-        if self.pooling == "prompt" and self.head_layers == "mix":
+        if self.reads_prompt and self.head_layers == "mix":
             raise ValueError(
-                "adapter.head_layers 'mix' reads the text, and adapter.pooling 'prompt' does not"
+                f"adapter.head_layers 'mix' reads the text, and adapter.pooling '{self.pooling}' does not"
             )
         layers = self.cell_layers
         if layers is not None and (not layers or len(set(layers)) < len(layers)):
@@ -196,6 +198,11 @@ class AdapterConfig(Section):
     @property
     def has_prompt(self) -> bool:
         return self.method not in ("linear-probe", "fine-tuning")
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the head reads the prompt's states."""
+        return self.pooling in ("prompt", "prompt-first")
 
     @property
     def trains_encoder(self) -> bool:

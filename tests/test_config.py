@@ -203,6 +203,7 @@ def recipe(tmp_path: Path, text: str) -> str:
         ("train: {steps: 10, lr: -1}", "greater than 0 (given: -1)"),
         ("adapter: {prompt_init: text}", "needs adapter.prompt_text"),
         ("adapter: {method: linear-probe, pooling: prompt}", "needs a prompt, which adapter.method"),
+        ("adapter: {method: linear-probe, pooling: prompt-first}", "needs a prompt, which adapter.method"),
         ("adapter: {cell_layers: []}", "must name at least one layer"),
         ("adapter: {cell_layers: [1, 0, 1]}", "[1, 0, 1] must name at least one layer, each once"),
         ("adapter: {cell_layers: [-1]}", "greater than or equal to 0 (given: -1)"),

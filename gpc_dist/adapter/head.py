@@ -17,17 +17,20 @@ class Head(nn.Module):
     Args:
         outputs: classes of a classification, or 1 for a score or a number.
         mixed: number of pooled states, of several layers, whose mix is read; only the last one's when not given.
+        hidden: whether a square layer with tanh stands before the linear map.
     """
 
-    def __init__(self, hidden_size: int, outputs: int, mixed: int | None = None):
+    def __init__(self, hidden_size: int, outputs: int, mixed: int | None = None, hidden: bool = False):
         super().__init__()
         self.linear = nn.Linear(hidden_size, outputs)
+        self.hidden = nn.Linear(hidden_size, hidden_size) if hidden else None
         self.mix = None if mixed is None else nn.Parameter(torch.zeros(mixed))
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Pooled states `[R, H]` of each layer that it reads, in order -> float32 outputs `[R, outputs]`."""
         read = states[-1] if self.mix is None else mixed(states, self.mix)
-        return self.linear(read.to(self.linear.weight.dtype))
+        read = read.to(self.linear.weight.dtype)
+        return self.linear(read if self.hidden is None else torch.tanh(self.hidden(read)))
 
 
 def mixed(states: Sequence[Tensor], weights: Tensor) -> Tensor:

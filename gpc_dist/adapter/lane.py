@@ -82,7 +82,7 @@ class Adapter(nn.Module):
             torch.manual_seed(seed)
             mixed = shape.layers - self.read_from + 1 if config.head_layers == "mix" else None
             # first, so that it starts alike in all methods
-            head = Head(shape.hidden_size, outputs, mixed)
+            head = Head(shape.hidden_size, outputs, mixed, config.head_hidden)
             self.prompt = None
             if config.has_prompt:
                 self.prompt = Prompt(
@@ -153,9 +153,10 @@ class Adapter(nn.Module):
             attention_mask: mask of the text, `[R, T]`.
             earlier: pooled states that entered layer `read_from` and each later one.
         """
-        if self.config.pooling == "prompt":
+        if self.config.reads_prompt:
             prompt = states[:, : self.prompt_tokens]
-            return self.head([pooled(prompt, attention_mask.new_ones(prompt.shape[:2]), "mean")])
+            how: Literal["mean", "first"] = "first" if self.config.pooling == "prompt-first" else "mean"
+            return self.head([pooled(prompt, attention_mask.new_ones(prompt.shape[:2]), how)])
         return self.head([*earlier, self.pooled(states[:, self.prompt_tokens :], attention_mask)])
 
     def next_prompt(
@@ -186,7 +187,7 @@ class Adapter(nn.Module):
 def _cell_layers(config: AdapterConfig, first_layer: int, layers: int) -> Sequence[int]:
     """The layers after which the cell acts, of the encoder's `layers`."""
     # only a head that pools the prompt reads what is written after the last layer
-    last = layers - (1 if config.pooling == "prompt" else 2)
+    last = layers - (1 if config.reads_prompt else 2)
     if first_layer > max(last, 0):
         raise UserError(
             f"adapter.first_layer {first_layer} leaves no layer after which a cell's prompt would be read: the encoder "

@@ -28,7 +28,7 @@ NAMES = (WEIGHTS, CARD)
 _FORMAT = 1
 _ENCODER = "encoder."
 """Prefix of the names of a fine-tuned encoder's tensors."""
-_ADDED = {"first_layer": 0, "head_layers": "last"}
+_ADDED = {"first_layer": 0, "head_layers": "last", "head_hidden": False}
 """Keys of `AdapterConfig` that older cards lack, with what an adapter did without them."""
 _MOST_LAYERS = 1000
 """Of an encoder; a card that names more would have as many cells made before one is compared with a tensor."""
@@ -146,7 +146,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
         check_like(stored, {name: p.shape for name, p in adapter.named_parameters()})
         if card.weights_sha256 not in (None, sha256(path)):
             raise UserError(f"it is not the file that {CARD} was written for: fetch the adapter again")
-        adapter.load_state_dict(_finite(stored), assign=True)
+        adapter.load_state_dict(finite(stored), assign=True)
     except (UserError, OSError, RuntimeError, TypeError, OverflowError) as error:
         raise UserError(f"{path} cannot be loaded into its adapter: {one_line(error)}") from None
     return adapter, card
@@ -181,7 +181,7 @@ def _stored(path: Path, tuned: bool) -> dict[str, Stored]:
     return {name: place for name, place in read_header(path).items() if name.startswith(_ENCODER) is tuned}
 
 
-def _finite(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+def finite(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     """The values of tensors, float32."""
     found = {}
     for name, place in stored.items():

@@ -53,13 +53,13 @@ def count(text: str) -> int:
     return number
 
 
-def check_output(path: Path) -> None:
-    """Refuse an `--output` to which nothing could be written, before the work and not after it."""
+def check_output(path: Path, option: str = "--output") -> None:
+    """Refuse a place to which nothing could be written, before the work and not after it."""
     place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     if above := next((folder for folder in path.absolute().parents if folder.is_file()), None):
-        raise UserError(f"--output {path} cannot be written: {above} is a file")
+        raise UserError(f"{option} {path} cannot be written: {above} is a file")
     if not os.access(place, os.W_OK):
-        raise UserError(f"--output {path} cannot be written: you may not write to {place}")
+        raise UserError(f"{option} {path} cannot be written: you may not write to {place}")
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

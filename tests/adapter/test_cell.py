@@ -130,7 +130,7 @@ def test_a_cell_leaves_the_layers_alone_that_it_is_not_given(per_layer: bool) ->
         torch.testing.assert_close(written_by(made, encoded, previous, layer), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("pooling", "last"), [("mean", L - 2), ("prompt", L - 1)])
+@pytest.mark.parametrize(("pooling", "last"), [("mean", L - 2), ("prompt", L - 1), ("prompt-first", L - 1)])
 def test_a_layer_whose_prompt_nothing_reads_is_refused_with_the_valid_range(pooling: str, last: int) -> None:
     adapter("gated", cell_layers=[last], pooling=pooling)
     for wrong in (last + 1, 40):
