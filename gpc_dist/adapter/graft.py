@@ -33,6 +33,7 @@ from gpc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 @dataclass
@@ -65,7 +66,8 @@ class GraftedEncoder(nn.Module):
     """A frozen encoder with one or more adapters (lanes). With method `fine-tuning` the only adapter takes the
     encoder (`Adapter.take_encoder`) and trains it.
 
-    Use `attach` to make one from a `transformers` model. The hooks act only during a pass of this object:
+    Use `attach` to make one from a `transformers` model. Its `state_dict` holds the lanes and nothing of the frozen
+    encoder, so that checkpoints of other trainers are small, too. The hooks act only during a pass of this object:
     called directly, or through another graft, the encoder works as before.
 
     Args:
@@ -88,6 +90,8 @@ class GraftedEncoder(nn.Module):
         self.autocast: torch.dtype | None = None
         """dtype of the encoder's matrix products; None if it is that of the weights."""
         self._pass: _Pass | None = None
+        self.register_state_dict_post_hook(_keep_trained)
+        self.register_load_state_dict_post_hook(_miss_no_frozen)
         self.encoder.requires_grad_(False)
         self.encoder.eval()
         self._handles = [
@@ -135,6 +139,8 @@ class GraftedEncoder(nn.Module):
         lane_rows: Sequence[int] | None = None,
         lanes: Sequence[Adapter] | None = None,
         text_states: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool = False,
     ) -> Any:
         """Outputs of the head for every row of a batch.
 
@@ -147,10 +153,20 @@ class GraftedEncoder(nn.Module):
             lanes: adapters of this pass, on the device of the batch; the attached ones when not given.
             text_states: what `lower` gives for these tokens, `[R, T, H]`, if it was computed before; for k = L what
                 `halves.PooledStates` gives, `[R, n, H]`.
+            labels: classes `[R]` (whole numbers; rows with -100 do not count), or numbers to predict `[R]` (floating
+                point, for a head with one output). Not with `lane_rows`.
+            return_dict: give a `SequenceClassifierOutput` without labels, too.
 
         Returns:
-            float32 `[R, outputs]`, or with `lane_rows` a list of `[R_k, outputs_k]`, one for each lane.
+            float32 `[R, outputs]`, or with `lane_rows` a list of `[R_k, outputs_k]`, one for each lane. With `labels`
+            or `return_dict` a `SequenceClassifierOutput` of `transformers`: these as `logits`, and with labels the
+            mean cross-entropy, or squared error, as `loss`.
         """
+        if labels is not None or return_dict:
+            if lane_rows is not None:
+                raise ValueError("labels and return_dict are for the rows of one lane: leave lane_rows out")
+            logits = self(input_ids, attention_mask, token_type_ids, lanes=lanes, text_states=text_states)
+            return _output(logits, labels)
         counts = [len(input_ids)] if lane_rows is None else list(lane_rows)
         lanes = self.adapters if lanes is None else lanes
         if len(counts) != len(lanes) or sum(counts) != len(input_ids) or min(counts) < 0:
@@ -317,6 +333,22 @@ def shared_prompt_tokens(lanes: Sequence[Adapter]) -> int:
     return lengths.pop()
 
 
+def _output(logits: Tensor, labels: Tensor | None) -> SequenceClassifierOutput:
+    """What the models of `transformers` for classification give."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    loss: Any = None
+    if labels is not None and labels.is_floating_point():
+        if logits.shape[1] != 1:
+            raise ValueError(
+                f"labels that are no whole numbers need a head with one output, not {logits.shape[1]}"
+            )
+        loss = nn.functional.mse_loss(logits.squeeze(1), labels.to(logits.dtype))
+    elif labels is not None:
+        loss = nn.functional.cross_entropy(logits, labels)
+    return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+
 def refuse_training_the_encoder(config: AdapterConfig) -> None:
     """Raise `UserError` if a method trains the encoder, which no graft in a notebook does."""
     if config.trains_encoder:
@@ -324,6 +356,24 @@ def refuse_training_the_encoder(config: AdapterConfig) -> None:
             "adapter.method 'fine-tuning' has nothing to attach to a frozen encoder: use gpc-dist train, evaluate and "
             "predict, or gpc_dist.inference.adapters.Predictor"
         )
+
+
+_TRAINED = "lanes."
+"""Begins the names of what a state dict of a graft holds."""
+
+
+def _keep_trained(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    """Leave what is frozen out of a state dict."""
+    for name in list(state):
+        if name.startswith(prefix) and not name.startswith(prefix + _TRAINED):
+            del state[name]
+
+
+def _miss_no_frozen(graft: nn.Module, incompatible: Any) -> None:
+    """Let a state dict lack what `_keep_trained` leaves out."""
+    named = [*graft.named_parameters(remove_duplicate=False), *graft.named_buffers(remove_duplicate=False)]
+    frozen = tuple(name for name, _ in named if not name.startswith(_TRAINED))
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(frozen)]
 
 
 def _pad_left(x: Tensor, count: int, value: int) -> Tensor:
