@@ -15,8 +15,8 @@ from torch import nn
 from gpc_dist.errors import UserError
 from gpc_dist.files import few, read_small_json, sha256
 from gpc_dist.names import check_name
-from gpc_dist.pickled import open_archive
-from gpc_dist.tensors import read_headers
+from gpc_dist.pickled import open_archive, read_pickled
+from gpc_dist.tensors import Stored, read_header, read_headers
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 """Files of a checkpoint in one file, in the order in which they are looked for."""
@@ -88,6 +88,20 @@ def weight_files(path: str, revision: str | None) -> list[Path]:
                 )
             return [file for file in files.values() if file is not None]
     return []
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
+    """Name -> place of every tensor of a checkpoint's files, of either format.
+
+    Raises:
+        UserError: see `tensors.read_headers` and `pickled.read_pickled`.
+    """
+    return read_headers(files, read_table)
+
+
+def read_table(file: Path) -> dict[str, Stored]:
+    """Name -> place of every tensor of one file."""
+    return read_header(file) if file.suffix == ".safetensors" else read_pickled(file)
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:

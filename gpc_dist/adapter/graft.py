@@ -13,11 +13,12 @@ any order, as activation checkpointing does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpc_dist.adapter.families import EncoderParts, locate
+from gpc_dist.adapter.foreign import classifier_output, keep_trained, miss_no_frozen
 from gpc_dist.adapter.halves import LowerHalf, UpperHalf
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.update import read_prompt, write_prompt
@@ -33,7 +35,8 @@ from gpc_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    from gpc_dist.adapter.fingerprint import EncoderIdentity
 
 
 @dataclass
@@ -90,8 +93,12 @@ class GraftedEncoder(nn.Module):
         self.autocast: torch.dtype | None = None
         """dtype of the encoder's matrix products; None if it is that of the weights."""
         self._pass: _Pass | None = None
-        self.register_state_dict_post_hook(_keep_trained)
-        self.register_load_state_dict_post_hook(_miss_no_frozen)
+        self.identity: EncoderIdentity | None = None
+        """Of the encoder, as the card of a loaded adapter names it."""
+        self.task: dict[str, Any] = {}
+        """What the card of a loaded adapter says of its task."""
+        self.register_state_dict_post_hook(keep_trained)
+        self.register_load_state_dict_post_hook(miss_no_frozen)
         self.encoder.requires_grad_(False)
         self.encoder.eval()
         self._handles = [
@@ -166,7 +173,7 @@ class GraftedEncoder(nn.Module):
             if lane_rows is not None:
                 raise ValueError("labels and return_dict are for the rows of one lane: leave lane_rows out")
             logits = self(input_ids, attention_mask, token_type_ids, lanes=lanes, text_states=text_states)
-            return _output(logits, labels)
+            return classifier_output(logits, labels)
         counts = [len(input_ids)] if lane_rows is None else list(lane_rows)
         lanes = self.adapters if lanes is None else lanes
         if len(counts) != len(lanes) or sum(counts) != len(input_ids) or min(counts) < 0:
@@ -296,29 +303,74 @@ class GraftedEncoder(nn.Module):
         for handle in self._handles:
             handle.remove()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter of a single-lane encoder to `folder` (see `adapter.store`)."""
-        from gpc_dist.adapter.fingerprint import identify
-        from gpc_dist.adapter.store import save_adapter
+    def save_pretrained(self, folder: str | Path, metrics: Mapping[str, Any] | None = None) -> None:
+        """Write the adapter of a single-lane encoder to `folder` (see `adapter.store`), with a model card.
 
-        save_adapter(folder, self.adapter, identify(self.encoder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, encoder: PreTrainedModel) -> GraftedEncoder:
-        """Attach a saved adapter to the encoder it was trained on.
+        Args:
+            metrics: figures for the model card, by name.
 
         Raises:
-            UserError: `folder` holds no adapter, one that belongs to another encoder, or a fine-tuned one.
+            UserError: the folder holds files of others.
+        """
+        from gpc_dist.adapter.pretrained import save_graft
+
+        save_graft(self, Path(folder), metrics)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        metrics: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, without local paths, to a model repository of the Hugging Face Hub;
+        returns its address.
+
+        Args:
+            metrics: figures for the model card, by name.
+            private, token: see `hub.push_folder`.
+
+        Raises:
+            UserError: the Hub cannot be reached, or refuses.
+        """
+        from gpc_dist.adapter.hub import push_folder
+        from gpc_dist.adapter.pretrained import save_graft
+
+        with TemporaryDirectory(prefix="gpc-dist-") as place:
+            folder = Path(place) / "adapter"
+            save_graft(self, folder, metrics, repo_id)
+            return push_folder(folder, repo_id, private, token)
+
+    @classmethod
+    def from_pretrained(
+        cls, place: str | Path, encoder: PreTrainedModel | None = None, revision: str | None = None
+    ) -> GraftedEncoder:
+        """Attach a saved adapter to the encoder it was trained on.
+
+        Args:
+            place: a local folder, or an id of the Hugging Face Hub.
+            encoder: loaded, float32 and on the CPU, as the adapter names it when not given.
+            revision: branch, tag or commit of the adapter's Hub id.
+
+        Raises:
+            UserError: `place` has no adapter, one that belongs to another encoder, or a fine-tuned one; or the encoder
+                that it names cannot be loaded.
         """
         from gpc_dist.adapter.fingerprint import identify
+        from gpc_dist.adapter.pretrained import adapter_folder, load_encoder_of
         from gpc_dist.adapter.store import load_adapter
 
-        adapter, card = load_adapter(folder)
+        adapter, card = load_adapter(adapter_folder(place, revision))
         refuse_training_the_encoder(card.adapter)
+        files = None
+        if encoder is None:
+            encoder, files = load_encoder_of(card.encoder)
         parts = locate(encoder)
-        card.check_encoder(identify(parts.encoder), parts.shape)
+        card.check_encoder(identify(parts.encoder, files), parts.shape)
         device = next(parts.token_embeddings.parameters()).device
-        return cls(parts, [adapter.to(device)], adapter.first_layer)
+        graft = cls(parts, [adapter.to(device)], adapter.first_layer)
+        graft.identity, graft.task = card.encoder, card.task
+        return graft
 
 
 def shared_prompt_tokens(lanes: Sequence[Adapter]) -> int:
@@ -333,22 +385,6 @@ def shared_prompt_tokens(lanes: Sequence[Adapter]) -> int:
     return lengths.pop()
 
 
-def _output(logits: Tensor, labels: Tensor | None) -> SequenceClassifierOutput:
-    """What the models of `transformers` for classification give."""
-    from transformers.modeling_outputs import SequenceClassifierOutput
-
-    loss: Any = None
-    if labels is not None and labels.is_floating_point():
-        if logits.shape[1] != 1:
-            raise ValueError(
-                f"labels that are no whole numbers need a head with one output, not {logits.shape[1]}"
-            )
-        loss = nn.functional.mse_loss(logits.squeeze(1), labels.to(logits.dtype))
-    elif labels is not None:
-        loss = nn.functional.cross_entropy(logits, labels)
-    return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
-
-
 def refuse_training_the_encoder(config: AdapterConfig) -> None:
     """Raise `UserError` if a method trains the encoder, which no graft in a notebook does."""
     if config.trains_encoder:
@@ -356,24 +392,6 @@ def refuse_training_the_encoder(config: AdapterConfig) -> None:
             "adapter.method 'fine-tuning' has nothing to attach to a frozen encoder: use gpc-dist train, evaluate and "
             "predict, or gpc_dist.inference.adapters.Predictor"
         )
-
-
-_TRAINED = "lanes."
-"""Begins the names of what a state dict of a graft holds."""
-
-
-def _keep_trained(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-    """Leave what is frozen out of a state dict."""
-    for name in list(state):
-        if name.startswith(prefix) and not name.startswith(prefix + _TRAINED):
-            del state[name]
-
-
-def _miss_no_frozen(graft: nn.Module, incompatible: Any) -> None:
-    """Let a state dict lack what `_keep_trained` leaves out."""
-    named = [*graft.named_parameters(remove_duplicate=False), *graft.named_buffers(remove_duplicate=False)]
-    frozen = tuple(name for name, _ in named if not name.startswith(_TRAINED))
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(frozen)]
 
 
 def _pad_left(x: Tensor, count: int, value: int) -> Tensor:

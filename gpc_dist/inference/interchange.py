@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from gpc_dist import config as configuration
-from gpc_dist.adapter.fingerprint import identify
+from gpc_dist.adapter.fingerprint import identify, stored_tensors
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.peft import Base, read_peft, write_peft
 from gpc_dist.adapter.store import load_adapter, save_adapter
 from gpc_dist.config import Config, EncoderConfig
 from gpc_dist.encoder.frozen import find_checkpoint
 from gpc_dist.encoder.skeleton import build_skeleton
-from gpc_dist.encoder.weights import stored_tensors
 from gpc_dist.errors import EXIT_DONE, UserError
 from gpc_dist.tasks import make_task
 

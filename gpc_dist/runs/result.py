@@ -21,6 +21,8 @@ class RunResult:
     task: str = ""
     method: str = ""
     main_metric: str = ""
+    selected_on: str = "validation"
+    """Part of the data on which the figures are measured."""
     metrics: Metrics = field(default_factory=Metrics)
     majority_baseline: dict[str, Any] = field(default_factory=dict)
     trainable_parameters: int = 0

@@ -53,7 +53,7 @@ def test_an_adapter_of_every_family_finds_its_encoder_again(tmp_path: Path, fami
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_a_folder_holds_the_trained_tensors_and_a_header(tmp_path: Path, method: str) -> None:
     graft = grafted("bert", config_of(method))
-    graft.save_pretrained(tmp_path / "adapter")
+    save_adapter(tmp_path / "adapter", graft.adapter, identify(graft.encoder))
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter.safetensors",
         "adapter_config.json",
