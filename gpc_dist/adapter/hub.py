@@ -55,7 +55,10 @@ def model_card(
     figures = {key: float(value) for key, value in (metrics or {}).items() if is_number(value)}
     task_name = shown(str(task.get("name", "unnamed")))
     dataset = _on_hub(data.get("path"))
-    pipeline = _PIPELINES.get(str(task.get("kind"))) if task else None
+    kind = str(task.get("kind"))
+    if kind == "classification" and card.outputs == 1:
+        kind = "choice"  # of a packaged task, whose kind its configuration does not say
+    pipeline = _PIPELINES.get(kind) if task else None
     results = [
         EvalResult(
             task_type=pipeline or "other",
@@ -83,7 +86,7 @@ def model_card(
         ("method", f"{card.adapter.method}: {_METHODS[card.adapter.method]}"),
         ("trained parameters", f"{parameters:,}"),
         ("outputs", str(card.outputs)),
-        ("task", f"{task_name}, {task.get('kind')}" if task else "not recorded"),
+        ("task", f"{task_name}, {kind}" if task else "not recorded"),
         *([("labels", ", ".join(map(str, task["labels"])))] if task.get("labels") else []),
         ("data", dataset or ("local files" if data.get("path") else "not recorded")),
         ("encoder", f"{_on_hub(encoder.path) or Path(encoder.path).name}, frozen ({encoder.model_type})"),

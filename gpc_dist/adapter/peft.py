@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gpc_dist import config as configuration
 from gpc_dist.adapter.fingerprint import EncoderIdentity, read_table
 from gpc_dist.adapter.lane import Adapter, EncoderShape
 from gpc_dist.adapter.store import finite
-from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, read_small_json
 from gpc_dist.shown import one_line, shown
@@ -114,12 +114,8 @@ def read_peft(folder: Path, base: Base) -> Adapter:
             read, named = _classifier(base, stored)
         else:
             read, named = _head_beside(folder)
-        config = AdapterConfig(
-            method="prompt-tuning",
-            prompt_tokens=prompt.shape[0],
-            pooling=read.pooling,
-            head_hidden=read.head_hidden,
-        )
+        chosen = {"prompt_tokens": prompt.shape[0], "pooling": read.pooling, "head_hidden": read.head_hidden}
+        config = configuration.build({"adapter": {"method": "prompt-tuning", **chosen}}).adapter
         # the sizes of a header are compared before anything is made of them
         linear = named.get(_LINEAR[0])
         outputs = linear.shape[0] if linear is not None and len(linear.shape) == 2 else 0

@@ -30,10 +30,12 @@ TASK = {
 }
 
 
-def a_card(task: dict[str, Any], path: str = "google-bert/bert-base-uncased") -> AdapterCard:
+def a_card(
+    task: dict[str, Any], path: str = "google-bert/bert-base-uncased", outputs: int = 3
+) -> AdapterCard:
     graft = grafted("bert", options("gated"))
     identity = EncoderIdentity(path, "c0ffee", "bert", 32, 3, "ab" * 32)
-    return AdapterCard(graft.adapter.config, graft.parts.shape, 3, identity, task)
+    return AdapterCard(graft.adapter.config, graft.parts.shape, outputs, identity, task)
 
 
 def loaded(text: str, tmp_path: Path) -> ModelCard:
@@ -56,6 +58,13 @@ def test_a_model_card_is_valid_and_says_what_it_is(tmp_path: Path) -> None:
         assert said in card.text
     # what the library writes of it, it reads again
     assert ModelCard(str(card)).data.to_dict() == data.to_dict()
+
+
+def test_a_packaged_choice_is_one(tmp_path: Path) -> None:
+    task = {"task": {"name": "copa", "kind": "classification"}, "data": {}}
+    card = loaded(model_card(a_card(task, outputs=1), "copa", 10), tmp_path)
+    assert card.data.pipeline_tag == "multiple-choice"
+    assert "copa, choice" in card.text
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpc_dist.adapter import AdapterConfig, GraftedEncoder
@@ -83,7 +84,6 @@ def test_an_adapter_of_peft_is_ours_and_back(family: str, kind: str, tmp_path: P
 def test_ours_is_an_adapter_of_peft_and_back(family: str, pooling: str, tmp_path: Path) -> None:
     """With the head beside it, because transformers has none that reads so."""
     from peft import PeftModel
-    from safetensors.torch import load_file
 
     tiny(family).save_pretrained(tmp_path / "base")
     loader = transformers.AutoModelForTextEncoding if "t5" in family else transformers.AutoModel
@@ -201,6 +201,11 @@ def test_heads_that_cannot_be_expressed(tmp_path: Path, capsys: pytest.CaptureFi
     wide.save_pretrained(tmp_path / "wide")
     assert gpc("import", *words, tmp_path / "wide") == EXIT_USAGE
     assert "has shape" in capsys.readouterr().err
+
+    weights = load_file(tmp_path / "peft" / WEIGHTS)
+    save_file(weights | {"prompt_embeddings": torch.zeros(10_001, 32)}, tmp_path / "peft" / WEIGHTS)
+    assert gpc("import", *words, tmp_path / "bert") == EXIT_USAGE
+    assert "prompt_tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
