@@ -54,6 +54,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, shortened: dict[str, str]
             lines = [json.dumps(row | {"label": labels.get(row["label"], row["label"])}) for row in rows]
             lines += [json.dumps(rows[0] | {"label": "neutral", "idx": 8})] if task == "CB" else []
             (folder / "SuperGLUE" / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    for name, columns in {"AX-b": ("sentence1", "sentence2"), "AX-g": ("premise", "hypothesis")}.items():
+        (folder / "SuperGLUE" / name).mkdir()
+        lines = [
+            json.dumps(
+                {columns[0]: row["premise"], columns[1]: "yes", "label": row["label"], "idx": row["idx"]}
+            )
+            for row in rows
+        ]
+        (folder / "SuperGLUE" / name / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "tickets").mkdir()
     table = "subject,body,team\n" + "a cat,it sleeps,one\na dog,it runs,two\n" * 4
     for file in ("tickets/train.csv", "tickets/validation.csv", "new.csv"):
