@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpc_dist.errors import AlteredError, UserError
+from gpc_dist.search.pack_key import PackKey
 from gpc_dist.search.ranks import Rank
 
 ACTOR = "gpc-dist-packs"
@@ -66,7 +67,7 @@ class _Lane:
 @dataclass
 class _Pack:
     number: int
-    key: Any
+    key: PackKey
     ranks: list[Any]
     group: Any
     host: str = ""
@@ -93,19 +94,19 @@ class Packs:
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def warm(self, key: Any, tree: dict[str, Any]) -> None:
+    async def warm(self, key: PackKey, tree: dict[str, Any]) -> None:
         """Start a pack for runs with this key, while the trials' processes start."""
         async with self._changed:
             pack = await self._find(key)
         await self._start(pack, tree)
 
     async def add(
-        self, name: str, key: Any, tree: dict[str, Any], command: Sequence[str], state: str | None
+        self, name: str, key: PackKey, tree: dict[str, Any], command: Sequence[str], state: str | None
     ) -> Place:
         """Give a run a lane, as soon as there is a free one.
 
         Args:
-            key: packs take runs with equal keys only.
+            key: packs take runs whose keys can be joined only.
             tree: configuration of the run.
             state: folder of another run's checkpoint to start from; it takes the place of the run's own.
 
@@ -178,11 +179,13 @@ class Packs:
                 while pack.alive and any(lane.leaving for lane in pack.lanes.values()):
                     await self._changed.wait()
 
-    async def _find(self, key: Any) -> _Pack:
+    async def _find(self, key: PackKey) -> _Pack:
         """Return a pack with a free lane for this key, perhaps a new one without ranks; waits until there is one."""
         while True:
             for pack in self._packs:
-                if pack.alive and pack.key == key and len(pack.lanes) < self._shape.lanes:
+                joined = pack.key.joined(key)
+                if pack.alive and joined is not None and len(pack.lanes) < self._shape.lanes:
+                    pack.key = joined
                     return pack
             if len(self._packs) >= self._shape.most:
                 for pack in [pack for pack in self._packs if not pack.lanes]:

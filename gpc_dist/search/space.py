@@ -76,15 +76,6 @@ def goal(spec: SearchSpec) -> tuple[str, Literal["max", "min"]]:
     return task.main_metric, spec.mode or ("max" if task.greater_is_better else "min")
 
 
-def pack_key(trial: Config) -> tuple[str, ...]:
-    """Return what must be equal in two trials that share one running encoder and its batches."""
-    data = trial.data.model_dump_json(exclude={"limit_train", "limit_eval"})
-    prompt_tokens = trial.adapter.prompt_tokens if trial.adapter.has_prompt else 0
-    sections = (trial.encoder, trial.task, trial.engine)
-    prompt = f"prompt tokens: {prompt_tokens}", f"entry: {trial.adapter.entry}"
-    return (*(section.model_dump_json() for section in sections), data, *prompt)
-
-
 def validate(spec: SearchSpec) -> None:
     """Check a search for errors that would otherwise occur in the middle of it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import uuid
@@ -18,14 +17,19 @@ from gpc_dist import config, files
 from gpc_dist.distributed import checkpoint
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
 from gpc_dist.search import space, spec
+from gpc_dist.search.pack_key import pack_key
 from gpc_dist.search.packs import ACTOR
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial_files import (
     TrialRecord,
+    command_of,
+    own_settings,
     read_trial,
     recipe_of,
+    seed_group,
     trial_folder,
     trial_name,
+    write_refused,
     write_trial,
 )
 
@@ -159,36 +163,22 @@ class Trial(tune.Trainable):
             copied=self._start_from is not None,
         )
         write_trial(self._folder, record)
-        key, tree = space.pack_key(built), built.dump()
+        key, tree = pack_key(built), built.dump()
         if built.adapter.trains_encoder:
-            key = (
-                *key,
-                uuid.uuid4().hex,
-            )  # neither another run nor a restart of this one may get the changed encoder
+            # neither another run nor a restart of this one may get the changed encoder
+            key = key.alone(uuid.uuid4().hex)
         try:
             place: Any = ray.get(
-                self._packs.add.remote(self._lane_name, key, tree, self._command(), self._start_from)
+                self._packs.add.remote(self._lane_name, key, tree, command_of(self._run), self._start_from)
             )
         except Exception as error:
-            # nothing was trained, but the folder must show the trial and why it failed
-            files.write_text(self._run.config, built.to_yaml())
-            self._run.write_status("failed", str(getattr(error, "cause", None) or error))
+            write_refused(self._run, built, str(getattr(error, "cause", None) or error))
             raise
         self._visit, self._start_from = place.visit, None
         write_trial(self._folder, replace(record, copied=False, lane=place.lane, host=place.host))
 
     def _config(self) -> config.Config:
-        run = self._run
-        own = {"run.name": f"{self._spec.name}-{run.path.name}", "run.dir": str(run.path), SEED: self._seed}
-        drawn = self._drawn
+        own, drawn = own_settings(self._spec.name, self._run, self._seed), self._drawn
         if self._spec.scheduler.name == "pbt":
             drawn = space.within(self._spec, drawn)
         return space.trial_config(self._spec, drawn, own)
-
-    def _command(self) -> list[str]:
-        return ["gpc-dist", "train", str(self._run.config), "--run.dir", f"{self._run.path}-again"]
-
-
-def seed_group(drawn: dict[str, Any]) -> str:
-    """Return a name for the drawn values, which is the same for all seeds."""
-    return hashlib.sha256(repr(sorted(drawn.items())).encode()).hexdigest()[:8]

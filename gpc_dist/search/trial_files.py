@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gpc_dist import files
+from gpc_dist.config import Config
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
 from gpc_dist.typed import check_as
@@ -22,7 +24,7 @@ class TrialRecord:
 
     search: str
     trial: str
-    """Ray Tune's id when the trial began."""
+    """Ray Tune's id when the trial began; its name, where Ray Tune is not used."""
     number: int
     seed_group: str
     """Equal for the seeds of one configuration."""
@@ -70,3 +72,24 @@ def read_trial(search: SearchFolder, number: int) -> TrialRecord | None:
     if record.number != number:
         raise UserError(f"{file} is the record of trial {record.number}: restore or remove it")
     return record
+
+
+def own_settings(search: str, run: TrialFolder, seed: int) -> dict[str, Any]:
+    """The keys that a search sets itself in the run of a trial."""
+    return {"run.name": f"{search}-{run.path.name}", "run.dir": str(run.path), "run.seed": seed}
+
+
+def command_of(run: TrialFolder) -> list[str]:
+    """The command line that repeats a trial's run."""
+    return ["gpc-dist", "train", str(run.config), "--run.dir", f"{run.path}-again"]
+
+
+def seed_group(drawn: Mapping[str, Any]) -> str:
+    """Return a name for the drawn values, which is the same for all seeds."""
+    return hashlib.sha256(repr(sorted(drawn.items())).encode()).hexdigest()[:8]
+
+
+def write_refused(run: TrialFolder, config: Config, reason: str) -> None:
+    """Write the files of a trial whose run was not begun, so that the folder shows the trial and why it failed."""
+    files.write_text(run.config, config.to_yaml())
+    run.write_status("failed", reason)

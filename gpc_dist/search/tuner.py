@@ -1,4 +1,5 @@
-"""`gpc-dist tune`: runs a search with Ray Tune, from its specification to its best trial."""
+"""`gpc-dist tune`: runs a search, from its specification to its best trial: with Ray Tune, or without where there is
+nothing for Ray to do (see `one_pack`)."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED, MachineEr
 from gpc_dist.parsing import to_yaml
 from gpc_dist.runs.facts import collect_facts
 from gpc_dist.runs.folder import SearchFolder, State
-from gpc_dist.search import algorithm, ray_cluster, space
+from gpc_dist.search import algorithm, one_pack, ray_cluster, space
 from gpc_dist.search.callback import TrialCallback, best_trial
+from gpc_dist.search.pack_key import pack_key
 from gpc_dist.search.packs import ACTOR, Packs, Shape
 from gpc_dist.search.past import Past, read_past, spent_file
 from gpc_dist.search.progress import SearchProgress
@@ -38,6 +40,7 @@ from gpc_dist.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
+_LOST = "a rank ended"
 _RAY, _EXPERIMENT = ".ray-", "trials"
 """Beginning of the names of folders for Ray Tune's own files, and the only thing in such a folder."""
 
@@ -81,14 +84,24 @@ def _search(
     recording = start_exporter(folder.path) if spec.tracking.enabled else None
     start_s, begun = time.time(), _saved_steps(folder)
     try:
-        with _place_for_ray(folder) as place, ray_cluster.connected(folder.path, stop):
-            trials = 0 if stop.signal else _tune(spec, folder, *goal, past, place, stop)
-        if stop.signal:
-            folder.write_status("stopped", stop.signal)
+        if one_pack.fits(spec):
+            code = EXIT_STOPPED if stop.signal else one_pack.run(folder, spec)
+            if code not in (EXIT_DONE, EXIT_STOPPED):
+                folder.mark_running_trials(_LOST)
+                folder.write_status("failed", _LOST)
+                return code
+            stopped = (stop.signal or "a signal") if code == EXIT_STOPPED else None
+            trials = algorithm.trials(spec)
+        else:
+            with _place_for_ray(folder) as place, ray_cluster.connected(folder.path, stop):
+                trials = 0 if stop.signal else _tune(spec, folder, *goal, past, place, stop)
+            stopped = stop.signal
+        if stopped:
+            folder.write_status("stopped", stopped)
             # but for the step in which a trial sees the request
             if all(step <= begun.get(name, 0) + 1 for name, step in _saved_steps(folder).items()):
                 batch.note_idle()
-            log.info("stopped by %s; go on with: gpc-dist tune %s --resume", stop.signal, folder.config)
+            log.info("stopped by %s; go on with: gpc-dist tune %s --resume", stopped, folder.config)
             return EXIT_STOPPED
         return _close(folder, *goal, trials, start_s)
     except BaseException as error:
@@ -133,7 +146,7 @@ def _tune(
     packs: Any = ray.remote(Packs).options(name=ACTOR, num_cpus=0, max_concurrency=1000).remote(shape)
     base = space.base_config(spec)
     if not base.adapter.trains_encoder:  # whose runs have packs of their own
-        packs.warm.remote(space.pack_key(base), base.dump())
+        packs.warm.remote(pack_key(base), base.dump())
     rules = algorithm.stop_rules(spec, metric, mode, folder)
     scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(

@@ -1,4 +1,9 @@
-"""A pack: runs of a search's trials in the lanes of one encoder. Runs join and leave while others train."""
+"""A pack: runs of a search's trials in the lanes of one encoder. Runs join and leave while others train.
+
+Runs whose prompts enter before the same layer share the passes of one session. Runs without a prompt have a session of
+their own: their heads read what the encoder makes of the text, which is computed once, so they need no encoder in
+memory beside the others'.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gpc_dist import files
 from gpc_dist.config import Config
@@ -20,7 +26,7 @@ from gpc_dist.training.losses import check_class_weights
 from gpc_dist.training.progress import Event
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.run import Run
-from gpc_dist.training.session import Split, check_input, load_base, open_session
+from gpc_dist.training.session import Session, Split, check_input, load_base, open_session
 from gpc_dist.training.state import load_on_all, saved_state
 from gpc_dist.training.trainer import Trainer
 
@@ -29,7 +35,7 @@ class Pack:
     """Loads the encoder and trains runs in its lanes. Every rank makes the same calls in the same order.
 
     Args:
-        config: has the encoder, task, data and engine that all runs of the pack share (see `search.space.pack_key`).
+        config: of one of its runs: has what all of them share (see `search.pack_key.PackKey`).
 
     Raises:
         UserError: for the same reasons as in `gpc-dist train`.
@@ -37,13 +43,15 @@ class Pack:
 
     def __init__(self, config: Config, world: World):
         check_input(config, world)
-        task = make_task(config.task, config.data)
-        self._session = open_session(config, world, task, load_base(config, world))
-        self._trainer = Trainer(self._session)
+        self._world, self._task = world, make_task(config.task, config.data)
+        self._sessions: dict[int | float | str, Session] = {}
+        """By `AdapterConfig.entry`."""
+        self._session_of(config)
+        self._trainer = Trainer()
         self._runs: dict[str, Run] = {}
         self._held: dict[str, ExitStack] = {}
         """The locks of their folders."""
-        self._splits: dict[tuple[Part, int | None, int | None], Split] = {}
+        self._splits: dict[tuple[Any, ...], Split] = {}
 
     @property
     def names(self) -> list[str]:
@@ -60,11 +68,11 @@ class Pack:
         Raises:
             UserError: for the same reasons as in `gpc-dist train`; the pack stays usable without this run.
         """
-        session, folder = self._session, RunFolder(config.run.folder)
+        session, folder = self._session_of(config), RunFolder(config.run.folder)
         check_class_weights(config.train, session.task)
         spent_s = session.text_states_s
-        training = self._split("train", config)
-        validation = self._split(selection_part(config.data), config)
+        training = self._split(session, "train", config)
+        validation = self._split(session, selection_part(config.data), config)
         with ExitStack() as held:
             session.world.on_main(lambda: held.enter_context(folder.hold()))
             if start_from is None:
@@ -108,7 +116,7 @@ class Pack:
             names: of the runs to train.
             most_s: seconds after which to return without an event, by rank 0's clock.
         """
-        world, end_s = self._session.world, time.monotonic() + most_s
+        world, end_s = self._world, time.monotonic() + most_s
 
         def late() -> bool:
             return world.is_main and time.monotonic() > end_s
@@ -123,7 +131,7 @@ class Pack:
 
     def _close(self, name: str, state: State, reason: str = "") -> None:
         """Free a run's lane, and write its result and its end state."""
-        run, world = self._runs.pop(name), self._session.world
+        run, world = self._runs.pop(name), self._world
         memory = world.gather(peak_memory_mib(world.device))
         run.close()
         if memory is not None:  # on rank 0
@@ -137,12 +145,21 @@ class Pack:
             files.write_json(run.folder.result, run_result(run) | measured | shared)
         run.folder.write_status(state, reason)
 
-    def _split(self, part: Part, config: Config) -> Split:
-        """Read and encode a part of the data, once for all runs that use the same examples."""
+    def _session_of(self, config: Config) -> Session:
+        """The session of a run, opened for the first one that needs it."""
+        entry = config.adapter.entry
+        if entry not in self._sessions:
+            base = load_base(config, self._world)
+            self._sessions[entry] = open_session(config, self._world, self._task, base)
+        return self._sessions[entry]
+
+    def _split(self, session: Session, part: Part, config: Config) -> Split:
+        """Read and encode a part of the data, once for all runs of a session that use the same examples."""
         data, seed = config.data, config.run.seed
         limit = data.limit_train if part == "train" else data.limit_eval
-        key = (part, limit, seed if part == "train" and limit is not None else None)
+        drawn = seed if part == "train" and limit is not None else None
+        key = (config.adapter.entry, part, limit, drawn)
         if key not in self._splits:
-            examples = read_part(self._session.task, data, part, seed)
-            self._splits[key] = self._session.split(examples, run=config if part == "train" else None)
+            examples = read_part(session.task, data, part, seed)
+            self._splits[key] = session.split(examples, run=config if part == "train" else None)
         return self._splits[key]

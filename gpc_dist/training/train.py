@@ -185,7 +185,7 @@ def _advance(run: Run, stop: StopRequest) -> bool:
                 progress.show(run.position.step, shown)
             progress.step()
 
-        trainer = Trainer(run.session, lambda: stop.signal is not None, on_step)
+        trainer = Trainer(lambda: stop.signal is not None, on_step)
         while not trainer.stopped:
             for event in trainer.advance([run]):
                 if event.failure:

@@ -1,15 +1,16 @@
-"""The training loop: K >= 1 runs in the lanes of one encoder, each trained as it would be alone."""
+"""The training loop: K >= 1 runs, each trained as it would be alone. Those of one session share its passes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from gpc_dist.errors import UserError
 from gpc_dist.training.evaluation import evaluate
 from gpc_dist.training.progress import Event
 from gpc_dist.training.run import Run
-from gpc_dist.training.session import Session
 from gpc_dist.training.step import Step, backward, finish, prepare
 
 StepCallback = Callable[[Run, dict[str, float] | None], None]
@@ -23,17 +24,17 @@ def _never() -> bool:
 class Trainer:
     """Trains runs together. Every rank makes the same calls in the same order; the runs may differ between calls.
 
+    Runs of several sessions (see `pack.Pack`) make their steps together too: each session runs its passes, and what
+    the ranks exchange for an update is exchanged once for all.
+
     Args:
-        session: the encoder that the runs share.
         stop: returns whether this rank was asked to stop.
         on_step: called for each run after each of its steps.
     """
 
-    def __init__(
-        self, session: Session, stop: Callable[[], bool] = _never, on_step: StepCallback | None = None
-    ):
-        self._session, self._stop, self._on_step = session, stop, on_step
-        self._prefetched: tuple[Sequence[Run], Step] | None = None
+    def __init__(self, stop: Callable[[], bool] = _never, on_step: StepCallback | None = None):
+        self._stop, self._on_step = stop, on_step
+        self._prefetched: tuple[Sequence[Run], list[Step]] | None = None
         self.stopped = False
         """A rank was asked to stop: all ranks have stopped and saved the runs' states."""
 
@@ -53,21 +54,30 @@ class Trainer:
 
     def _step(self, runs: Sequence[Run], pause: Callable[[], bool]) -> tuple[list[Event], bool]:
         """Make one step of all runs. Returns the events of runs that failed, and whether any rank stops or pauses."""
-        session, started_s = self._session, time.monotonic()
-        step = self._next_step(runs)
+        started_s, groups = time.monotonic(), _by_session(runs)
+        steps = self._next_steps(runs)
         for run in runs:
             run.begin_step()
-        optimizers = [run.optimizer for run in runs]
-        losses = backward(session, optimizers, step)
-        self._prefetched = runs, self._prepare(runs)  # while the GPU works on this one
+        losses, passes_s = [], []
+        for group, step in zip(groups, steps, strict=True):
+            begun_s = time.monotonic()
+            losses.append(backward(group[0].session, [run.optimizer for run in group], step))
+            passes_s.append(time.monotonic() - begun_s)
+        self._prefetched = runs, _prepare(groups)  # while the GPU works on this one
         flag = self._stop() or pause()
-        done, flagged = finish(session, optimizers, losses, flag)
+        runs = [run for group in groups for run in group]
+        session, optimizers = runs[0].session, [run.optimizer for run in runs]
+        done, flagged = finish(session, optimizers, torch.cat(losses), flag)
         self.stopped = flagged and session.world.any(self._stop())
         step_s = time.monotonic() - started_s
 
+        common_s = (step_s - sum(passes_s)) / len(runs)
+        for group, spent_s in zip(groups, passes_s, strict=True):
+            for run in group:
+                run.position.share_s += common_s + spent_s / len(group)
         failed = []
-        for run, examples, result in zip(runs, step.lanes, done, strict=True):
-            run.position.share_s += step_s / len(runs)
+        lanes = [lane for step in steps for lane in step.lanes]
+        for run, examples, result in zip(runs, lanes, done, strict=True):
             try:
                 figures = run.finish_step(examples, result, step_s)
             except UserError as error:
@@ -78,13 +88,10 @@ class Trainer:
                     self._on_step(run, figures)
         return failed, flagged
 
-    def _next_step(self, runs: Sequence[Run]) -> Step:
+    def _next_steps(self, runs: Sequence[Run]) -> list[Step]:
         if self._prefetched is not None and self._prefetched[0] == runs:
             return self._prefetched[1]
-        return self._prepare(runs)
-
-    def _prepare(self, runs: Sequence[Run]) -> Step:
-        return prepare(self._session, [run.next_examples for run in runs])
+        return _prepare(_by_session(runs))
 
     def _settle(self, runs: Sequence[Run], stepped: bool) -> list[Event]:
         """Evaluate and save the runs that are due. Returns the events of runs that were evaluated or are complete."""
@@ -105,7 +112,8 @@ class Trainer:
         for split in {id(run.validation): run.validation for run in runs}.values():
             together = [run for run in runs if run.validation is split]
             started_s = time.monotonic()
-            found = evaluate(self._session, [run.adapter for run in together], split, self._stop)
+            adapters = [run.adapter for run in together]
+            found = evaluate(together[0].session, adapters, split, self._stop)
             if found is None:
                 self.stopped = True
                 break
@@ -115,3 +123,15 @@ class Trainer:
                 run.position.share_s += share_s
             evaluated += together
         return evaluated
+
+
+def _by_session(runs: Sequence[Run]) -> list[list[Run]]:
+    groups: dict[int, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(id(run.session), []).append(run)
+    return list(groups.values())
+
+
+def _prepare(groups: Sequence[Sequence[Run]]) -> list[Step]:
+    """The next step of each session's runs."""
+    return [prepare(group[0].session, [run.next_examples for run in group]) for group in groups]

@@ -12,6 +12,7 @@ import pytest
 from gpc_dist import config
 from gpc_dist.errors import UserError
 from gpc_dist.search import space
+from gpc_dist.search.pack_key import pack_key
 from gpc_dist.search.spec import SearchSpec
 
 
@@ -264,7 +265,7 @@ def test_lanes_of_a_pack_may_differ_in_the_adapter_and_the_training() -> None:
         ("train.lr", "0.5", True),
         ("data.limit_train", "10", True),
         ("adapter.method", "prompt-tuning", True),
-        ("adapter.method", "linear-probe", False),
+        ("adapter.method", "linear-probe", True),  # its head reads cached states
         ("adapter.prompt_tokens", "11", False),
         ("encoder.path", "other", False),
         ("task.label", "other", False),
@@ -273,9 +274,30 @@ def test_lanes_of_a_pack_may_differ_in_the_adapter_and_the_training() -> None:
     ],
 )
 def test_a_pack_shares_encoder_task_data_and_engine(key: str, value: str, shared: bool) -> None:
-    assert (
-        space.pack_key(config.load("demo")) == space.pack_key(config.load("demo", {key: value}))
-    ) is shared
+    one, other = pack_key(config.load("demo")), pack_key(config.load("demo", {key: value}))
+    assert (one.joined(other) is not None) is shared
+    assert one.joined(other) == other.joined(one)
+
+
+def test_a_linear_probe_that_computes_its_states_in_every_pass_has_a_pack_of_its_own() -> None:
+    uncached = {"engine.state_cache": "none"}
+    prompt = pack_key(config.load("demo", uncached))
+    probe = pack_key(config.load("demo", uncached | {"adapter.method": "linear-probe"}))
+    assert prompt.joined(probe) is None
+    assert probe.joined(probe) == probe
+
+
+def test_probes_share_a_pack_with_prompts_of_one_kind() -> None:
+    probe, short, long = (
+        pack_key(config.load("demo", given))
+        for given in ({"adapter.method": "linear-probe"}, {}, {"adapter.prompt_tokens": "11"})
+    )
+    both = probe.joined(short)
+    assert both is not None
+    assert both.joined(probe) == both
+    assert both.joined(short) == both
+    assert both.joined(long) is None
+    assert both.alone("x").joined(both) is None
 
 
 def test_the_goal_is_the_tasks_own_metric_when_not_given() -> None:

@@ -9,6 +9,7 @@ import pytest
 from gpc_dist import schema
 from gpc_dist.errors import UserError
 from gpc_dist.search import space, spec
+from gpc_dist.search.pack_key import pack_key
 from gpc_dist.shipped import SHIPPED, shipped_folder
 
 SEARCHES = schema.yaml_names(shipped_folder("tune"))
@@ -102,7 +103,7 @@ def test_configurations_are_tried_as_they_stand(tmp_path: Path) -> None:
 
     text = """
 recipe: demo
-configurations: [{adapter.method: linear-probe}, {train.lr: 0.1, adapter.cell_layers: [0, 2]}, {}]
+configurations: [{adapter.first_layer: 2}, {train.lr: 0.1, adapter.cell_layers: [0, 2]}, {}]
 resources: {pack: 2}
 """
     loaded = spec.load(write(tmp_path, text))
@@ -110,11 +111,11 @@ resources: {pack: 2}
     space.validate(loaded)
     drawn = draw(loaded)
     assert [space.settings_of(each) for each in drawn] == loaded.configurations
-    assert {tuple(each) for each in drawn} == {("adapter.method", "train.lr", "adapter.cell_layers")}
+    assert {tuple(each) for each in drawn} == {("adapter.first_layer", "train.lr", "adapter.cell_layers")}
     assert space.count(loaded) == 3
-    assert space.base_config(loaded).adapter.method == "linear-probe"
+    assert space.base_config(loaded).adapter.first_layer == 2
     # which a space may not do in one pack
-    assert len({space.pack_key(space.trial_config(loaded, each)) for each in draw(loaded)}) == 2
+    assert len({pack_key(space.trial_config(loaded, each)) for each in draw(loaded)}) == 2
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ RUNS: dict[str, dict[str, str]] = {
         "train.optimizer": "adafactor",
         "train.class_weights": "balanced",
     },
+    "probe": {"train.steps": "25", "adapter.method": "linear-probe", "train.lr": "0.05", "run.seed": "2"},
 }
 """Runs that differ in all that the lanes of a pack may."""
 
@@ -62,12 +63,12 @@ def settings(name: str, folder: Path, zero_stage: int) -> dict[str, str]:
 
 
 def plan(recipe: Path, folder: Path, zero_stage: int) -> dict[str, Any]:
-    """Two runs begin; one joins beside them, one takes the lane of the one that ends."""
+    """Two runs begin; two join beside them, one of them without a prompt; one takes the lane of the one that ends."""
     return {
         "runs": {name: [str(recipe), settings(name, folder, zero_stage)] for name in RUNS},
         "first": ["residual", "prompt"],
         "then": [
-            {"after": "residual", "step": 10, "join": ["gated"]},
+            {"after": "residual", "step": 10, "join": ["gated", "probe"]},
             {"after": "prompt", "step": 24, "join": ["per-layer"]},
         ],
     }

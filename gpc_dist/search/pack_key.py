@@ -1,0 +1,40 @@
+"""Which trials can share a pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gpc_dist.config import Config
+
+
+@dataclass(frozen=True)
+class PackKey:
+    """What the trials of a pack have in common."""
+
+    shared: tuple[str, ...]
+    """Encoder, task, data and engine."""
+    prompt: tuple[str, ...] | None
+    """The prompt's length and where it enters. None for a trial without a prompt, whose head reads text states that are
+    computed once: it can share a pack with any prompts, because it needs no pass of the encoder."""
+
+    def joined(self, other: PackKey) -> PackKey | None:
+        """The key of a pack that has trials of both keys; None if they cannot share one."""
+        if self.shared != other.shared or (self.prompt or other.prompt) != (other.prompt or self.prompt):
+            return None
+        return replace(self, prompt=self.prompt or other.prompt)
+
+    def alone(self, name: str) -> PackKey:
+        """The same for a trial that shares its pack with none of another name."""
+        return replace(self, shared=(*self.shared, name))
+
+
+def pack_key(trial: Config) -> PackKey:
+    """The key of a trial."""
+    adapter, data = trial.adapter, trial.data.model_dump_json(exclude={"limit_train", "limit_eval"})
+    sections = (trial.encoder, trial.task, trial.engine)
+    shared = (*(section.model_dump_json() for section in sections), data)
+    cached = not adapter.has_prompt and not adapter.trains_encoder and trial.engine.state_cache != "none"
+    if cached:
+        return PackKey(shared, None)
+    tokens = adapter.prompt_tokens if adapter.has_prompt else 0
+    return PackKey(shared, (f"prompt tokens: {tokens}", f"entry: {adapter.entry}"))
