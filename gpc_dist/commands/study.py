@@ -40,9 +40,13 @@ def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
         if code := run_study(study, ["gpc-dist", *words]):
             return code
     from gpc_dist.reports.study import write_report
+    from gpc_dist.reports.terminal import summary
+    from gpc_dist.study.results import read_study
 
-    for file in write_report(study):
+    found = read_study(study)
+    for file in write_report(found):
         print(f"wrote {file}")
+    print(f"\n{summary(found)}")
     return EXIT_DONE
 
 
@@ -50,9 +54,9 @@ COMMAND = Command(
     "Compare methods on several tasks, each with the same budget of search.",
     add_arguments,
     run,
-    "For each task: all methods' configurations are run and chosen from on a part of the training split, the\n"
+    "For each task: the configurations of each method are run and chosen from on a part of the training split, the\n"
     "chosen ones run again with other seeds, and their adapters measured once on the official validation split.\n"
     "The same command goes on after a kill. The report is in report/ of the study's folder.\n\n"
-    "example: gpc-dist study minilm --data_root DATA",
+    "example: gpc-dist study demo",
     settings="own",
 )

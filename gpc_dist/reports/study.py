@@ -1,4 +1,5 @@
-"""The report of a study: `report.md`, `report.html`, `report.json` and the plots as PNG files."""
+"""The report of a study: `report.json` in its folder; `report.md`, `report.html` and the plots as PNG files in
+`report/`."""
 
 from __future__ import annotations
 
@@ -19,25 +20,23 @@ from gpc_dist.study.results import (
     MethodResult,
     StudyResult,
     TaskResult,
-    read_study,
 )
 from gpc_dist.study.searches import Configuration
-from gpc_dist.study.spec import StudySpec
 
 _PRIVATE = {"dir", "data_root", "tracking"}
+_HELD_OUT = (
+    "What was chosen was chosen on a part of the training split that was held out ({:.0%} where the task says nothing "
+    "else). Scores are of runs that were each measured once on the official validation split, which chose nothing."
+)
 
 
-def write_report(study: StudySpec) -> list[Path]:
-    """Write the results of a study so far; returns the files.
-
-    Raises:
-        UserError: there are no results yet.
-    """
-    found = read_study(study)
-    folder = StudyFolder(study.folder).report
+def write_report(found: StudyResult) -> list[Path]:
+    """Write the results of a study so far; returns the files."""
+    study = found.study
+    numbers, folder = StudyFolder(study.folder).numbers, StudyFolder(study.folder).report
     drawn = plots(found)
     title, content = f"Study {study.name}", [*tables(found), *drawn]
-    page, text, numbers = (folder / f"report.{kind}" for kind in ("html", "md", "json"))
+    page, text = (folder / f"report.{kind}" for kind in ("html", "md"))
     for plot in drawn:
         write_png(plot, folder / f"{plot.name}.png")
     files.write_text(page, to_html(title, content))
@@ -67,17 +66,20 @@ def tables(found: StudyResult) -> list[Block]:
     made.append(_losses(found))
     if any(task.covered(method) is not None for task in found.tasks for method in task.methods):
         made.append(_covered(found))
-    return [*made, _costs(found), _search(found), _chosen(found)]
+    return [*made, _costs(found), *([_search(found), _chosen(found)] if found.searched else [])]
 
 
 def _introduction(found: StudyResult) -> str:
     study = found.study
+    if not found.searched:
+        return (
+            f"{len(study.methods)} methods on {study.encoder.path}, each with one configuration and "
+            f"{len(study.seeds)} seeds. {_HELD_OUT.format(study.holdout)}"
+        )
     return (
         f"{len(study.methods)} methods on {study.encoder.path}. For each task and method up to {study.trials} "
-        f"configurations were drawn, run with {counted(len(study.search_seeds), 'seed')} and compared on a part of the "
-        f"training split that was held out ({study.holdout:.0%} where the task says nothing else); the best was run "
-        f"again with {len(study.seeds)} other seeds. Scores are of these runs, each measured once on the official "
-        "validation split, which chose nothing."
+        f"configurations were drawn, run with {counted(len(study.search_seeds), 'seed')} and compared; the best was "
+        f"run again with {len(study.seeds)} other seeds. {_HELD_OUT.format(study.holdout)}"
     )
 
 
@@ -187,7 +189,8 @@ def _costs(found: StudyResult) -> Table:
                 result = task.methods[name]
                 parameters = f"{result.runs[0].parameters:,}" if result.runs else "-"
                 cost = show_number(result.cost_s, ",.0f")
-                lines.append([name, task.name, parameters, cost, f"{result.search.cost_s:,.0f}"])
+                search = f"{result.search.cost_s:,.0f}" if result.search.runs else "-"
+                lines.append([name, task.name, parameters, cost, search])
     device = "GPU" if any(task.on_gpu for task in found.tasks) else "CPU"
     return Table(
         "Cost",
@@ -215,6 +218,8 @@ def _search(found: StudyResult) -> Table:
     for task in found.tasks:
         for name, result in task.methods.items():
             search = result.search
+            if not search.runs:
+                continue
             # best, median (of two the worse) and worst
             ends = (
                 [search.values[place] for place in (0, len(search.values) // 2, -1)] if search.values else []

@@ -38,15 +38,18 @@ def plots(found: StudyResult) -> list[Plot]:
                 lambda: _differences(found),
             )
         )
+    if found.searched:
+        made.append(
+            Plot(
+                "spread",
+                "How the search went",
+                "Each point is a run of the search, by its best evaluation on the hold-out; beside them how many "
+                "failed. The dotted line, where it is near enough, is the majority baseline of the official split.",
+                lambda: _spread(found),
+            )
+        )
     return [
         *made,
-        Plot(
-            "spread",
-            "How the search went",
-            "Each point is a run of the search, by its best evaluation on the hold-out; beside them how many failed. "
-            "The dotted line, where it is near enough, is the majority baseline of the official split.",
-            lambda: _spread(found),
-        ),
         Plot(
             "curves",
             "Learning curves",

@@ -40,7 +40,8 @@ def describe(study: StudySpec, gpu: str | None) -> str:
         for method, drawn in draw(study, task).items():
             spec = SearchSpec(recipe=study.recipe_of(task), configurations=drawn, resources=study.resources)
             built = [space.trial_config(spec, each) for each in drawn]
-            seeds = (len(study.search_seeds), len(study.seeds))
+            # one configuration is not searched
+            seeds = (len(study.search_seeds) if len(drawn) > 1 else 0, len(study.seeds))
             runs = len(drawn) * seeds[0] + seeds[1]
             known = [config.train.steps for config in built if config.train.steps is not None]
             steps = _together(known, *seeds) if len(known) == len(built) else None

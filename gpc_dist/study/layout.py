@@ -9,7 +9,8 @@ from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder
 
 Stage = Literal["search", "final"]
-"""`search`: runs from which configurations are chosen; `final`: runs of the chosen ones, which are reported."""
+"""`search`: runs from which configurations are chosen, of methods with several; `final`: runs of the chosen ones, which
+are reported."""
 Part = Literal["packed", "alone"]
 """`packed`: runs that can share an encoder; `alone`: runs that train the encoder, each with a copy of its own."""
 
@@ -22,7 +23,7 @@ class TaskFolder:
         self.drawn = path / "drawn.json"
         """The configurations of each method."""
         self.chosen = path / "chosen.json"
-        """The best configuration of each method on the hold-out."""
+        """The best configuration of each method on the hold-out, or its only one."""
 
     def search(self, stage: Stage, part: Part) -> SearchFolder:
         return SearchFolder(self.path / f"{stage}-{part}")
@@ -40,6 +41,8 @@ class StudyFolder:
         self.path = path
         self.config = path / "study.yaml"
         self.report = path / "report"
+        self.numbers = path / "report.json"
+        """Every number of the report."""
 
     def task(self, name: str) -> TaskFolder:
         return TaskFolder(self.path / "tasks" / name)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,14 @@ class FinalRun:
     """`[N]`: one for each example of the split."""
     parameters: int
     """Number of trained parameters."""
+    adapter: Path
+    """Its adapter's folder."""
     record: Record
 
 
 @dataclass(frozen=True)
 class SearchSpread:
-    """Results of a method's search runs on the hold-out."""
+    """Results of a method's search runs on the hold-out; no runs for a method with one configuration."""
 
     values: Sequence[float]
     """Main metric of each run that has one, the best first."""
@@ -64,7 +67,7 @@ class SearchSpread:
 
     @property
     def unstable(self) -> float:
-        """Share of the runs that failed or did not learn."""
+        """Share of the runs that failed or did not learn; there must be some."""
         return (self.failed + self.at_majority) / self.runs
 
 
@@ -130,7 +133,7 @@ class TaskResult:
     """Number of examples of the official validation split."""
     majority: float
     methods: Mapping[str, MethodResult]
-    """Methods that have search runs, by name, in the study's order."""
+    """Methods that have runs, by name, in the study's order."""
     differences: Mapping[str, Difference]
     """Difference from the study's reference, for every other method with final runs."""
     floor: float | None
@@ -170,6 +173,11 @@ class StudyResult:
     """Tasks whose final runs have been measured."""
     missing: Sequence[str]
     """Tasks without measured final runs."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether any method has search runs."""
+        return any(result.search.runs for task in self.tasks for result in task.methods.values())
 
     @property
     def counted(self) -> list[TaskResult]:
@@ -233,7 +241,7 @@ def _read_task(study: StudySpec, folder: TaskFolder, name: str) -> TaskResult | 
     for method in study.methods:
         mine = [run for run in searched if run.method == method]
         runs = [_final(run, records) for run in measured if run.method == method]
-        if mine:
+        if mine or runs:
             methods[method] = MethodResult(
                 _spread(mine, records), chosen.get(method), sorted(runs, key=lambda run: run.seed)
             )
@@ -286,6 +294,7 @@ def _final(run: Tried, records: Mapping[str, Record]) -> FinalRun:
         holdout=run.value,
         decisions=np.array([each["decision"] for each in found["examples"]]),
         parameters=run.result["trainable_parameters"],
+        adapter=run.folder.adapter,
         record=records[str(run.folder.path)],
     )
 

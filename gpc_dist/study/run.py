@@ -1,13 +1,13 @@
 """`gpc-dist study`: runs every stage of a study that has no result yet, one after the other.
 
-For each task: all methods' configurations are run and selected on the hold-out, the best one of each method is run
-again with the final seeds, and the adapters of these runs are measured once on the official validation split.
+For each task: the configurations of each method that has several are run and selected on the hold-out, the best one of
+each method is run again with the final seeds, and the adapters of these runs are measured once on the official
+validation split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from gpc_dist import files
 from gpc_dist.errors import EXIT_DONE, MachineError, UserError
@@ -68,9 +68,9 @@ def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
     return [task for task in study.tasks if task not in begun.tasks]
 
 
-def _check(study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]) -> None:
+def _check(study: StudySpec, task: str, methods: Mapping[str, Sequence[Configuration]]) -> None:
     """Check what would otherwise fail after hours: whether settings are accepted and data can be read."""
-    for search in _first_searches(study, task, methods):
+    for search in searches(study, task, "search", _all(methods)):
         space.validate(search)
         built = space.base_config(search)
         measured_config(built.dump(), study.official.settings)
@@ -79,19 +79,21 @@ def _check(study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]
         read_part(found, built.data, "validation")
 
 
-def _first_searches(
-    study: StudySpec, task: str, methods: dict[str, list[dict[str, Any]]]
-) -> list[SearchSpec]:
-    return searches(study, task, "search", [each for group in methods.values() for each in group])
+def _all(methods: Mapping[str, Sequence[Configuration]]) -> list[Configuration]:
+    return [each for group in methods.values() for each in group]
 
 
 def _run_task(study: StudySpec, folder: TaskFolder, task: str, command: Sequence[str]) -> int:
     """Run the stages of a task that have no result yet; returns the exit code."""
-    drawn = files.read_json(folder.drawn)
-    if code := _run(_first_searches(study, task, drawn), command):
+    drawn: dict[str, list[Configuration]] = files.read_json(folder.drawn)
+    # one configuration is chosen as it stands
+    searched = {method: group for method, group in drawn.items() if len(group) > 1}
+    if code := _run(searches(study, task, "search", _all(searched)), command):
         return code
     if not folder.chosen.exists():
-        files.write_json(folder.chosen, choose(tried(folder, "search", drawn), len(study.search_seeds)))
+        found = choose(tried(folder, "search", searched), len(study.search_seeds))
+        only = {method: {"configuration": group[0]} for method, group in drawn.items() if len(group) == 1}
+        files.write_json(folder.chosen, only | found)
     chosen: dict[str, Configuration] = {
         method: best["configuration"] for method, best in files.read_json(folder.chosen).items()
     }

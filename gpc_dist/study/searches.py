@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpc_dist import config
+from gpc_dist.config import TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.search import algorithm, space
+from gpc_dist.search.pack_key import PackKey, pack_key
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.layout import Part, Stage, StudyFolder
 from gpc_dist.study.spec import StudySpec
@@ -102,9 +104,6 @@ def _search(
         for key, value in configurations[0].items()
         if all(key in each and each[key] == value for each in configurations)
     }
-    tracking = study.tracking
-    if tracking.uri is None and not os.environ.get(URI):
-        tracking = tracking.model_copy(update={"uri": f"sqlite:///{folder.path / 'mlflow.db'}"})
     spec = SearchSpec(
         name=f"{study.name}-{task}-{stage}-{part}",
         dir=folder.task(task).search(stage, part).path,
@@ -116,17 +115,30 @@ def _search(
         seeds=study.search_seeds if stage == "search" else study.seeds,
         resources=study.resources if part == "packed" else study.resources.model_copy(update={"pack": 1}),
         retries=study.retries,
-        tracking=tracking,
+        tracking=tracking_of(study),
     )
     return spec.model_copy(update={"configurations": _grouped(spec)})
 
 
+def tracking_of(study: StudySpec) -> TrackingConfig:
+    """Where the searches are recorded: in a file of the study's folder when nothing else is given."""
+    if study.tracking.uri is not None or os.environ.get(URI):
+        return study.tracking
+    return study.tracking.model_copy(update={"uri": f"sqlite:///{study.folder / 'mlflow.db'}"})
+
+
 def _grouped(spec: SearchSpec) -> list[Configuration]:
     """Return the configurations, those that can share a pack one after the other: packs take them in order."""
-    groups: dict[Any, list[Configuration]] = {}
+    groups: list[tuple[PackKey, list[Configuration]]] = []
     for each in spec.configurations or []:
-        groups.setdefault(space.pack_key(space.trial_config(spec, each)), []).append(each)
-    return [each for group in groups.values() for each in group]
+        key = pack_key(space.trial_config(spec, each))
+        for place, (other, group) in enumerate(groups):
+            if (joined := other.joined(key)) is not None:
+                groups[place] = joined, [*group, each]
+                break
+        else:
+            groups.append((key, [each]))
+    return [each for _, group in groups for each in group]
 
 
 def configuration_of(spec: SearchSpec, drawn: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from gpc_dist.reports import study as report
 from gpc_dist.reports.blocks import Table, to_html, to_markdown
 from gpc_dist.reports.plots import write_png
 from gpc_dist.reports.study_plots import plots
+from gpc_dist.reports.terminal import summary
 from gpc_dist.runs.records import Record
 from gpc_dist.study.results import (
     Difference,
@@ -34,7 +35,7 @@ STUDY = StudySpec.model_validate(
 def method(*scores: float, **search: Any) -> MethodResult:
     record = Record("r", "t", 0, {}, "accuracy", {}, {}, {"val/accuracy": [(1, 0.5), (2, 0.6)]}, "finished")
     runs = [
-        FinalRun(seed, score, 1 - score, score + 0.01, np.array([0]), 100, record)
+        FinalRun(seed, score, 1 - score, score + 0.01, np.array([0]), 100, Path("adapter"), record)
         for seed, score in enumerate(scores, start=1)
     ]
     spread = {"values": [0.8, 0.7, 0.5], "failed": 1, "at_majority": 1, "cost_s": 12.0} | search
@@ -176,3 +177,34 @@ def test_the_report_names_the_machine_but_not_its_folders_and_servers() -> None:
     shown = to_markdown("x", report.tables(found))
     assert "Seconds of CPU ranks (2 x Some CPU, torch 2.13.0)" in shown
     assert "home" not in json.dumps(report.dump(found)) + shown
+
+
+def test_a_study_without_a_search_says_so() -> None:
+    unsearched = {"values": [], "failed": 0, "at_majority": 0, "cost_s": 0.0}
+    easy = task(
+        "easy",
+        {
+            name: method(*[run.score for run in held.runs], **unsearched)
+            for name, held in EASY.methods.items()
+        },
+    )
+    found = StudyResult(STUDY, [easy], [])
+    assert not found.searched
+    assert [plot.name for plot in plots(found)] == ["scores", "differences", "curves"]
+    text = to_markdown("x", report.tables(found))
+    assert "each with one configuration and 3 seeds" in text
+    assert "How the search went" not in text
+    assert "Chosen settings" not in text
+
+
+def test_the_summary_for_the_terminal() -> None:
+    unlearnt = task("bad", {**EASY.methods, "gpc": method(0.4, 0.4, 0.4), "fine-tuning": method()})
+    table, other, commands = summary(StudyResult(STUDY, [EASY, unlearnt], [])).split("\n\n")
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    assert "0.7600 ± 0.0173" in lines["gpc"]
+    assert "+0.0400 [" in lines["gpc"]
+    # the majority is at 0.5: a third, and all, of the way of the best one
+    assert [lines[name].count("█") for name in ("linear-probe", "fine-tuning")] == [10, 30]
+    assert "█" not in next(line for line in other.splitlines() if line.startswith("gpc"))
+    assert "failed" in other
+    assert [line.split()[0] for line in commands.splitlines()[2:]] == ["gpc-dist", "gpc-dist", "mlflow"]

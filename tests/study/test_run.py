@@ -22,6 +22,7 @@ from tests.processes import command, start
 from tests.rays import kill_search
 
 METHODS = {
+    "linear-probe": {},
     "prompt-tuning": {"space": {"train.lr": [1e-2, 1e-3]}},
     "gpc": {"space": {"train.lr": [1e-2, 1e-3], "train.cell_lr": [3e-4]}},
 }
@@ -43,7 +44,7 @@ def place(tmp_path: Path, tiny_recipe: Path) -> Path:
         "encoder": {"path": tiny["encoder"]["path"]},
         "tasks": {"cats": {"recipe": "recipe.yaml"}},
         "methods": METHODS,
-        "settings": {"train.steps": 48, "train.eval_every": 12, "engine.zero_stage": 3},
+        "settings": {"train.steps": 20, "train.eval_every": 10, "engine.zero_stage": 3},
         "holdout": 0.2,
         "trials": 6,
         "resources": {"ranks": 2, "pack": 2, "cpus_per_rank": max(1, (os.cpu_count() or 1) // 2)},
@@ -66,10 +67,12 @@ def test_a_study_that_was_killed_goes_on_and_reports(
     done = command("study", "mine.yaml", cwd=place, **shared_ray)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    # of the space of two values each is tried once, and the better one has the better hold-out
+    # of the space of two values each is tried once, and the better one has the better hold-out; the probe's only
+    # configuration is not searched
     searched = trials(study, "search")
     assert len(searched) == 4
     chosen = read(study / "tasks" / "cats" / "chosen.json")
+    assert chosen.pop("linear-probe").keys() == {"configuration"}
     for method, best in chosen.items():
         values = {}
         for trial in searched:
@@ -82,7 +85,7 @@ def test_a_study_that_was_killed_goes_on_and_reports(
         assert values[best["configuration"]["train.lr"]] == best["holdout"]
 
     final = trials(study, "final")
-    report = read(study / "report" / "report.json")
+    report = read(study / "report.json")
     for method in METHODS:
         runs = [trial for trial in final if method_of(trial) == method]
         scores = [read(trial / "official.json")["metrics"]["accuracy"] for trial in runs]
@@ -101,9 +104,10 @@ def test_a_study_that_was_killed_goes_on_and_reports(
     difference = report["tasks"]["cats"]["methods"]["gpc"]["difference"]
     assert difference["interval"][0] <= difference["mean"] <= difference["interval"][1]
     assert "| gpc" in (study / "report" / "report.md").read_text()
+    assert "gpc-dist inspect studies/mine/tasks/cats/final-packed/trials/" in done.stdout
 
     # nothing is measured or trained again
-    before = {path: path.stat().st_mtime_ns for path in study.rglob("*.json") if path.parent.name != "report"}
+    before = {path: path.stat().st_mtime_ns for path in study.rglob("*.json") if path.name != "report.json"}
     monkeypatch.chdir(place)
     assert gpc("study", "mine.yaml") == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -135,7 +139,7 @@ def method_of(trial: Path) -> str:
 
 def kill_in_the_middle(place: Path, study: Path, environment: dict[str, str]) -> None:
     """End the study while its first search trains."""
-    hold = Hold(study / "tasks" / "cats" / "search-packed" / "trials" / "000", 30)
+    hold = Hold(study / "tasks" / "cats" / "search-packed" / "trials" / "000", 10)
     driver = start("study", "mine.yaml", cwd=place, **environment)
     hold.wait(lambda: driver.stdout + driver.stderr)
     kill_search(driver, place)
@@ -147,8 +151,8 @@ def test_what_a_study_will_run(
     monkeypatch.chdir(place)
     assert gpc("study", "mine.yaml", "--dry-run") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["cats", "gpc", "2", "5", "240"] in lines
-    assert lines[-1] == ["together", "10", "480"]
+    assert ["cats", "gpc", "2", "5", "100"] in lines
+    assert lines[-1] == ["together", "13", "260"]
     assert not (place / "studies").exists()
 
 

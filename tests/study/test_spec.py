@@ -179,7 +179,7 @@ def test_a_bad_override_is_refused(tmp_path: Path, key: str, message: str) -> No
 
 def test_an_unknown_study_is_refused() -> None:
     with pytest.raises(
-        UserError, match="no study 'nothing': give a YAML file or one of ablations, late, minilm"
+        UserError, match="no study 'nothing': give a YAML file or one of ablations, demo, late, minilm"
     ):
         spec.load("nothing")
 
@@ -230,17 +230,19 @@ def test_a_small_space_is_tried_once(tmp_path: Path) -> None:
 
 
 def test_what_trains_its_encoder_is_searched_by_itself(tmp_path: Path) -> None:
-    text = LEAST + "  fine-tuning: {}\n  linear-probe: {}\ntrials: 2\nresources: {pack: 4}"
+    text = LEAST + "  fine-tuning: {}\n  linear-probe: {}\n  long: {settings: {adapter.method: gpc, "
+    text += "adapter.prompt_tokens: 50}}\ntrials: 2\nresources: {pack: 4}"
     loaded = spec.load(write(tmp_path, text))
     drawn = draw(loaded, "rte")
     mixed = [each for pair in zip(*(drawn["gpc"], drawn["prompt-tuning"]), strict=True) for each in pair]
-    packed, alone = searches(
-        loaded, "rte", "final", [mixed[0], *drawn["linear-probe"], *mixed[1:], *drawn["fine-tuning"]]
-    )
+    others = [*drawn["long"], *drawn["linear-probe"]]
+    packed, alone = searches(loaded, "rte", "final", [mixed[0], *others, *mixed[1:], *drawn["fine-tuning"]])
     assert (packed.resources.pack, alone.resources.pack) == (4, 1)
     assert packed.seeds == alone.seeds == [1, 2, 3]
     assert alone.settings["adapter.method"] == "fine-tuning"
-    # those that can share packs stand together
-    methods = [each["adapter.method"] for each in packed.configurations or []]
-    assert methods == ["gpc", "prompt-tuning", "gpc", "prompt-tuning", "linear-probe"]
+    # those that can share packs stand together, and a probe with any of them
+    configurations = packed.configurations or []
+    methods = [each["adapter.method"] for each in configurations]
+    assert methods == ["gpc", "linear-probe", "prompt-tuning", "gpc", "prompt-tuning", "gpc"]
+    assert [each.get("adapter.prompt_tokens") for each in configurations] == [None] * 5 + [50]
     assert packed.tracking.experiment == "mine"
