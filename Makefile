@@ -28,10 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/gpc-dist train demo --run.name demo-linear-probe --adapter.method linear-probe --train.resume false
-	$(BIN)/gpc-dist train demo --run.name demo-prompt-tuning --adapter.method prompt-tuning --train.resume false
-	$(BIN)/gpc-dist train demo --train.resume false
-	$(BIN)/gpc-dist results runs/demo-linear-probe runs/demo-prompt-tuning runs/demo
+	$(BIN)/gpc-dist study demo
 
 # warnings are errors (with --quiet they would not be)
 docs: setup
