@@ -209,11 +209,11 @@ def _check(folder: SearchFolder, same: Set[str], resume: bool) -> None:
 def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume: bool) -> None:
     folder.write_status("running")
     folder.result.unlink(missing_ok=True)
-    files.write_text(folder.config, spec.to_yaml())
     if not resume:
         recipe = to_yaml(config.recipe_tree(spec.recipe))
         files.write_text(recipe_of(folder), recipe)
         spent_file(folder).unlink(missing_ok=True)
+    files.write_text(folder.config, spec.to_yaml())  # from here on there is a search to go on with
     files.write_json(folder.facts, collect_facts(command))
 
 

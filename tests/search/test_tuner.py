@@ -22,6 +22,7 @@ from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import ray_cluster, tuner
+from gpc_dist.search.trial_files import recipe_of
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import command, start, start_call, wait_until
@@ -377,6 +378,29 @@ def test_a_start_of_a_search_that_gets_nowhere_says_so(
     monkeypatch.setattr(tuner, "_tune", stopped_at)
     assert gpc("tune", write_search(place)) == EXIT_STOPPED
     assert (place / "note").exists() == idle
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_search_that_is_killed_as_it_opens_its_folder_has_its_recipe_when_it_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(tuner, "_tune", lambda *given: setattr(given[-1], "signal", "SIGUSR2"))
+    path, search = write_search(place), SearchFolder("searches/mine")
+    write_text, count = files.write_text, itertools.count()
+
+    def write_some(file: Path, text: str) -> None:
+        if next(count) == writes:
+            raise SystemExit
+        write_text(file, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_text", write_some)
+        with pytest.raises(SystemExit):
+            gpc("tune", path)
+    assert gpc("tune", path, *(["--resume"] if search.config.exists() else [])) == EXIT_STOPPED
+    assert recipe_of(search).exists()
 
 
 def test_a_search_of_a_version_that_did_not_write_its_goal_goes_on(
