@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from gpc_dist import locks, own_folders
 from gpc_dist.errors import MachineError
 from gpc_dist.search import ray_token
 from gpc_dist.search.node import NODES, answers
@@ -31,6 +33,8 @@ _POLL_S = 0.02
 _LONGEST_PATH = 22
 """Characters of a folder in which Ray's folder may be: the path of a Unix socket has at most 107, and Ray's own
 `/gpc-ray-XXXXXXXX/r/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` takes the others."""
+_NEW, _FOLDER, _LOCK = "gpc-new-", "gpc-ray-", ".lock"
+"""Beginnings of the names of such a folder, before and after it is locked, and the lock in it."""
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer output cannot be replaced by a reporter of one's own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
@@ -101,13 +105,27 @@ def _own() -> Iterator[dict[str, Any]]:
     ray_token.make_token()
     given = tempfile.gettempdir()
     place = given if len(given) <= _LONGEST_PATH else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="gpc-ray-", dir=place, ignore_cleanup_errors=True) as folder:
+    _remove_left(Path(place))
+    with ExitStack() as end:
+        made = Path(tempfile.mkdtemp(prefix=_NEW, dir=place))
+        folder = made.with_name(made.name.replace(_NEW, _FOLDER))
+        for path in (made, folder):
+            end.callback(shutil.rmtree, path, ignore_errors=True)
+        end.enter_context(locks.hold(made / _LOCK))
+        made.rename(folder)
         yield {
             "address": "local",
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
             "_temp_dir": f"{folder}/r",  # to which Ray lets everybody write: nobody gets there
         }
+
+
+def _remove_left(place: Path) -> None:
+    """Remove what searches have left that were killed: no process holds the lock there."""
+    for folder in place.glob(f"{_FOLDER}*"):
+        if own_folders.is_own(folder) and locks.is_free(folder / _LOCK):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for_nodes() -> None:

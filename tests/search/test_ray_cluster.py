@@ -14,7 +14,7 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 
-from gpc_dist import cli
+from gpc_dist import cli, locks
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
 from gpc_dist.search import node, ray_cluster, spec
 from gpc_dist.training.stop import StopRequest
@@ -47,7 +47,25 @@ def test_the_folder_to_which_ray_lets_everybody_write_is_in_one_that_nobody_ente
         own, inner = Path(options["_temp_dir"]).parent, Path(options["_temp_dir"]).name
         assert stat.S_IMODE(own.stat().st_mode) == 0o700
         assert len(f"{own}/{inner}/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store") <= 107
+        ray_cluster._remove_left(own.parent)
+        assert own.exists()
     assert not own.exists()
+
+
+def test_what_a_killed_search_has_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """Nothing else: neither what is in use, nor what others can enter, nor what holds no lock."""
+    folders = {name: tmp_path / f"gpc-ray-{name}" for name in ("dead", "alive", "open", "other")}
+    for name, folder in folders.items():
+        folder.mkdir(mode=0o755 if name == "open" else 0o700)
+        if name != "other":
+            (folder / ".lock").touch()
+    with locks.hold(folders["alive"] / ".lock"):
+        ray_cluster._remove_left(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpc-ray-alive",
+        "gpc-ray-open",
+        "gpc-ray-other",
+    ]
 
 
 def enter(folder: Path) -> int:
