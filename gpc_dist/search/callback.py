@@ -9,19 +9,20 @@ from typing import Any
 
 from ray import tune
 from ray.tune import stopper
-from ray.tune.result import TRAINING_ITERATION
+from ray.tune.result import DONE, TRAINING_ITERATION
 from ray.tune.schedulers import MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 
 from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.past import Evaluation, evaluations
 from gpc_dist.search.trial import OVER, STEP
-from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, trial_folder
+from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, read_trial, trial_folder
 from gpc_dist.training.stop import StopRequest
 
 
 class TrialCallback(tune.Callback):
-    """Writes the decision on each trial to its `trial.json`.
+    """Writes the decisions on each trial to its `trial.json`, before Ray Tune acts on them: a trial that loses an
+    evaluation on which there is none yet reports it again.
 
     When a search resumes, it first repeats the past evaluations to the scheduler and the stop rules.
 
@@ -50,16 +51,24 @@ class TrialCallback(tune.Callback):
         replay(self._folder, new, self._scheduler, self._metric, self._rules)
         self._known |= {trial.trial_id for trial in new}
 
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        noted: dict[str, Any] = {"heard": result[STEP]}
+        if result.get(DONE):
+            noted["decision"] = COMPLETED if result[OVER] else STOPPED
+        self._note(trial, **noted)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         over = bool((trial.last_result or {}).get(OVER))
-        self._decide(trial, COMPLETED if over else STOPPED)
+        self._note(trial, decision=COMPLETED if over else STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._decide(trial, FAILED)
+        self._note(trial, decision=FAILED)
 
-    def _decide(self, trial: Any, decision: str) -> None:
+    def _note(self, trial: Any, **noted: Any) -> None:
         file = trial_folder(self._folder, int(str(trial))).trial
-        files.write_json(file, files.read_json(file) | {"decision": decision})
+        files.write_json(file, files.read_json(file) | noted)
 
 
 def replay(
@@ -80,7 +89,13 @@ def replay(
     """
     past: list[tuple[Evaluation, Any, bool]] = []
     for trial in trials:
-        found = evaluations(trial_folder(folder, int(str(trial))).metrics, metric)
+        number = int(str(trial))
+        found = evaluations(trial_folder(folder, number).metrics, metric)
+        record = read_trial(folder, number)
+        if (
+            record is not None and record.heard is not None and not trial.is_finished()
+        ):  # others it reports again
+            found = [each for each in found if each.step <= record.heard]
         past += [(each, trial, each is found[-1]) for each in found]
     told = 0
     for each, trial, last in sorted(past, key=lambda found: found[0].time_s):

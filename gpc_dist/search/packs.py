@@ -101,7 +101,13 @@ class Packs:
         await self._start(pack, tree)
 
     async def add(
-        self, name: str, key: PackKey, tree: dict[str, Any], command: Sequence[str], state: str | None
+        self,
+        name: str,
+        key: PackKey,
+        tree: dict[str, Any],
+        command: Sequence[str],
+        state: str | None,
+        heard: int | None,
     ) -> Place:
         """Give a run a lane, as soon as there is a free one.
 
@@ -109,6 +115,7 @@ class Packs:
             key: packs take runs whose keys can be joined only.
             tree: configuration of the run.
             state: folder of another run's checkpoint to start from; it takes the place of the run's own.
+            heard: see `training.pack.Pack.add`.
 
         Raises:
             UserError: the run's configuration cannot be trained.
@@ -122,7 +129,7 @@ class Packs:
         try:
             if not pack.ranks:
                 await self._start(pack, tree)
-            await self._all(pack, "add", name, tree, command, state)
+            await self._all(pack, "add", name, tree, command, state, heard)
         except BaseException:
             pack.lanes.pop(name, None)
             await self._notify(pack)
