@@ -284,7 +284,8 @@ def _progress(spec: SearchSpec, metric: str, mode: str) -> SearchProgress:
 
 def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: float) -> int:
     decisions: Counter[str | None] = Counter()
-    for trial in folder.begun_trials():
+    for number in range(trials):
+        trial = trial_folder(folder, number)
         decision = files.read_json(trial.trial).get("decision")
         decisions[decision] += 1
         if decision == FAILED:

@@ -403,6 +403,14 @@ def test_a_search_that_is_killed_as_it_opens_its_folder_has_its_recipe_when_it_g
     assert recipe_of(search).exists()
 
 
+def test_a_trial_that_failed_before_it_began_is_counted(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path)
+    files.write_json(folder.trial("001").trial, {"decision": "failed"})
+    tuner._close(folder, "accuracy", "max", 2, 0.0)
+    result = read(folder.result)
+    assert (result["trials"], result["failed"]) == (2, 1)
+
+
 def test_a_search_of_a_version_that_did_not_write_its_goal_goes_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
