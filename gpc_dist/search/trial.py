@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ class Trial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse this process for another trial, or for other values: a process takes seconds to start."""
-        self.cleanup()
+        with suppress(
+            Exception
+        ):  # of the trial before: the next one is not to fail for it, and its pack ends it too
+            self.cleanup()
         self._take_up(new_config)
         return True
 
@@ -177,7 +181,7 @@ class Trial(tune.Trainable):
         try:
             # one that was stopped, and has not left its lane, has its last evaluation to report
             heard = 0 if self._stopped else self._heard
-            joining = self._packs.add.remote(
+            joining: Any = self._packs.add.remote(
                 self._lane_name, key, tree, command_of(self._run), self._start_from, heard
             )
             place: Any = ray.get(joining)

@@ -98,3 +98,19 @@ def test_a_trial_that_was_being_stopped_reports_its_last_evaluation_and_that_it_
     stopped = decision != "running"
     assert trial.step() == {"val/accuracy": 0.5, "step": 8, "over": False, "done": stopped}
     assert trial._packs.asked[0][4] == heard
+
+
+def test_a_trial_does_not_fail_for_the_one_whose_process_it_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    trial = take_up(SearchFolder(tmp_path), {"train.lr": 0.02, SEED: 5})
+    trial._join()
+
+    def leave(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    trial._packs.leave = SimpleNamespace(remote=leave)
+    trial._trial_info = SimpleNamespace(trial_name="004", trial_id="fedcb_00004")
+    assert trial.reset_config({SAMPLE: {"train.lr": 0.01, SEED: 6}})
+    assert (trial._number, trial._seed, trial._visit) == (4, 6, None)
