@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -17,7 +18,10 @@ from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.past import Evaluation, evaluations
 from gpc_dist.search.trial import OVER, STEP
 from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, read_trial, trial_folder
+from gpc_dist.shown import one_line
 from gpc_dist.training.stop import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class TrialCallback(tune.Callback):
@@ -65,10 +69,23 @@ class TrialCallback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._note(trial, decision=FAILED)
+        run = trial_folder(self._folder, int(str(trial)))
+        if run.read_status().state != "failed":  # its process was lost, not its run
+            run.write_status("failed", _reason(trial))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        log.warning("trial %s is tried again: %s", trial, _reason(trial))
 
     def _note(self, trial: Any, **noted: Any) -> None:
         file = trial_folder(self._folder, int(str(trial))).trial
         files.write_json(file, files.read_json(file) | noted)
+
+
+def _reason(trial: Any) -> str:
+    """Why a trial failed, in one line: errors of Ray explain themselves in several, and quote their stack."""
+    error = trial.get_pickled_error()
+    cause = getattr(error, "cause", None) or error
+    return one_line(next(iter(str(cause).strip().splitlines()), "")) or type(cause).__name__
 
 
 def replay(

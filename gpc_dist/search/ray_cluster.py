@@ -6,11 +6,13 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import ray
 from ray.exceptions import RayError
 
 from gpc_dist import locks, own_folders
-from gpc_dist.errors import MachineError
+from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import ray_token
 from gpc_dist.search.node import NODES, answers
 from gpc_dist.training.stop import SIGNALS, StopRequest
@@ -29,6 +32,9 @@ _OPTIONS: dict[str, Any] = {
     "logging_level": logging.ERROR,
 }
 _NODES_S = 120.0
+_LOST_S = 30.0
+"""Half of the time after which Ray gives up."""
+_PERIOD_S = 2.0
 _POLL_S = 0.02
 _LONGEST_PATH = 22
 """Characters of a folder in which Ray's folder may be: the path of a Unix socket has at most 107, and Ray's own
@@ -40,6 +46,7 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a worker that has lost its Ray would start one of its own
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Ray Tune saves a state that nobody reads: only at the end, as it insists
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # with their stacks; `callback` says them in a line
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe start at the user's working folder
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `training.stop.StopRequest`
 }
@@ -85,9 +92,40 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
                 else ""
             )
             raise MachineError(f"Ray did not start, or cannot be entered: {reason}{hint}") from None
+        end.enter_context(_watched(ray.get_runtime_context().gcs_address, SearchFolder(folder)))
         end.callback(ray.shutdown)
         _wait_for_nodes()
         yield
+
+
+@contextmanager
+def _watched(address: str, folder: SearchFolder) -> Iterator[None]:
+    """End this process while the block runs if Ray's head is lost: Ray would end it too, but later, with exit code 1
+    and without a word to the user. What Ray began then waits for its head, so nothing of this process is cleaned up."""
+    done = threading.Event()
+
+    def watch() -> None:
+        answered_s = time.monotonic()
+        while not done.wait(_PERIOD_S):
+            if answers(address):
+                answered_s = time.monotonic()
+            elif time.monotonic() - answered_s > _LOST_S:
+                reason = (
+                    f"the Ray at {address} has not answered for {_LOST_S:.0f} s, so its head was lost: go on with "
+                    f"gpc-dist tune {folder.config} --resume"
+                )
+                with suppress(OSError):
+                    folder.write_status("failed", reason)
+                print(f"gpc-dist: error: {reason}", file=sys.stderr, flush=True)
+                os._exit(EXIT_ENVIRONMENT)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _check(address: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import spec
@@ -26,12 +27,16 @@ class FakeTrial:
 
     trial_id: str
     finished: bool
+    error: Exception | None = None
 
     def __str__(self) -> str:
         return f"{int(self.trial_id.rpartition('_')[2]):03d}"
 
     def is_finished(self) -> bool:
         return self.finished
+
+    def get_pickled_error(self) -> Exception | None:
+        return self.error
 
 
 class Controller:
@@ -123,6 +128,20 @@ def test_what_is_decided_is_noted_with_the_evaluation(
     record = read_trial(folder, 0)
     assert record is not None
     assert (record.heard, record.decision) == (20, decision)
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
+def test_a_trial_that_lost_its_process_says_why_it_failed(tmp_path: Path, state: Any) -> None:
+    """A run that has failed has said so itself."""
+    folder, error = SearchFolder(tmp_path), RuntimeError("")
+    error.cause = RayActorError(None, "The worker died.\nIts node ...")  # type: ignore[attr-defined]
+    trial = FakeTrial("x_00000", finished=False, error=error)
+    trial_folder(folder, 0).write_status(state, "the loss was not finite" if state == "failed" else "")
+    callback = TrialCallback(folder, "val/average", scheduler("asha", []), (), StopRequest())
+    callback.on_trial_error(1, [trial], trial)
+    status = trial_folder(folder, 0).read_status()
+    assert status.state == "failed"
+    assert status.reason == ("the loss was not finite" if state == "failed" else "The worker died.")
 
 
 def test_stop_rules_count_what_was_before(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from gpc_dist import cli, locks
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import node, ray_cluster, spec
 from gpc_dist.training.stop import StopRequest
 from tests import rays
@@ -73,6 +74,27 @@ def enter(folder: Path) -> int:
     with ray_cluster.connected(folder, StopRequest()):
         print("entered")
     return 0
+
+
+def lose(folder: Path, address: str) -> int:
+    """A search that waits for what its Ray has begun."""
+    ray_cluster._LOST_S = ray_cluster._PERIOD_S = 0.05
+    SearchFolder(folder).write_status("running")
+    with ray_cluster._watched(address, SearchFolder(folder)):
+        threading.Event().wait()
+    return 0
+
+
+def test_a_search_whose_ray_is_lost_ends_and_says_so(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    lost = start_call(lose, tmp_path, address)
+    assert lost.wait() == EXIT_ENVIRONMENT
+    (line,) = lost.stderr.splitlines()
+    assert line.startswith(f"gpc-dist: error: the Ray at {address} has not answered for ")
+    assert line.endswith(f"go on with gpc-dist tune {tmp_path}/search.yaml --resume")
+    status = SearchFolder(tmp_path).read_status()
+    assert status.state == "failed"
+    assert line.endswith(status.reason)
 
 
 def test_a_ray_that_anybody_may_enter_is_refused(
