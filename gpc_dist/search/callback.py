@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -82,10 +83,9 @@ class TrialCallback(tune.Callback):
 
 
 def _reason(trial: Any) -> str:
-    """Why a trial failed, in one line: errors of Ray explain themselves in several, and quote their stack."""
-    error = trial.get_pickled_error()
-    cause = getattr(error, "cause", None) or error
-    return one_line(next(iter(str(cause).strip().splitlines()), "")) or type(cause).__name__
+    """Why a trial failed, in one line: Ray Tune notes errors with their stacks, and with what may have led to them."""
+    *_, last = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
+    return one_line(last.partition(" Worker exit type:")[0])
 
 
 def replay(

@@ -93,6 +93,7 @@ class Packs:
         self._visits = itertools.count()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = asyncio.Event()
 
     async def warm(self, key: PackKey, tree: dict[str, Any]) -> None:
         """Start a pack for runs with this key, while the trials' processes start."""
@@ -174,6 +175,10 @@ class Packs:
                 pack.lanes.pop(name, None)
                 await self._notify(pack)
 
+    async def closed(self) -> None:
+        """Wait for `close`: whoever waits notices when this actor is lost."""
+        await self._closed.wait()
+
     async def close(self) -> None:
         """Save and stop all runs: Tune ends trials that wait for an evaluation before they can leave their lane."""
         for pack in list(self._packs):
@@ -185,6 +190,7 @@ class Packs:
                 # runs that are being stopped by their own trials
                 while pack.alive and any(lane.leaving for lane in pack.lanes.values()):
                     await self._changed.wait()
+        self._closed.set()
 
     async def _find(self, key: PackKey) -> _Pack:
         """Return a pack with a free lane for this key, perhaps a new one without ranks; waits until there is one."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.stopper import CombinedStopper
 
 from gpc_dist import batch, config, files
@@ -147,6 +148,7 @@ def _tune(
     base = space.base_config(spec)
     if not base.adapter.trains_encoder:  # whose runs have packs of their own
         packs.warm.remote(pack_key(base), base.dump())
+    led = _Led(packs, folder)
     rules = algorithm.stop_rules(spec, metric, mode, folder)
     scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
@@ -167,6 +169,7 @@ def _tune(
         verbose=1,
         progress_reporter=_progress(spec, metric, mode),
         callbacks=[
+            led,
             TrialCallback(folder, metric, scheduler, rules, stop),
             *(r for r in rules if isinstance(r, tune.Callback)),
         ],
@@ -175,9 +178,35 @@ def _tune(
         trial_name_creator=name_for_tune,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
-    ray.get(packs.close.remote())
+    packs.close.remote()
+    led.check(wait=True)
     ray.kill(packs)
     return len(analysis.trials)
+
+
+class _Led(tune.Callback):
+    """Ends a search whose actor that leads the packs is lost: Ray Tune would try each trial again without it."""
+
+    def __init__(self, packs: Any, folder: SearchFolder):
+        self._closed, self._folder = packs.closed.remote(), folder
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.check()
+
+    def check(self, wait: bool = False) -> None:
+        """Raise `MachineError` if it is lost.
+
+        Args:
+            wait: until it has closed all packs.
+        """
+        ended, _ = ray.wait([self._closed], timeout=None if wait else 0)
+        try:
+            ray.get(ended)
+        except RayActorError:
+            raise MachineError(
+                "the process that leads the packs of the search was lost: go on with gpc-dist tune "
+                f"{self._folder.config} --resume"
+            ) from None
 
 
 def _check(folder: SearchFolder, same: Set[str], resume: bool) -> None:

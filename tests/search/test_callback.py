@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
 
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import spec
@@ -27,16 +26,13 @@ class FakeTrial:
 
     trial_id: str
     finished: bool
-    error: Exception | None = None
+    error_file: Path = Path()
 
     def __str__(self) -> str:
         return f"{int(self.trial_id.rpartition('_')[2]):03d}"
 
     def is_finished(self) -> bool:
         return self.finished
-
-    def get_pickled_error(self) -> Exception | None:
-        return self.error
 
 
 class Controller:
@@ -133,9 +129,9 @@ def test_what_is_decided_is_noted_with_the_evaluation(
 @pytest.mark.parametrize("state", ["running", "stopped", "failed"])
 def test_a_trial_that_lost_its_process_says_why_it_failed(tmp_path: Path, state: Any) -> None:
     """A run that has failed has said so itself."""
-    folder, error = SearchFolder(tmp_path), RuntimeError("")
-    error.cause = RayActorError(None, "The worker died.\nIts node ...")  # type: ignore[attr-defined]
-    trial = FakeTrial("x_00000", finished=False, error=error)
+    folder, error = SearchFolder(tmp_path / "search"), tmp_path / "error.txt"
+    error.write_text("Failure # 1\nTraceback ...\nThe worker died. Worker exit type: SYSTEM_ERROR\n\n")
+    trial = FakeTrial("x_00000", finished=False, error_file=error)
     trial_folder(folder, 0).write_status(state, "the loss was not finite" if state == "failed" else "")
     callback = TrialCallback(folder, "val/average", scheduler("asha", []), (), StopRequest())
     callback.on_trial_error(1, [trial], trial)

@@ -11,15 +11,18 @@ import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 import yaml
+from ray.exceptions import RayActorError
 
 from gpc_dist import cli, files
 from gpc_dist.distributed import checkpoint
-from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE
+from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE, MachineError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import ray_cluster, tuner
 from gpc_dist.search.trial_files import recipe_of
@@ -401,6 +404,28 @@ def test_a_search_that_is_killed_as_it_opens_its_folder_has_its_recipe_when_it_g
             gpc("tune", path)
     assert gpc("tune", path, *(["--resume"] if search.config.exists() else [])) == EXIT_STOPPED
     assert recipe_of(search).exists()
+
+
+def test_a_search_that_loses_what_leads_its_packs_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial would be tried again without it, as often as it may."""
+    lost = [False]
+
+    def get(ended: list[Any]) -> None:
+        if ended:
+            raise RayActorError
+
+    monkeypatch.setattr(ray, "wait", lambda waited, timeout: (waited if lost[0] else [], []))
+    monkeypatch.setattr(ray, "get", get)
+    packs = SimpleNamespace(closed=SimpleNamespace(remote=object))
+    led = tuner._Led(packs, SearchFolder(tmp_path))
+    led.on_step_begin(1, [])
+    lost[0] = True
+    with pytest.raises(
+        MachineError, match=f"was lost: go on with gpc-dist tune {tmp_path}/search.yaml --resume"
+    ):
+        led.on_step_begin(2, [])
 
 
 def test_a_trial_that_failed_before_it_began_is_counted(tmp_path: Path) -> None:
