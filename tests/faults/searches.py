@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -33,7 +34,7 @@ import yaml
 
 from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED
-from tests.faults.case import Case, Outcome, end, left, tiny_inputs
+from tests.faults.case import Case, Outcome, end, left, shared_memory, tiny_inputs
 from tests.faults.strike import PLACE, SearchPlace, Strike, launch
 from tests.processes import Started, start_call
 from tests.rays import ray_cluster
@@ -375,13 +376,11 @@ def _rubbish(place: SearchPlace) -> list[str]:
     found += [
         f"{path} is left" for path in place.home.rglob("*") if "ray" in path.name or "token" in path.name
     ]
-    pids = place.drivers()
+    pids = set(place.drivers())
     for path in Path("/tmp").glob("gpc-ray-*/r/session_*"):
         if path.name.rpartition("_")[2] in pids:
             found.append(f"{path} is left")
-    found += [
-        f"/dev/shm/{name} is left" for name in os.listdir("/dev/shm") if any(pid in name for pid in pids)
-    ]
+    found += [f"/dev/shm/{name} is left" for name in shared_memory() if pids & set(re.split("[-_.]", name))]
     return found
 
 

@@ -74,8 +74,8 @@ class SearchPlace:
 
     def write(self, strikes: Sequence[Strike]) -> None:
         """Ask for these faults in the search that starts next here."""
-        for number in range(len(strikes)):
-            self._happened(number).unlink(missing_ok=True)
+        for earlier in self.folder.glob("happened-*"):
+            earlier.unlink()
         self._strikes.write_text(json.dumps([asdict(strike) for strike in strikes]))
 
     def read(self) -> list[Strike]:
