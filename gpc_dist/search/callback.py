@@ -73,6 +73,7 @@ class TrialCallback(tune.Callback):
         run = trial_folder(self._folder, int(str(trial)))
         if run.read_status().state != "failed":  # its process was lost, not its run
             run.write_status("failed", _reason(trial))
+        log.warning("trial %s failed: %s", trial, run.read_status().reason)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         log.warning("trial %s is tried again: %s", trial, _reason(trial))

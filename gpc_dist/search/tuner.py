@@ -314,11 +314,7 @@ def _progress(spec: SearchSpec, metric: str, mode: str) -> SearchProgress:
 def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: float) -> int:
     decisions: Counter[str | None] = Counter()
     for number in range(trials):
-        trial = trial_folder(folder, number)
-        decision = files.read_json(trial.trial).get("decision")
-        decisions[decision] += 1
-        if decision == FAILED:
-            log.warning("trial %s failed: %s", trial.path.name, trial.read_status().reason)
+        decisions[files.read_json(trial_folder(folder, number).trial).get("decision")] += 1
     best = best_trial(folder, metric, mode)
     result = {
         "metric": metric,
