@@ -41,8 +41,8 @@ from tests.rays import ray_cluster
 
 TRIALS, LANES, STEPS, EVERY = 4, 2, 16, 4
 """Trials of a search, those that share a pack, steps of a trial, and steps between its evaluations."""
-_LIMIT_S = 400
-"""Longest wait for a command: Ray gives up what it has lost after a minute, and a start may be slow."""
+_LIMIT_S = 600
+"""Longest wait for a command, in which a pack may start four times, on a machine that others share."""
 _END_S = 60
 """Within which all processes of a search have ended when its driver has: there are some ten, beside other cases."""
 _MOST_STARTS = 4
