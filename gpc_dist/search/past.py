@@ -70,8 +70,12 @@ def read_past(folder: SearchFolder, trials: int, metric: str) -> Past:
 
 
 def _past_trial(folder: TrialFolder, record: TrialRecord, metric: str) -> PastTrial:
-    closed = folder.read_status().state in ("finished", "stopped")
-    return PastTrial(record, tuple(evaluations(folder.metrics, metric)), closed)
+    return PastTrial(record, tuple(evaluations(folder.metrics, metric)), is_closed(folder))
+
+
+def is_closed(folder: TrialFolder) -> bool:
+    """Whether the run of a trial has ended with a result."""
+    return folder.read_status().state in ("finished", "stopped")
 
 
 def evaluations(file: Path, metric: str) -> list[Evaluation]:

@@ -29,7 +29,7 @@ from gpc_dist.search import algorithm, one_pack, ray_cluster, space
 from gpc_dist.search.callback import TrialCallback, best_trial
 from gpc_dist.search.pack_key import pack_key
 from gpc_dist.search.packs import ACTOR, Packs, Shape
-from gpc_dist.search.past import Past, read_past, spent_file
+from gpc_dist.search.past import Past, is_closed, read_past, spent_file
 from gpc_dist.search.progress import SearchProgress
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import Trial, name_for_tune, sample_of, seed_of
@@ -314,7 +314,12 @@ def _progress(spec: SearchSpec, metric: str, mode: str) -> SearchProgress:
 def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: float) -> int:
     decisions: Counter[str | None] = Counter()
     for number in range(trials):
-        decisions[files.read_json(trial_folder(folder, number).trial).get("decision")] += 1
+        trial = trial_folder(folder, number)
+        decision = files.read_json(trial.trial).get("decision")
+        if decision == STOPPED and not is_closed(trial):
+            log.warning("trial %s was stopped, but not saved: --resume does it again", trial.path.name)
+            decision = FAILED
+        decisions[decision] += 1
     best = best_trial(folder, metric, mode)
     result = {
         "metric": metric,

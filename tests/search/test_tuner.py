@@ -436,6 +436,20 @@ def test_a_trial_that_failed_before_it_began_is_counted(tmp_path: Path) -> None:
     assert (result["trials"], result["failed"]) == (2, 1)
 
 
+def test_a_trial_that_was_stopped_and_could_not_be_saved_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no result, and cannot be the best one."""
+    folder = SearchFolder(tmp_path)
+    for name, state in (("000", "running"), ("001", "stopped")):
+        files.write_json(folder.trial(name).trial, {"decision": "stopped by scheduler"})
+        folder.trial(name).write_status(state)
+    tuner._close(folder, "accuracy", "max", 2, 0.0)
+    result = read(folder.result)
+    assert (result["stopped"], result["failed"]) == (1, 1)
+    assert "trial 000 was stopped, but not saved" in caplog.text
+
+
 def test_a_search_of_a_version_that_did_not_write_its_goal_goes_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
