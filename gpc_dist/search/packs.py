@@ -22,6 +22,7 @@ _DECIDE_S = 1.0
 """Longest time that a pack waits for its trials to decide whether they continue."""
 _ROUND_S = 5.0
 """Time after which a pack checks for trials that want to join or leave."""
+_ENDED = "the pack has ended: a rank died"
 _SHARE = 0.97
 """Share of a rank's CPUs that is requested from Ray; the rest is for the trials' own processes, which only wait."""
 
@@ -214,6 +215,8 @@ class Packs:
         async with pack.calls:
             if pack.ranks:
                 return
+            if not pack.alive:  # it could not be started: what would be started for it now, nobody would end
+                raise RuntimeError(_ENDED)
             import ray
             from ray.util.placement_group import placement_group
             from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -240,6 +243,9 @@ class Packs:
                 self._fail(pack, error)
                 raise _cause(error) from None
             pack.ranks, pack.host = ranks, hosts[0]
+            if not pack.alive:  # it was ended meanwhile
+                self._end(pack)
+                raise RuntimeError(_ENDED)
             self._go(self._drive(pack))
 
     async def _drive(self, pack: _Pack) -> None:
@@ -288,7 +294,7 @@ class Packs:
         """
         async with pack.calls:
             if not pack.alive:
-                raise RuntimeError("the pack has ended: a rank died")
+                raise RuntimeError(_ENDED)
             try:
                 found = await asyncio.gather(
                     *(getattr(rank, method).remote(*arguments) for rank in pack.ranks)
