@@ -36,6 +36,8 @@ _LOST_S = 30.0
 """Half of the time after which Ray gives up."""
 _PERIOD_S = 2.0
 _POLL_S = 0.02
+_PLAIN = re.compile(r"[^:/]+:\d+")
+"""An address that `answers` takes."""
 _LONGEST_PATH = 22
 """Characters of a folder in which Ray's folder may be: the path of a Unix socket has at most 107, and Ray's own
 `/gpc-ray-XXXXXXXX/r/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` takes the others."""
@@ -66,13 +68,17 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS") or None
+    address, plain = os.environ.get("RAY_ADDRESS") or None, None
     with ExitStack() as end:
         if address is None:
             options = end.enter_context(_own())
         else:
             _check(address)
             options = {"address": address}
+            if plain := _PLAIN.fullmatch(
+                address
+            ):  # from here on: Ray would wait for ever to enter a lost one
+                end.enter_context(_watched(address, SearchFolder(folder)))
         # This thread sets signal handlers anew meanwhile: at those of Ray, SIGTERM would end the program at once. The
         # other one stays to the end, because Ray's processes end with the thread that started them.
         thread = end.enter_context(ThreadPoolExecutor(1))
@@ -92,10 +98,16 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
                 else ""
             )
             raise MachineError(f"Ray did not start, or cannot be entered: {reason}{hint}") from None
-        end.enter_context(_watched(ray.get_runtime_context().gcs_address, SearchFolder(folder)))
+        if plain is None:
+            end.enter_context(_watched(_head(), SearchFolder(folder)))
         end.callback(ray.shutdown)
         _wait_for_nodes()
         yield
+
+
+def _head() -> str:
+    """Address of the head that this process has entered."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 @contextmanager
@@ -130,7 +142,7 @@ def _watched(address: str, folder: SearchFolder) -> Iterator[None]:
 
 def _check(address: str) -> None:
     """Raise `MachineError` if nothing answers at RAY_ADDRESS; Ray itself would wait for minutes, or for ever."""
-    if re.fullmatch(r"[^:/]+:\d+", address) and not answers(address):
+    if _PLAIN.fullmatch(address) and not answers(address):
         raise MachineError(
             f"nothing answers at RAY_ADDRESS {address}: start Ray there, or unset RAY_ADDRESS for a cluster of this "
             "machine's own"

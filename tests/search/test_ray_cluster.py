@@ -212,5 +212,6 @@ def test_a_search_that_is_stopped_while_ray_starts_says_so(
     monkeypatch.setattr(StopRequest, "_handle", handle_and_note)
     monkeypatch.setattr(ray, "init", start_slowly)
     monkeypatch.setattr(ray_cluster, "_wait_for_nodes", lambda: None)
+    monkeypatch.setattr(ray_cluster, "_head", lambda: f"127.0.0.1:{free_port()}")
     assert cli.main(["tune", str(search)]) == EXIT_STOPPED
     assert f"stopped by {number.name}; go on with: gpc-dist tune" in capsys.readouterr().err
