@@ -49,6 +49,16 @@ def hold(path: Path, timeout_s: float | None = None) -> Iterator[None]:
         yield
 
 
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock of a file that is there; False where that cannot be told."""
+    try:
+        with path.open("r") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def _taken_up(handle: int, path: Path) -> bool:
     """Whether this process may go on: it has the lock, or there are none."""
     try:

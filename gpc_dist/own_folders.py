@@ -28,11 +28,12 @@ def make(folder: Path) -> bool:
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        return _is_own(folder)
+        return is_own(folder)
     return True
 
 
-def _is_own(folder: Path) -> bool:
+def is_own(folder: Path) -> bool:
+    """Whether this is a folder that only this user can enter."""
     try:
         found = folder.lstat()  # of a link itself, not of what it leads to
     except OSError:

@@ -35,6 +35,7 @@ TOGETHER = {
     "tests/search/test_tuner.py": "ray",
     "tests/search/test_ray_cluster.py": "ray",
     "tests/study/test_run.py": "ray",
+    "tests/faults/test_searches.py": "ray",
     "tests/tracking": "mlflow",
 }
 """Tests, by what their ids begin with, that share what runs on this machine once."""

@@ -83,9 +83,11 @@ class Started:
         return self.returncode
 
 
-def start_call(call: Callable[..., Any], *arguments: Any, **environment: str) -> Started:
+def start_call(
+    call: Callable[..., Any], *arguments: Any, cwd: Path | None = None, **environment: str
+) -> Started:
     """Start a function of some module."""
-    return Started(call, arguments, None, environment)
+    return Started(call, arguments, cwd, environment)
 
 
 def start(*words: object, cwd: Path | None = None, **environment: str) -> Started:

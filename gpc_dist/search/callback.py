@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune import stopper
-from ray.tune.result import TRAINING_ITERATION
+from ray.tune.result import DONE, TRAINING_ITERATION
 from ray.tune.schedulers import MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 
 from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.past import Evaluation, evaluations
 from gpc_dist.search.trial import OVER, STEP
-from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, trial_folder
+from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, read_trial, trial_folder
+from gpc_dist.shown import one_line
 from gpc_dist.training.stop import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class TrialCallback(tune.Callback):
-    """Writes the decision on each trial to its `trial.json`.
+    """Writes the decisions on each trial to its `trial.json`, before Ray Tune acts on them: a trial that loses an
+    evaluation on which there is none yet reports it again.
 
     When a search resumes, it first repeats the past evaluations to the scheduler and the stop rules.
 
@@ -50,16 +56,37 @@ class TrialCallback(tune.Callback):
         replay(self._folder, new, self._scheduler, self._metric, self._rules)
         self._known |= {trial.trial_id for trial in new}
 
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        noted: dict[str, Any] = {"heard": result[STEP]}
+        if result.get(DONE):
+            noted["decision"] = COMPLETED if result[OVER] else STOPPED
+        self._note(trial, **noted)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         over = bool((trial.last_result or {}).get(OVER))
-        self._decide(trial, COMPLETED if over else STOPPED)
+        self._note(trial, decision=COMPLETED if over else STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._decide(trial, FAILED)
+        self._note(trial, decision=FAILED)
+        run = trial_folder(self._folder, int(str(trial)))
+        if run.read_status().state != "failed":  # its process was lost, not its run
+            run.write_status("failed", _reason(trial))
+        log.warning("trial %s failed: %s", trial, run.read_status().reason)
 
-    def _decide(self, trial: Any, decision: str) -> None:
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        log.warning("trial %s is tried again: %s", trial, _reason(trial))
+
+    def _note(self, trial: Any, **noted: Any) -> None:
         file = trial_folder(self._folder, int(str(trial))).trial
-        files.write_json(file, files.read_json(file) | {"decision": decision})
+        files.write_json(file, files.read_json(file) | noted)
+
+
+def _reason(trial: Any) -> str:
+    """Why a trial failed, in one line: Ray Tune notes errors with their stacks, and with what may have led to them."""
+    *_, last = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
+    return one_line(last.partition(" Worker exit type:")[0])
 
 
 def replay(
@@ -80,7 +107,13 @@ def replay(
     """
     past: list[tuple[Evaluation, Any, bool]] = []
     for trial in trials:
-        found = evaluations(trial_folder(folder, int(str(trial))).metrics, metric)
+        number = int(str(trial))
+        found = evaluations(trial_folder(folder, number).metrics, metric)
+        record = read_trial(folder, number)
+        if (
+            record is not None and record.heard is not None and not trial.is_finished()
+        ):  # others it reports again
+            found = [each for each in found if each.step <= record.heard]
         past += [(each, trial, each is found[-1]) for each in found]
     told = 0
     for each, trial, last in sorted(past, key=lambda found: found[0].time_s):

@@ -154,6 +154,8 @@ class _Driver:
     def _decide(self, trial: _Trial, decision: str) -> None:
         file = trial.folder.trial
         self._world.on_main(lambda: files.write_json(file, files.read_json(file) | {"decision": decision}))
+        if decision == FAILED and self._world.is_main:
+            log.warning("trial %s failed: %s", trial.name, trial.folder.read_status().reason)
 
     def _say(self, events: Sequence[Event]) -> None:
         values = [event.metrics[self._metric] for event in events if event.metrics]

@@ -22,6 +22,7 @@ _DECIDE_S = 1.0
 """Longest time that a pack waits for its trials to decide whether they continue."""
 _ROUND_S = 5.0
 """Time after which a pack checks for trials that want to join or leave."""
+_ENDED = "the pack has ended: a rank died"
 _SHARE = 0.97
 """Share of a rank's CPUs that is requested from Ray; the rest is for the trials' own processes, which only wait."""
 
@@ -93,6 +94,7 @@ class Packs:
         self._visits = itertools.count()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = asyncio.Event()
 
     async def warm(self, key: PackKey, tree: dict[str, Any]) -> None:
         """Start a pack for runs with this key, while the trials' processes start."""
@@ -101,7 +103,13 @@ class Packs:
         await self._start(pack, tree)
 
     async def add(
-        self, name: str, key: PackKey, tree: dict[str, Any], command: Sequence[str], state: str | None
+        self,
+        name: str,
+        key: PackKey,
+        tree: dict[str, Any],
+        command: Sequence[str],
+        state: str | None,
+        heard: int | None,
     ) -> Place:
         """Give a run a lane, as soon as there is a free one.
 
@@ -109,6 +117,7 @@ class Packs:
             key: packs take runs whose keys can be joined only.
             tree: configuration of the run.
             state: folder of another run's checkpoint to start from; it takes the place of the run's own.
+            heard: see `training.pack.Pack.add`.
 
         Raises:
             UserError: the run's configuration cannot be trained.
@@ -122,7 +131,7 @@ class Packs:
         try:
             if not pack.ranks:
                 await self._start(pack, tree)
-            await self._all(pack, "add", name, tree, command, state)
+            await self._all(pack, "add", name, tree, command, state, heard)
         except BaseException:
             pack.lanes.pop(name, None)
             await self._notify(pack)
@@ -167,6 +176,10 @@ class Packs:
                 pack.lanes.pop(name, None)
                 await self._notify(pack)
 
+    async def closed(self) -> None:
+        """Wait for `close`: whoever waits notices when this actor is lost."""
+        await self._closed.wait()
+
     async def close(self) -> None:
         """Save and stop all runs: Tune ends trials that wait for an evaluation before they can leave their lane."""
         for pack in list(self._packs):
@@ -178,6 +191,7 @@ class Packs:
                 # runs that are being stopped by their own trials
                 while pack.alive and any(lane.leaving for lane in pack.lanes.values()):
                     await self._changed.wait()
+        self._closed.set()
 
     async def _find(self, key: PackKey) -> _Pack:
         """Return a pack with a free lane for this key, perhaps a new one without ranks; waits until there is one."""
@@ -201,6 +215,8 @@ class Packs:
         async with pack.calls:
             if pack.ranks:
                 return
+            if not pack.alive:  # it could not be started: what would be started for it now, nobody would end
+                raise RuntimeError(_ENDED)
             import ray
             from ray.util.placement_group import placement_group
             from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -227,6 +243,9 @@ class Packs:
                 self._fail(pack, error)
                 raise _cause(error) from None
             pack.ranks, pack.host = ranks, hosts[0]
+            if not pack.alive:  # it was ended meanwhile
+                self._end(pack)
+                raise RuntimeError(_ENDED)
             self._go(self._drive(pack))
 
     async def _drive(self, pack: _Pack) -> None:
@@ -275,7 +294,7 @@ class Packs:
         """
         async with pack.calls:
             if not pack.alive:
-                raise RuntimeError("the pack has ended: a rank died")
+                raise RuntimeError(_ENDED)
             try:
                 found = await asyncio.gather(
                     *(getattr(rank, method).remote(*arguments) for rank in pack.ranks)

@@ -14,7 +14,7 @@ from typing import Any
 
 from gpc_dist import files
 from gpc_dist.errors import UserError
-from gpc_dist.runs.folder import SearchFolder
+from gpc_dist.runs.folder import SearchFolder, TrialFolder
 from gpc_dist.runs.metrics import STEP, TIME, read_metrics
 from gpc_dist.search.trial_files import COMPLETED, STOPPED, TrialRecord, read_trial, trial_folder
 from gpc_dist.typed import is_number
@@ -36,11 +36,13 @@ class PastTrial:
 
     record: TrialRecord
     evaluations: tuple[Evaluation, ...]
+    closed: bool = True
+    """Whether its run has ended too; one whose search was killed as it stopped it has not."""
 
     @property
     def ended(self) -> bool:
         """Whether it is not trained again. One that failed is: the reason may be gone."""
-        return self.record.decision in (COMPLETED, STOPPED)
+        return self.record.decision in (COMPLETED, STOPPED) and self.closed
 
 
 SPENT = "spent_s"
@@ -61,10 +63,19 @@ def read_past(folder: SearchFolder, trials: int, metric: str) -> Past:
     """
     records = {number: read_trial(folder, number) for number in range(trials)}
     return {
-        number: PastTrial(record, tuple(evaluations(trial_folder(folder, number).metrics, metric)))
+        number: _past_trial(trial_folder(folder, number), record, metric)
         for number, record in records.items()
         if record is not None
     }
+
+
+def _past_trial(folder: TrialFolder, record: TrialRecord, metric: str) -> PastTrial:
+    return PastTrial(record, tuple(evaluations(folder.metrics, metric)), is_closed(folder))
+
+
+def is_closed(folder: TrialFolder) -> bool:
+    """Whether the run of a trial has ended with a result."""
+    return folder.read_status().state in ("finished", "stopped")
 
 
 def evaluations(file: Path, metric: str) -> list[Evaluation]:

@@ -51,14 +51,16 @@ class Rank:
         self._pack = Pack(settings, init_world(settings.engine))
         return socket.gethostname()
 
-    def add(self, name: str, tree: dict[str, Any], command: Sequence[str], state: str | None) -> None:
+    def add(
+        self, name: str, tree: dict[str, Any], command: Sequence[str], state: str | None, heard: int | None
+    ) -> None:
         """See `Pack.add`.
 
         Args:
             state: folder of another run's checkpoint to start from.
         """
         assert self._pack is not None
-        self._pack.add(name, config.build(tree), command, Path(state) if state else None)
+        self._pack.add(name, config.build(tree), command, Path(state) if state else None, heard)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the pack."""

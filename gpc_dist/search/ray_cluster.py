@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from gpc_dist.errors import MachineError
+from gpc_dist import locks, own_folders
+from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import ray_token
 from gpc_dist.search.node import NODES, answers
 from gpc_dist.training.stop import SIGNALS, StopRequest
@@ -27,15 +32,23 @@ _OPTIONS: dict[str, Any] = {
     "logging_level": logging.ERROR,
 }
 _NODES_S = 120.0
+_LOST_S = 30.0
+"""Half of the time after which Ray gives up."""
+_PERIOD_S = 2.0
 _POLL_S = 0.02
+_PLAIN = re.compile(r"[^:/]+:\d+")
+"""An address that `answers` takes."""
 _LONGEST_PATH = 22
 """Characters of a folder in which Ray's folder may be: the path of a Unix socket has at most 107, and Ray's own
 `/gpc-ray-XXXXXXXX/r/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` takes the others."""
+_NEW, _FOLDER, _LOCK = "gpc-new-", "gpc-ray-", ".lock"
+"""Beginnings of the names of such a folder, before and after it is locked, and the lock in it."""
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer output cannot be replaced by a reporter of one's own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # runs have records of their own
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a worker that has lost its Ray would start one of its own
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Ray Tune saves a state that nobody reads: only at the end, as it insists
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # with their stacks; `callback` says them in a line
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe start at the user's working folder
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `training.stop.StopRequest`
 }
@@ -55,13 +68,17 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS") or None
+    address, plain = os.environ.get("RAY_ADDRESS") or None, None
     with ExitStack() as end:
         if address is None:
             options = end.enter_context(_own())
         else:
             _check(address)
             options = {"address": address}
+            if plain := _PLAIN.fullmatch(
+                address
+            ):  # from here on: Ray would wait for ever to enter a lost one
+                end.enter_context(_watched(address, SearchFolder(folder)))
         # This thread sets signal handlers anew meanwhile: at those of Ray, SIGTERM would end the program at once. The
         # other one stays to the end, because Ray's processes end with the thread that started them.
         thread = end.enter_context(ThreadPoolExecutor(1))
@@ -81,14 +98,51 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
                 else ""
             )
             raise MachineError(f"Ray did not start, or cannot be entered: {reason}{hint}") from None
+        if plain is None:
+            end.enter_context(_watched(_head(), SearchFolder(folder)))
         end.callback(ray.shutdown)
         _wait_for_nodes()
         yield
 
 
+def _head() -> str:
+    """Address of the head that this process has entered."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@contextmanager
+def _watched(address: str, folder: SearchFolder) -> Iterator[None]:
+    """End this process while the block runs if Ray's head is lost: Ray would end it too, but later, with exit code 1
+    and without a word to the user. What Ray began then waits for its head, so nothing of this process is cleaned up."""
+    done = threading.Event()
+
+    def watch() -> None:
+        answered_s = time.monotonic()
+        while not done.wait(_PERIOD_S):
+            if answers(address):
+                answered_s = time.monotonic()
+            elif time.monotonic() - answered_s > _LOST_S:
+                reason = (
+                    f"the Ray at {address} has not answered for {_LOST_S:.0f} s, so its head was lost: go on with "
+                    f"gpc-dist tune {folder.config} --resume"
+                )
+                with suppress(OSError):
+                    folder.write_status("failed", reason)
+                print(f"gpc-dist: error: {reason}", file=sys.stderr, flush=True)
+                os._exit(EXIT_ENVIRONMENT)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def _check(address: str) -> None:
     """Raise `MachineError` if nothing answers at RAY_ADDRESS; Ray itself would wait for minutes, or for ever."""
-    if re.fullmatch(r"[^:/]+:\d+", address) and not answers(address):
+    if _PLAIN.fullmatch(address) and not answers(address):
         raise MachineError(
             f"nothing answers at RAY_ADDRESS {address}: start Ray there, or unset RAY_ADDRESS for a cluster of this "
             "machine's own"
@@ -101,13 +155,27 @@ def _own() -> Iterator[dict[str, Any]]:
     ray_token.make_token()
     given = tempfile.gettempdir()
     place = given if len(given) <= _LONGEST_PATH else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="gpc-ray-", dir=place, ignore_cleanup_errors=True) as folder:
+    _remove_left(Path(place))
+    with ExitStack() as end:
+        made = Path(tempfile.mkdtemp(prefix=_NEW, dir=place))
+        folder = made.with_name(made.name.replace(_NEW, _FOLDER))
+        for path in (made, folder):
+            end.callback(shutil.rmtree, path, ignore_errors=True)
+        end.enter_context(locks.hold(made / _LOCK))
+        made.rename(folder)
         yield {
             "address": "local",
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
             "_temp_dir": f"{folder}/r",  # to which Ray lets everybody write: nobody gets there
         }
+
+
+def _remove_left(place: Path) -> None:
+    """Remove what searches have left that were killed: no process holds the lock there."""
+    for folder in place.glob(f"{_FOLDER}*"):
+        if own_folders.is_own(folder) and locks.is_free(folder / _LOCK):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for_nodes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gpc_dist.search.pack_key import pack_key
 from gpc_dist.search.packs import ACTOR
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial_files import (
+    STOPPED,
     TrialRecord,
     command_of,
     own_settings,
@@ -86,7 +88,10 @@ class Trial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuse this process for another trial, or for other values: a process takes seconds to start."""
-        self.cleanup()
+        with suppress(
+            Exception
+        ):  # of the trial before: the next one is not to fail for it, and its pack ends it too
+            self.cleanup()
         self._take_up(new_config)
         return True
 
@@ -98,6 +103,8 @@ class Trial(tune.Trainable):
         self._visit: int | None = None
         record = read_trial(self._folder, self._number)
         self._id = record.trial if record else self.trial_id
+        self._heard = record.heard if record else 0
+        self._stopped = record is not None and record.decision == STOPPED
         copied = checkpoint.newest(self._run.path / _COPIED) if record and record.copied else None
         self._start_from = str(copied) if copied else None
 
@@ -114,7 +121,8 @@ class Trial(tune.Trainable):
             self._visit = None
             raise RuntimeError(event.failure)
         metrics = {f"val/{name}": value for name, value in event.metrics.items()}
-        return {**metrics, STEP: event.step, OVER: event.over, tune.result.DONE: event.over}
+        done = event.over or self._stopped
+        return {**metrics, STEP: event.step, OVER: event.over, tune.result.DONE: done}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save the run's state and copy it, so that this or another trial can resume from it."""
@@ -152,6 +160,8 @@ class Trial(tune.Trainable):
         return trial_folder(self._folder, self._number)
 
     def _join(self) -> None:
+        if self._start_from:  # what was evaluated of it was another trial
+            self._heard = checkpoint.step_of(Path(self._start_from))
         built = self._config()
         record = TrialRecord(
             self._spec.name,
@@ -161,6 +171,7 @@ class Trial(tune.Trainable):
             space.settings_of(self._drawn),
             self._seed,
             copied=self._start_from is not None,
+            heard=self._heard,
         )
         write_trial(self._folder, record)
         key, tree = pack_key(built), built.dump()
@@ -168,9 +179,12 @@ class Trial(tune.Trainable):
             # neither another run nor a restart of this one may get the changed encoder
             key = key.alone(uuid.uuid4().hex)
         try:
-            place: Any = ray.get(
-                self._packs.add.remote(self._lane_name, key, tree, command_of(self._run), self._start_from)
+            # one that was stopped, and has not left its lane, has its last evaluation to report
+            heard = 0 if self._stopped else self._heard
+            joining: Any = self._packs.add.remote(
+                self._lane_name, key, tree, command_of(self._run), self._start_from, heard
             )
+            place: Any = ray.get(joining)
         except Exception as error:
             write_refused(self._run, built, str(getattr(error, "cause", None) or error))
             raise

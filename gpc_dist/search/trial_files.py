@@ -36,6 +36,8 @@ class TrialRecord:
     """Whether the run is to start from another trial's state, and has not yet."""
     lane: int | None = None
     host: str = ""
+    heard: int | None = None
+    """Step of the newest evaluation on which the search has decided; None in records of earlier versions."""
     decision: str = "running"
     """running, or one of the above."""
 

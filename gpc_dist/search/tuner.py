@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.stopper import CombinedStopper
 
 from gpc_dist import batch, config, files
@@ -28,7 +29,7 @@ from gpc_dist.search import algorithm, one_pack, ray_cluster, space
 from gpc_dist.search.callback import TrialCallback, best_trial
 from gpc_dist.search.pack_key import pack_key
 from gpc_dist.search.packs import ACTOR, Packs, Shape
-from gpc_dist.search.past import Past, read_past, spent_file
+from gpc_dist.search.past import Past, is_closed, read_past, spent_file
 from gpc_dist.search.progress import SearchProgress
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.search.trial import Trial, name_for_tune, sample_of, seed_of
@@ -147,6 +148,7 @@ def _tune(
     base = space.base_config(spec)
     if not base.adapter.trains_encoder:  # whose runs have packs of their own
         packs.warm.remote(pack_key(base), base.dump())
+    led = _Led(packs, folder)
     rules = algorithm.stop_rules(spec, metric, mode, folder)
     scheduler, concurrent = algorithm.make_scheduler(spec), _concurrent(spec, shape)
     analysis = tune.run(
@@ -167,6 +169,7 @@ def _tune(
         verbose=1,
         progress_reporter=_progress(spec, metric, mode),
         callbacks=[
+            led,
             TrialCallback(folder, metric, scheduler, rules, stop),
             *(r for r in rules if isinstance(r, tune.Callback)),
         ],
@@ -175,9 +178,35 @@ def _tune(
         trial_name_creator=name_for_tune,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
-    ray.get(packs.close.remote())
+    packs.close.remote()
+    led.check(wait=True)
     ray.kill(packs)
     return len(analysis.trials)
+
+
+class _Led(tune.Callback):
+    """Ends a search whose actor that leads the packs is lost: Ray Tune would try each trial again without it."""
+
+    def __init__(self, packs: Any, folder: SearchFolder):
+        self._closed, self._folder = packs.closed.remote(), folder
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.check()
+
+    def check(self, wait: bool = False) -> None:
+        """Raise `MachineError` if it is lost.
+
+        Args:
+            wait: until it has closed all packs.
+        """
+        ended, _ = ray.wait([self._closed], timeout=None if wait else 0)
+        try:
+            ray.get(ended)
+        except RayActorError:
+            raise MachineError(
+                "the process that leads the packs of the search was lost: go on with gpc-dist tune "
+                f"{self._folder.config} --resume"
+            ) from None
 
 
 def _check(folder: SearchFolder, same: Set[str], resume: bool) -> None:
@@ -209,11 +238,11 @@ def _check(folder: SearchFolder, same: Set[str], resume: bool) -> None:
 def _open(folder: SearchFolder, spec: SearchSpec, command: Sequence[str], resume: bool) -> None:
     folder.write_status("running")
     folder.result.unlink(missing_ok=True)
-    files.write_text(folder.config, spec.to_yaml())
     if not resume:
         recipe = to_yaml(config.recipe_tree(spec.recipe))
         files.write_text(recipe_of(folder), recipe)
         spent_file(folder).unlink(missing_ok=True)
+    files.write_text(folder.config, spec.to_yaml())  # from here on there is a search to go on with
     files.write_json(folder.facts, collect_facts(command))
 
 
@@ -284,11 +313,13 @@ def _progress(spec: SearchSpec, metric: str, mode: str) -> SearchProgress:
 
 def _close(folder: SearchFolder, metric: str, mode: str, trials: int, start_s: float) -> int:
     decisions: Counter[str | None] = Counter()
-    for trial in folder.begun_trials():
+    for number in range(trials):
+        trial = trial_folder(folder, number)
         decision = files.read_json(trial.trial).get("decision")
+        if decision == STOPPED and not is_closed(trial):
+            log.warning("trial %s was stopped, but not saved: --resume does it again", trial.path.name)
+            decision = FAILED
         decisions[decision] += 1
-        if decision == FAILED:
-            log.warning("trial %s failed: %s", trial.path.name, trial.read_status().reason)
     best = best_trial(folder, metric, mode)
     result = {
         "metric": metric,

@@ -58,12 +58,21 @@ class Pack:
         """Names of the runs in the pack's lanes."""
         return list(self._runs)
 
-    def add(self, name: str, config: Config, command: Sequence[str], start_from: Path | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        config: Config,
+        command: Sequence[str],
+        start_from: Path | None = None,
+        heard: int | None = None,
+    ) -> None:
         """Give a run a lane. The run begins, or resumes from the newest checkpoint in its folder.
 
         Args:
             command: command line that reproduces the run.
             start_from: folder of another run's checkpoint to start from instead; it replaces those in the folder.
+            heard: step of the newest evaluation that the caller knows; a newer one that the checkpoint was saved after
+                is the run's first event. None if it knows all.
 
         Raises:
             UserError: for the same reasons as in `gpc-dist train`; the pack stays usable without this run.
@@ -94,6 +103,7 @@ class Pack:
                 validation=validation,
                 saved=saved,
                 filled_s=session.text_states_s - spent_s,
+                heard=heard,
             )
             self._held[name] = held.pop_all()
         session.release_lower_layers()

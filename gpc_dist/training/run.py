@@ -80,6 +80,7 @@ class Run:
         adapter: the adapter to train, see `Session.new_adapter`.
         saved: checkpoint to resume from.
         filled_s: seconds that computing text states for this run took, see `Session.text_states_s`.
+        heard: see `Pack.add`.
 
     Raises:
         UserError: the checkpoint was made with other weights of the encoder.
@@ -98,6 +99,7 @@ class Run:
         validation: Split,
         saved: Checkpoint | None = None,
         filled_s: float = 0.0,
+        heard: int | None = None,
     ):
         settings = config.train
         self.name, self.session, self.config, self.folder = name, session, config, folder
@@ -106,6 +108,9 @@ class Run:
         self.optimizer = optimizer_of(self.adapter, session, config)
         encoder = session.base.identity
         self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()
+        evaluated_step = self.position.evaluated_step
+        self.unheard = heard is not None and heard < evaluated_step == self.position.step
+        """Whether an event of the last evaluation is due: it was lost before somebody heard of it."""
         session.integrity.check(self.optimizer, folder.checkpoints)
         targets = training.encoded.targets
         assert targets is not None

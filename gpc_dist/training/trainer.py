@@ -94,17 +94,17 @@ class Trainer:
         return _prepare(_by_session(runs))
 
     def _settle(self, runs: Sequence[Run], stepped: bool) -> list[Event]:
-        """Evaluate and save the runs that are due. Returns the events of runs that were evaluated or are complete."""
+        """Evaluate and save the runs that are due. Returns the events of runs that were evaluated or are complete, and
+        those that were lost."""
         evaluated = [] if self.stopped else self._evaluate([run for run in runs if run.evaluation_due])
         for run in runs:
             due = self.stopped or run.save_due(run in evaluated) if stepped else run in evaluated
             if due:
                 run.save()
-        return [
-            Event(run.name, run.position.step, run.position.last, over=run.complete)
-            for run in runs
-            if run in evaluated or run.complete
-        ]
+        told = [run for run in runs if run in evaluated or run.complete or run.unheard]
+        for run in told:
+            run.unheard = False
+        return [Event(run.name, run.position.step, run.position.last, over=run.complete) for run in told]
 
     def _evaluate(self, runs: Sequence[Run]) -> list[Run]:
         """Evaluate runs, those with the same split together. Returns the evaluated ones: a stop skips the others."""

@@ -8,8 +8,9 @@ from tests.faults.case import Family
 from tests.faults.jobs import Jobs
 from tests.faults.records import Records
 from tests.faults.runs import Runs
+from tests.faults.searches import Searches
 
-FAMILIES: tuple[type[Family], ...] = (Runs, Records, Jobs)
+FAMILIES: tuple[type[Family], ...] = (Runs, Records, Jobs, Searches)
 
 KINDS = tuple(kind for family in FAMILIES for kind in family.kinds)
 """Each is of one family."""

@@ -1,9 +1,9 @@
-"""Holds a run of the program at a step, for a test. Python imports this at its start: the folder is on PYTHONPATH.
+"""Reaches into processes of the program for a test. Python imports this at its start: the folder is on PYTHONPATH.
 
-The file that `tests.holds.Hold` puts down is renamed when the step is logged, and the run waits until that one is
-removed, or until it is asked to stop. A step that is made again, by a run that goes on, is not held.
+Holds: the file that `tests.holds.Hold` puts down is renamed when the step is logged, and the run waits until that one
+is removed, or until it is asked to stop. A step that is made again, by a run that goes on, is not held.
 
-In the ranks of jobs of the campaign of faults, it lets the fault happen (`tests.faults.inject.join`).
+Faults of the campaign: in the ranks of jobs (`tests.faults.inject.join`), and in Ray's workers (`tests.faults.strike`).
 """
 
 import os
@@ -40,3 +40,8 @@ if "TESTS_JOB" in os.environ:
     from tests.faults import inject
 
     inject.join()
+
+if "TESTS_FAULTS" in os.environ:
+    from tests.faults.strike import watch_workers
+
+    watch_workers()

@@ -13,7 +13,9 @@ import pytest
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import spec
 from gpc_dist.search.algorithm import make_scheduler, stop_rules
-from gpc_dist.search.callback import replay
+from gpc_dist.search.callback import TrialCallback, replay
+from gpc_dist.search.trial_files import TrialRecord, read_trial, trial_folder, write_trial
+from gpc_dist.training.stop import StopRequest
 
 SETTINGS = {"scheduler.grace_steps": "20", "scheduler.perturb_every": "20"}
 
@@ -24,6 +26,7 @@ class FakeTrial:
 
     trial_id: str
     finished: bool
+    error_file: Path = Path()
 
     def __str__(self) -> str:
         return f"{int(self.trial_id.rpartition('_')[2]):03d}"
@@ -93,6 +96,48 @@ def test_each_scheduler_hears_what_it_can_bear(tmp_path: Path) -> None:
     assert replay(folder, trials[1:], scheduler("median", trials), "val/average") == count - running
     assert replay(folder, trials[:1], scheduler("median", trials), "val/average") == 0
     assert replay(folder, trials, scheduler("pbt", []), "val/average") == 0
+
+
+def test_a_scheduler_is_not_told_of_what_a_trial_will_report_again(tmp_path: Path) -> None:
+    trials = [FakeTrial("x_00000", finished=False), FakeTrial("x_00001", finished=True)]
+    folder = SearchFolder(tmp_path)
+    for number in range(2):
+        write_trial(folder, TrialRecord("mine", "x", number, "1", {}, heard=20))
+        lines = [{"step": step, "time_s": float(step), "val/average": 0.5} for step in (20, 40)]
+        trial_folder(folder, number).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replay(folder, trials, scheduler("asha", trials), "val/average") == 3
+
+
+@pytest.mark.parametrize(
+    ("done", "over", "decision"),
+    [(False, False, "running"), (True, False, "stopped by scheduler"), (True, True, "completed")],
+)
+def test_what_is_decided_is_noted_with_the_evaluation(
+    tmp_path: Path, done: bool, over: bool, decision: str
+) -> None:
+    """In one write: a search that is killed between two would have heard, and not know what to do."""
+    folder = SearchFolder(tmp_path)
+    write_trial(folder, TrialRecord("mine", "x", 0, "1", {}, heard=0))
+    callback = TrialCallback(folder, "val/average", scheduler("asha", []), (), StopRequest())
+    trial = FakeTrial("x_00000", finished=False)
+    callback.on_trial_result(1, [trial], trial, {"step": 20, "over": over, "done": done})
+    record = read_trial(folder, 0)
+    assert record is not None
+    assert (record.heard, record.decision) == (20, decision)
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
+def test_a_trial_that_lost_its_process_says_why_it_failed(tmp_path: Path, state: Any) -> None:
+    """A run that has failed has said so itself."""
+    folder, error = SearchFolder(tmp_path / "search"), tmp_path / "error.txt"
+    error.write_text("Failure # 1\nTraceback ...\nThe worker died. Worker exit type: SYSTEM_ERROR\n\n")
+    trial = FakeTrial("x_00000", finished=False, error_file=error)
+    trial_folder(folder, 0).write_status(state, "the loss was not finite" if state == "failed" else "")
+    callback = TrialCallback(folder, "val/average", scheduler("asha", []), (), StopRequest())
+    callback.on_trial_error(1, [trial], trial)
+    status = trial_folder(folder, 0).read_status()
+    assert status.state == "failed"
+    assert status.reason == ("the loss was not finite" if state == "failed" else "The worker died.")
 
 
 def test_stop_rules_count_what_was_before(tmp_path: Path) -> None:

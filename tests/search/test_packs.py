@@ -25,6 +25,21 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packs, "_DECIDE_S", PATIENCE_S)
 
 
+def test_a_pack_that_could_not_start_is_not_started_by_those_who_waited_for_it() -> None:
+    """Its ranks would keep their cores for good, and the next pack would wait for them."""
+
+    async def scenario() -> None:
+        actor, pack = _scene()
+        async with pack.calls:
+            waiting = asyncio.ensure_future(actor._start(pack, {}))
+            await asyncio.sleep(0)
+            actor._fail(pack, RuntimeError("no memory"))
+        await waiting
+
+    with pytest.raises(RuntimeError, match="the pack has ended"):
+        asyncio.run(scenario())
+
+
 def test_a_round_waits_for_a_trial_that_is_joining() -> None:
     async def scenario() -> list[str]:
         ready, joining = _Lane(0, 0, joined=True, may_go=True), _Lane(1, 1)

@@ -25,6 +25,7 @@ def record(number: int, **values: Any) -> TrialRecord:
 def test_trials_are_read_with_their_evaluations(tmp_path: Path) -> None:
     folder = SearchFolder(tmp_path)
     write_trial(folder, record(0, seed=3, lane=1, host="node", decision="completed"))
+    trial_folder(folder, 0).write_status("finished")
     write_trial(folder, record(2))
     files.write_json(trial_folder(folder, 1).trial, {"decision": "failed"})  # before it had begun
     write_trial(folder, record(7))  # of no trial of this search
@@ -46,10 +47,30 @@ def test_trials_are_read_with_their_evaluations(tmp_path: Path) -> None:
     assert past[2].evaluations == ()
 
 
+@pytest.mark.parametrize(
+    ("decision", "state", "ended"),
+    [
+        ("completed", "finished", True),
+        ("stopped by scheduler", "stopped", True),
+        ("stopped by scheduler", "running", False),
+        ("stopped by scheduler", "killed", False),
+        ("running", "stopped", False),
+    ],
+)
+def test_a_trial_that_was_being_stopped_has_not_ended(
+    tmp_path: Path, decision: str, state: Any, ended: bool
+) -> None:
+    """Without the result of its run it could not be the best one."""
+    folder = SearchFolder(tmp_path)
+    write_trial(folder, record(0, decision=decision))
+    trial_folder(folder, 0).write_status(state)
+    assert read_past(folder, 1, "val/accuracy")[0].ended == ended
+
+
 def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     folder = SearchFolder(tmp_path)
     older = asdict(record(0, decision="failed"))
-    del older["seed"], older["copied"]
+    del older["seed"], older["copied"], older["heard"]
     files.write_json(trial_folder(folder, 0).trial, older)
     (past,) = read_past(folder, 1, "val/accuracy").values()
     assert past.record == record(0, decision="failed")

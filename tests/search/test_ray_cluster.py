@@ -14,8 +14,9 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 
-from gpc_dist import cli
+from gpc_dist import cli, locks
 from gpc_dist.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, MachineError
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import node, ray_cluster, spec
 from gpc_dist.training.stop import StopRequest
 from tests import rays
@@ -47,7 +48,25 @@ def test_the_folder_to_which_ray_lets_everybody_write_is_in_one_that_nobody_ente
         own, inner = Path(options["_temp_dir"]).parent, Path(options["_temp_dir"]).name
         assert stat.S_IMODE(own.stat().st_mode) == 0o700
         assert len(f"{own}/{inner}/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store") <= 107
+        ray_cluster._remove_left(own.parent)
+        assert own.exists()
     assert not own.exists()
+
+
+def test_what_a_killed_search_has_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """Nothing else: neither what is in use, nor what others can enter, nor what holds no lock."""
+    folders = {name: tmp_path / f"gpc-ray-{name}" for name in ("dead", "alive", "open", "other")}
+    for name, folder in folders.items():
+        folder.mkdir(mode=0o755 if name == "open" else 0o700)
+        if name != "other":
+            (folder / ".lock").touch()
+    with locks.hold(folders["alive"] / ".lock"):
+        ray_cluster._remove_left(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpc-ray-alive",
+        "gpc-ray-open",
+        "gpc-ray-other",
+    ]
 
 
 def enter(folder: Path) -> int:
@@ -55,6 +74,27 @@ def enter(folder: Path) -> int:
     with ray_cluster.connected(folder, StopRequest()):
         print("entered")
     return 0
+
+
+def lose(folder: Path, address: str) -> int:
+    """A search that waits for what its Ray has begun."""
+    ray_cluster._LOST_S = ray_cluster._PERIOD_S = 0.05
+    SearchFolder(folder).write_status("running")
+    with ray_cluster._watched(address, SearchFolder(folder)):
+        threading.Event().wait()
+    return 0
+
+
+def test_a_search_whose_ray_is_lost_ends_and_says_so(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    lost = start_call(lose, tmp_path, address)
+    assert lost.wait() == EXIT_ENVIRONMENT
+    (line,) = lost.stderr.splitlines()
+    assert line.startswith(f"gpc-dist: error: the Ray at {address} has not answered for ")
+    assert line.endswith(f"go on with gpc-dist tune {tmp_path}/search.yaml --resume")
+    status = SearchFolder(tmp_path).read_status()
+    assert status.state == "failed"
+    assert line.endswith(status.reason)
 
 
 def test_a_ray_that_anybody_may_enter_is_refused(
@@ -172,5 +212,6 @@ def test_a_search_that_is_stopped_while_ray_starts_says_so(
     monkeypatch.setattr(StopRequest, "_handle", handle_and_note)
     monkeypatch.setattr(ray, "init", start_slowly)
     monkeypatch.setattr(ray_cluster, "_wait_for_nodes", lambda: None)
+    monkeypatch.setattr(ray_cluster, "_head", lambda: f"127.0.0.1:{free_port()}")
     assert cli.main(["tune", str(search)]) == EXIT_STOPPED
     assert f"stopped by {number.name}; go on with: gpc-dist tune" in capsys.readouterr().err

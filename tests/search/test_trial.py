@@ -17,6 +17,7 @@ from gpc_dist.search import spec
 from gpc_dist.search.packs import Place
 from gpc_dist.search.trial import SAMPLE, SEED, Trial
 from gpc_dist.search.trial_files import TrialRecord, read_trial, trial_folder, write_trial
+from gpc_dist.training.progress import Event
 
 RECORD = TrialRecord("mine", "abcde_00003", 3, "12345678", {"train.lr": 0.02}, 5, lane=1, host="node")
 
@@ -28,12 +29,18 @@ class Packs:
         self._folder = folder
         self.asked: list[Any] = []
         self.add = SimpleNamespace(remote=self._add)
+        self.next = SimpleNamespace(remote=self._next)
 
-    def _add(self, name: str, key: Any, tree: Any, command: Any, state: str | None) -> Place:
+    def _add(
+        self, name: str, key: Any, tree: Any, command: Any, state: str | None, heard: int | None
+    ) -> Place:
         self.asked.append(
-            (name, tree["train"]["lr"], tree["run"]["seed"], state, read_trial(self._folder, 3))
+            (name, tree["train"]["lr"], tree["run"]["seed"], state, heard, read_trial(self._folder, 3))
         )
         return Place(0, 2, 0, "other")
+
+    def _next(self, name: str) -> Event:
+        return Event(name, 8, {"accuracy": 0.5})
 
 
 def take_up(folder: SearchFolder, sample: dict[str, Any]) -> Trial:
@@ -56,12 +63,13 @@ def test_a_trial_goes_on_from_the_state_that_it_was_to_take_over(
     folder = SearchFolder(tmp_path)
     state = trial_folder(folder, 3).path / "started-from"
     checkpoint.save(state, checkpoint.Checkpoint(8, {}, [], {}))
-    before = replace(RECORD, copied=copied)
+    before = replace(RECORD, copied=copied, heard=4)
     write_trial(folder, before)
     trial = take_up(folder, {"train.lr": 0.02, SEED: 5})
     trial._join()
-    ((name, rate, seed, start_from, written),) = trial._packs.asked
+    ((name, rate, seed, start_from, heard, written),) = trial._packs.asked
     assert (name, rate, seed) == ("003", 0.02, 5)
+    assert heard == (8 if copied else 4)  # what was evaluated of that state was the other trial
     assert start_from == (str(state / "step-00000008") if copied else None)
     # it keeps its id in all records, and until its run has begun, that it is to take something over
     assert (written.trial, written.seed, written.copied) == ("abcde_00003", 5, copied)
@@ -77,3 +85,32 @@ def test_a_new_trial_has_the_id_that_ray_gave_it(tmp_path: Path, monkeypatch: py
     trial._join()
     assert files.read_json(trial_folder(folder, 3).trial)["trial"] == "fedcb_00003"
     assert trial._packs.asked[0][3] is None
+
+
+@pytest.mark.parametrize(("decision", "heard"), [("running", 8), ("stopped by scheduler", 0)])
+def test_a_trial_that_was_being_stopped_reports_its_last_evaluation_and_that_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decision: str, heard: int
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    folder = SearchFolder(tmp_path)
+    write_trial(folder, replace(RECORD, heard=8, decision=decision))
+    trial = take_up(folder, {"train.lr": 0.02, SEED: 5})
+    stopped = decision != "running"
+    assert trial.step() == {"val/accuracy": 0.5, "step": 8, "over": False, "done": stopped}
+    assert trial._packs.asked[0][4] == heard
+
+
+def test_a_trial_does_not_fail_for_the_one_whose_process_it_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    trial = take_up(SearchFolder(tmp_path), {"train.lr": 0.02, SEED: 5})
+    trial._join()
+
+    def leave(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    trial._packs.leave = SimpleNamespace(remote=leave)
+    trial._trial_info = SimpleNamespace(trial_name="004", trial_id="fedcb_00004")
+    assert trial.reset_config({SAMPLE: {"train.lr": 0.01, SEED: 6}})
+    assert (trial._number, trial._seed, trial._visit) == (4, 6, None)

@@ -11,17 +11,21 @@ import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 import yaml
+from ray.exceptions import RayActorError
 
 from gpc_dist import cli, files
 from gpc_dist.distributed import checkpoint
-from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE
+from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE, MachineError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import ray_cluster, tuner
+from gpc_dist.search.trial_files import recipe_of
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import command, start, start_call, wait_until
@@ -377,6 +381,73 @@ def test_a_start_of_a_search_that_gets_nowhere_says_so(
     monkeypatch.setattr(tuner, "_tune", stopped_at)
     assert gpc("tune", write_search(place)) == EXIT_STOPPED
     assert (place / "note").exists() == idle
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_search_that_is_killed_as_it_opens_its_folder_has_its_recipe_when_it_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(tuner, "_tune", lambda *given: setattr(given[-1], "signal", "SIGUSR2"))
+    path, search = write_search(place), SearchFolder("searches/mine")
+    write_text, count = files.write_text, itertools.count()
+
+    def write_some(file: Path, text: str) -> None:
+        if next(count) == writes:
+            raise SystemExit
+        write_text(file, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_text", write_some)
+        with pytest.raises(SystemExit):
+            gpc("tune", path)
+    assert gpc("tune", path, *(["--resume"] if search.config.exists() else [])) == EXIT_STOPPED
+    assert recipe_of(search).exists()
+
+
+def test_a_search_that_loses_what_leads_its_packs_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial would be tried again without it, as often as it may."""
+    lost = [False]
+
+    def get(ended: list[Any]) -> None:
+        if ended:
+            raise RayActorError
+
+    monkeypatch.setattr(ray, "wait", lambda waited, timeout: (waited if lost[0] else [], []))
+    monkeypatch.setattr(ray, "get", get)
+    packs = SimpleNamespace(closed=SimpleNamespace(remote=object))
+    led = tuner._Led(packs, SearchFolder(tmp_path))
+    led.on_step_begin(1, [])
+    lost[0] = True
+    with pytest.raises(
+        MachineError, match=f"was lost: go on with gpc-dist tune {tmp_path}/search.yaml --resume"
+    ):
+        led.on_step_begin(2, [])
+
+
+def test_a_trial_that_failed_before_it_began_is_counted(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path)
+    files.write_json(folder.trial("001").trial, {"decision": "failed"})
+    tuner._close(folder, "accuracy", "max", 2, 0.0)
+    result = read(folder.result)
+    assert (result["trials"], result["failed"]) == (2, 1)
+
+
+def test_a_trial_that_was_stopped_and_could_not_be_saved_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no result, and cannot be the best one."""
+    folder = SearchFolder(tmp_path)
+    for name, state in (("000", "running"), ("001", "stopped")):
+        files.write_json(folder.trial(name).trial, {"decision": "stopped by scheduler"})
+        folder.trial(name).write_status(state)
+    tuner._close(folder, "accuracy", "max", 2, 0.0)
+    result = read(folder.result)
+    assert (result["stopped"], result["failed"]) == (1, 1)
+    assert "trial 000 was stopped, but not saved" in caplog.text
 
 
 def test_a_search_of_a_version_that_did_not_write_its_goal_goes_on(

@@ -207,3 +207,20 @@ def test_a_run_that_starts_from_another_forgets_its_own_course(tiny_recipe: Path
     mine, theirs = checkpoint.load(folders["bad"].checkpoints / saved.name), checkpoint.load(saved)
     assert mine.state == theirs.state
     torch.testing.assert_close((mine.tensors, mine.rng), (theirs.tensors, theirs.rng), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("heard", "steps"), [(0, [4, 8]), (4, [8]), (None, [8])])
+def test_an_evaluation_that_nobody_heard_of_is_told_again(
+    tiny_recipe: Path, tmp_path: Path, heard: int | None, steps: list[int]
+) -> None:
+    """Its process was killed before it could report it."""
+    given = {"run.dir": str(tmp_path / "run"), "train.steps": "12", "train.eval_every": "4"}
+    settings = config.load(str(tiny_recipe), given)
+    pack = Pack(settings, World(0, 1, 0, torch.device("cpu")))
+    pack.add("run", settings, ["gpc-dist"])
+    (lost,) = pack.advance(["run"])
+    pack.leave("run")
+    pack.add("run", settings, ["gpc-dist"], heard=heard)
+    events = [event for _ in steps for event in pack.advance(["run"])]
+    assert [event.step for event in events] == steps
+    assert (lost in events) == (heard == 0)
