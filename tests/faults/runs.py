@@ -444,7 +444,7 @@ def rubbish(place: Place, before: set[str]) -> list[str]:
     found = [f"{name} is left in the temporary folder" for name in os.listdir(place.folder / "tmp")]
     pids = {file.read_text().split()[0] for file in place.processes.glob("[!.]*")}
     for name in shared_memory() - before:
-        if any(pid in name for pid in pids):
+        if pids & set(re.findall(r"\d+", name)):
             found.append(f"/dev/shm/{name} is left")
     return found
 
