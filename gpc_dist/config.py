@@ -119,7 +119,7 @@ class AdapterConfig(Section):
     """The sentence whose embeddings start the prompt with `prompt_init: text`."""
     cell: Literal["recurrent", "gated", "residual"] = "recurrent"
     """Rule that writes the next layer's prompt from the encoded and the previous prompt state. `residual` starts as
-    prompt tuning: the safer choice for prompts of 100 tokens, or where nothing is known (docs/method.md)."""
+    prompt tuning: the safer choice where nothing is known (docs/method.md)."""
     cell_rank: int | None = Field(None, ge=1, le=65_536)
     """Rank of the cell's units; full `[H, H]` matrices when not given."""
     cell_per_layer: bool = False

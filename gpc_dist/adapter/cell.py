@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,36 +24,44 @@ from torch import Tensor, nn
 from gpc_dist.adapter.scale import normed, rescaled, rms
 from gpc_dist.config import AdapterConfig
 
+Start = Literal["zero", "identity"]
+
 
 class Unit(nn.Sequential):
     """A linear map `[..., H] -> [..., H]` without bias, as one matrix or as a product of rank `rank`.
 
     Args:
-        zero: start at the zero map (of a product only the second factor is zero, so that gradients flow).
+        start: what it starts as: `zero`, the zero map (of a product only the second factor is zero, so that gradients
+            flow), or `identity`. A product cannot be the identity; it starts as the projection onto a random subspace
+            of its rank, enlarged so that a random state keeps its size.
     """
 
-    def __init__(self, hidden_size: int, rank: int | None, zero: bool = False):
+    def __init__(self, hidden_size: int, rank: int | None, start: Start):
         last = nn.Linear(rank or hidden_size, hidden_size, bias=False)
-        if zero:
+        factors = [last] if rank is None else [nn.Linear(hidden_size, rank, bias=False), last]
+        super().__init__(*factors)
+        if start == "zero":
             nn.init.zeros_(last.weight)
-        if rank is None:
-            super().__init__(last)
+        elif rank is None:
+            nn.init.eye_(last.weight)
         else:
-            super().__init__(nn.Linear(hidden_size, rank, bias=False), last)
+            first = nn.init.orthogonal_(factors[0].weight)
+            with torch.no_grad():
+                last.weight.copy_(first.T * max(1, hidden_size / rank) ** 0.5)
 
 
 class Cell(nn.Module, ABC):
     """A remembering and a forgetting unit; the `rule` of each subclass combines them.
 
     Args:
-        zero: start both units at the zero map.
+        start: of both units, see `Unit`.
     """
 
-    def __init__(self, hidden_size: int, config: AdapterConfig, zero: bool):
+    def __init__(self, hidden_size: int, config: AdapterConfig, start: Start):
         super().__init__()
 
         def unit() -> Unit:
-            return Unit(hidden_size, config.cell_rank, zero)
+            return Unit(hidden_size, config.cell_rank, start)
 
         self.norm = config.cell_norm
         self.scale = config.cell_scale
@@ -95,11 +104,14 @@ class Cell(nn.Module, ABC):
 class RecurrentCell(Cell):
     """`tanh(R(e) + F(p) + b)`: interpretation as an Elman network.
 
-    The result is bounded by 1 at any scale of the encoder's hidden states.
+    The result is bounded by 1 at any scale of the encoder's hidden states. Both units start at the identity, so that
+    training starts from `tanh(e + p)`, and each prompt position keeps what tells it from the others. (Le et al. 2015,
+    arXiv 1504.00941, start recurrent networks at the identity.) With units drawn at random the positions of a long
+    prompt grew alike, and some runs learnt nothing (docs/method.md).
     """
 
     def __init__(self, hidden_size: int, config: AdapterConfig):
-        super().__init__(hidden_size, config, zero=False)
+        super().__init__(hidden_size, config, start="identity")
         self.bias = nn.Parameter(torch.zeros(hidden_size))
 
     def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
@@ -114,7 +126,7 @@ class GatedCell(Cell):
     """
 
     def __init__(self, hidden_size: int, config: AdapterConfig):
-        super().__init__(hidden_size, config, zero=True)
+        super().__init__(hidden_size, config, start="zero")
         self.bias = nn.Parameter(torch.full((hidden_size,), -4.0))
 
     def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
@@ -132,7 +144,7 @@ class ResidualCell(Cell):
     """
 
     def __init__(self, hidden_size: int, config: AdapterConfig):
-        super().__init__(hidden_size, config, zero=True)
+        super().__init__(hidden_size, config, start="zero")
 
     def rule(self, encoded: Tensor, previous: Tensor) -> Tensor:
         return encoded + self.remembered(encoded) - self.forgotten(previous)
