@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -90,6 +91,8 @@ class Records(Runs):
         self._held = ExitStack()
         self._uris: dict[str, str] = {}
         """Of the proxies before the server, by case."""
+        self._experiments: dict[str, str] = {}
+        """By case: a case that is run again must not find what it recorded before."""
         self._store = folder / "store" / "mlflow.db"
         if not self._store.exists():
             self._store.parent.mkdir(exist_ok=True)
@@ -113,16 +116,19 @@ class Records(Runs):
             return self._server
 
     def run(self, case: RunCase) -> Any:
+        self._experiments[case.name] = f"{case.name}-{secrets.token_hex(4)}"
         with self._proxy(case):
             return super().run(case)
 
     def settings(self, case: RunCase | None) -> list[str]:
-        name = "undisturbed" if case is None else case.name
-        words = ["--tracking.enabled", "true", "--tracking.experiment", name]
+        words = ["--tracking.enabled", "true", "--tracking.experiment", self._experiment(case)]
         words += ["--tracking.finish_timeout_s", str(_FINISH_S)]
-        if (uri := self._uris.get(name)) is not None:
-            words += ["--tracking.uri", uri]
+        if case is not None and case.name in self._uris:
+            words += ["--tracking.uri", self._uris[case.name]]
         return words
+
+    def _experiment(self, case: RunCase | None) -> str:
+        return "undisturbed" if case is None else self._experiments[case.name]
 
     def open(self, place: Place) -> None:
         super().open(place)
@@ -152,8 +158,7 @@ class Records(Runs):
             return [f"sync: exit code {code}, {synced.stderr[-500:]}"]
         served = case is not None and case.name in self._uris
         database = self.folder / "server" / "mlflow.db" if served else place.disk / "mlflow.db"
-        name = "undisturbed" if case is None else case.name
-        return [*_compare(place.run, database, name), *left(lambda: noted(place.exporters))]
+        return [*_compare(place.run, database, self._experiment(case)), *left(lambda: noted(place.exporters))]
 
     @contextmanager
     def _proxy(self, case: RunCase) -> Iterator[None]:
