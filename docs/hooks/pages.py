@@ -14,7 +14,12 @@ import tutorial_page
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-TAKEN = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+TAKEN = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "gpc_dist/recipes/demo_data/README.md": "demo-data.md",
+}
 """Pages that stand outside docs/, and their places in the site."""
 MOVED = TAKEN | {"docs/tutorial.py": "tutorial.md"}
 """Files of the repository that have another place in the site than in docs/."""

@@ -273,7 +273,7 @@ class _Watch:
                 finally:
                     self.inside_save = False
                 # what went into a folder that was moved is not reported: the run ends, and says so
-                if call is save and self.run.folder.present:
+                if call is save and (self.run is None or self.run.folder.present):
                     with self.place.saved.open("a") as file:
                         file.write(f"{arguments[0].name}\n")
 

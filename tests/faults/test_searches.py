@@ -12,9 +12,7 @@ from tests.faults.test_slice import assert_nothing_is_lost
 
 KINDS = (
     "search-trial-SIGKILL",
-    "search-trial-error",
     "search-rank-SIGKILL",
-    "search-rank-pause",
     "search-lane-nan",
     "search-torn",
 )
