@@ -13,7 +13,7 @@ from gpc_dist import files
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import save_adapter
 from gpc_dist.config import Config, warmup_steps
-from gpc_dist.distributed import deepspeed_config
+from gpc_dist.distributed import checkpoint, deepspeed_config
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.optimizer import schedule_factor
 from gpc_dist.errors import UserError
@@ -112,6 +112,10 @@ class Run:
         self.unheard = heard is not None and heard < evaluated_step == self.position.step
         """Whether an event of the last evaluation is due: it was lost before somebody heard of it."""
         session.integrity.check(self.optimizer, folder.checkpoints)
+        if (
+            saved and session.world.is_main
+        ):  # a save that was cut off may have left more, and this run nothing to save
+            checkpoint.prune(folder.checkpoints, settings.keep_last, self.position.best_step)
         targets = training.encoded.targets
         assert targets is not None
         weights = class_weights(settings, targets, session.task.outputs)

@@ -100,6 +100,19 @@ def test_a_checkpoint_in_parts_is_whole_or_not_there(tmp_path: Path, monkeypatch
     assert checkpoint.load(path, rank=1, ranks=2).part_files == [path / name]
 
 
+def test_a_run_that_has_nothing_to_save_keeps_no_more_checkpoints_than_it_is_to(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """As when the last save was cut off before what is too many was removed."""
+    train = ("train", tiny_recipe, "--run.dir", tmp_path / "run", "--train.keep_last")
+    assert gpc(*train, 9) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert len(list(checkpoints.iterdir())) == 3
+    assert gpc(*train, 1) == 0
+    best = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["best_step"]
+    assert {checkpoint.step_of(path) for path in checkpoints.iterdir()} == {12, best}
+
+
 def test_a_checkpoint_that_is_moved_before_its_marker_is_not_marked_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
