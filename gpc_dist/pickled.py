@@ -102,7 +102,7 @@ def open_archive(file: Path) -> Iterator[zipfile.ZipFile]:
         zipfile.BadZipFile,
         ValueError,
         struct.error,
-        NotImplementedError,  # a version that zipfile lacks
+        RuntimeError,  # of zipfile: a version or an encryption that it lacks
     ) as error:
         raise UserError(f"{file} is damaged ({one_line(error)}): fetch it again") from None
     except OSError as error:
