@@ -329,3 +329,17 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path: Path) -> None:
     os.truncate(tmp_path / "x.bin", place.offset + 8)
     with pytest.raises(UserError, match="became shorter"):
         place.loaded()
+
+
+def test_an_encrypted_archive_is_refused_in_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "encrypted.bin"
+    torch.save({"a": MATRIX}, file)
+    content = bytearray(file.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = content.find(signature)
+        while at >= 0:
+            content[at + flags] |= 1
+            at = content.find(signature, at + 1)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged .*encrypted"):
+        read_pickled(file)
