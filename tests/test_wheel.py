@@ -66,7 +66,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run((sys.executable, "-m", "venv", "--without-pip", place), check=True, timeout=120)
     python = place / "bin" / "python"
     install = (sys.executable, "-m", "pip", "--python", python, "install", *ways, wheel)
-    subprocess.run(install, check=True, timeout=120)
+    subprocess.run(install, check=True, timeout=120, env=without_checkout())
     asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run((python, "-c", asked), check=True, capture_output=True, text=True).stdout.strip()
     packages = [path for path in sys.path if Path(path).name == "site-packages"]
@@ -74,11 +74,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "bin"
 
 
+def without_checkout() -> dict[str, str]:
+    """An environment in which nothing sees this checkout, nor pip that it has the program's metadata already."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def run(*words: object, cwd: Path) -> str:
-    """What a command prints; it does not see this checkout."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """What a command prints."""
     done = subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=without_checkout(),
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

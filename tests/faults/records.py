@@ -115,6 +115,11 @@ class Records(Runs):
                 self._server = MlflowServer(folder)
             return self._server
 
+    def _wait_for_server(self) -> None:
+        """Another case may have killed it, and its start takes longer than all tries of `sync`."""
+        with self._restarting:
+            pass
+
     def run(self, case: RunCase) -> Any:
         self._experiments[case.name] = f"{case.name}-{secrets.token_hex(4)}"
         with self._proxy(case):
@@ -149,14 +154,16 @@ class Records(Runs):
 
     def finished(self, case: RunCase | None, place: Place) -> list[str]:
         """Complete the record, and compare it with the run's folder."""
+        served = case is not None and case.name in self._uris
         for _ in range(_MOST_REQUESTS):
+            if served:
+                self._wait_for_server()
             synced = start("sync", place.run)
             code = end(synced, _LIMIT_S)
             if not (code == EXIT_ENVIRONMENT and "Run the command again" in synced.stderr):
                 break
         if code != EXIT_DONE:
             return [f"sync: exit code {code}, {synced.stderr[-500:]}"]
-        served = case is not None and case.name in self._uris
         database = self.folder / "server" / "mlflow.db" if served else place.disk / "mlflow.db"
         return [*_compare(place.run, database, self._experiment(case)), *left(lambda: noted(place.exporters))]
 

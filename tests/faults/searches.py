@@ -47,6 +47,7 @@ _END_S = 60
 """Within which all processes of a search have ended when its driver has: there are some ten, beside other cases."""
 _MOST_STARTS = 4
 """After the last fault: one, and others after what a refusal says is to be done."""
+_UNSAVED = "was stopped, but not saved: --resume does it again"
 _SAME = ("train/loss", "train/grad_norm", "train/lr_factor", "train/epoch")
 _HOLDING = Path(__file__).parents[1] / "holding"
 
@@ -256,9 +257,11 @@ class Searches:
             whole = code == EXIT_DONE and json.loads((place.run / "result.json").read_text())["failed"] == 0
             if number + 1 >= len(case.starts) and whole:
                 return []
-            # Ray Tune tries no trial again that loses a process in which it was to follow another
+            # Ray Tune tries no trial again that loses a process in which it was to follow another, nor one that it
+            # has stopped and that could not save
             leaves = any(strike.moment == "leave" for strike in strikes)
-            if code == EXIT_DONE and injected and KINDS[case.kind].survives and not leaves:
+            unsaved = _UNSAVED in started.stderr
+            if code == EXIT_DONE and injected and KINDS[case.kind].survives and not (leaves or unsaved):
                 return [f"trials failed: {started.stderr[-500:]}"]
             _mend(place, started.stderr)
             if number == 0:
