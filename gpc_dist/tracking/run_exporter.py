@@ -139,8 +139,6 @@ class RunExporter(Exporter):
         return str(created.model_id)
 
     def _send_adapter(self) -> None:
-        from mlflow.entities import LoggedModelOutput
-
         version, model_id = self._adapter_version(), self.state.model_id
         if version is None or self.state.sent.get(_ADAPTER) == version:
             return
@@ -151,10 +149,21 @@ class RunExporter(Exporter):
             facts = files.read_json(self._folder.facts)
             place = self._folder.path
             model.log_adapter(self.client, model_id, adapter, facts, place, self._loader_module)
-            step = int(files.read_json(self._folder.result).get("steps", 0))
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+            self._link_model(model_id)
         self.state.sent[_ADAPTER] = version
         self._save()
+
+    def _link_model(self, model_id: str) -> None:
+        """Make the model an output of the run, unless it is: an exporter may have been killed since. A database refuses
+        the same link twice."""
+        from mlflow.entities import LoggedModelOutput
+
+        outputs = self.client.get_run(self.run_id).outputs
+        if outputs is not None and model_id in (each.model_id for each in outputs.model_outputs):
+            return
+        step = int(files.read_json(self._folder.result).get("steps", 0))
+        with sent_once():
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
     def _adapter_version(self) -> str | None:
         """The digest of the adapter's files; None without an adapter.

@@ -368,3 +368,50 @@ def test_interrupted_upload_leaves_one_model(
         [str(state.experiment_id)], filter_string=f"source_run_id = '{state.run_id}'"
     )
     assert [(model.model_id, model.status) for model in models] == [(state.model_id, "READY")]
+
+
+class _Killed(BaseException):
+    """Like a signal, it is caught by nothing."""
+
+
+def test_killed_between_any_request_and_its_note_it_goes_on(
+    make_run: MakeRun, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    files.write_text(run.adapter / "adapter_config.json", "only")
+    files.write_json(run.result, {"steps": 5, "metrics": {"accuracy": 0.75}})
+    files.write_json(run.facts, {"dataset": {"name": "cats", "source": "here", "digest": "1"}})
+    write(run, "train/loss", {1: 1.0, 2: 0.5})
+    run.write_status("finished")
+    noted, killed = files.write_json, set[str]()
+
+    def kill_once(path: Path, state: Any) -> None:
+        # a key and ids that were not noted are others the next time
+        what = {
+            key: bool(value) if key in ("key", "run_id", "model_id") else value
+            for key, value in state.items()
+        }
+        if path == run.tracking and str(what) not in killed:
+            killed.add(str(what))
+            raise _Killed
+        noted(path, state)
+
+    monkeypatch.setattr(files, "write_json", kill_once)
+    while True:
+        try:
+            state = RunExporter(run, loader_module=loader).update()
+            break
+        except _Killed:
+            pass
+    assert len(killed) > 10, "each note, once"
+    assert history(run, "train/loss") == [(1, 1.0), (2, 0.5)]
+    found = recorded(run)
+    assert found.info.status == "FINISHED"
+    assert len(found.inputs.dataset_inputs) == 1
+    client, experiment = client_of(run), [str(state.experiment_id)]
+    assert [each.info.run_id for each in client.search_runs(experiment)] == [state.run_id]
+    assert [(m.model_id, m.status) for m in client.search_logged_models(experiment)] == [
+        (state.model_id, "READY")
+    ]
+    assert found.outputs is not None
+    assert [(each.model_id, each.step) for each in found.outputs.model_outputs] == [(state.model_id, 5)]
