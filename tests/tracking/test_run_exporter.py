@@ -377,7 +377,7 @@ class _Killed(BaseException):
 def test_killed_between_any_request_and_its_note_it_goes_on(
     make_run: MakeRun, loader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_run()
+    run = make_run(tracking__experiment="killed")
     files.write_text(run.adapter / "adapter_config.json", "only")
     files.write_json(run.result, {"steps": 5, "metrics": {"accuracy": 0.75}})
     files.write_json(run.facts, {"dataset": {"name": "cats", "source": "here", "digest": "1"}})
