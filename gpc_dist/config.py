@@ -117,6 +117,9 @@ class AdapterConfig(Section):
     `prompt_text` or of the label words; or uniform noise of that size."""
     prompt_text: str | None = None
     """The sentence whose embeddings start the prompt with `prompt_init: text`."""
+    prompt_mlp: int | None = Field(None, ge=1, le=65_536)
+    """Reparametrisation: the prompts are what an MLP of this width, with a skip connection, makes of trained vectors
+    (docs/method.md); the vectors themselves when not given."""
     cell: Literal["recurrent", "gated", "residual"] = "recurrent"
     """Rule that writes the next layer's prompt from the encoded and the previous prompt state. `residual` starts as
     prompt tuning: the safer choice where nothing is known (docs/method.md)."""

@@ -35,13 +35,45 @@ class EncoderShape:
 
 class Prompt(nn.Module):
     """`start [P, E]` is put before the text, or `[P, H]` if it enters before layer k > 0; `deep [L-1-k, P, H]` are the
-    fresh prompts of the layers after k (method `deep-prompt`)."""
+    fresh prompts of the layers after k (method `deep-prompt`).
 
-    def __init__(self, tokens: int, shape: EncoderShape, first_layer: int, deep: bool):
+    With `adapter.prompt_mlp` they are `x + MLP(x)` of what is trained, one MLP for all of them: the reparametrisation
+    of prefix tuning (Li and Liang 2021, section 4.3) with the skip connection of residual prompt tuning (Razdaibiedina
+    et al. 2023, section 3). Its last map starts at 0, so it starts as the prompts without it.
+
+    Raises:
+        UserError: one MLP is to serve prompts of two widths, E and H.
+    """
+
+    def __init__(self, config: AdapterConfig, shape: EncoderShape, first_layer: int):
         super().__init__()
-        width, later = shape.hidden_size, shape.layers - 1 - first_layer
-        self.start = nn.Parameter(torch.zeros(tokens, width if first_layer else shape.embedding_size))
-        self.deep = nn.Parameter(torch.zeros(later, tokens, width)) if deep else None
+        tokens, deep = config.prompt_tokens, config.method == "deep-prompt"
+        width = shape.hidden_size if first_layer else shape.embedding_size
+        self.start = nn.Parameter(torch.zeros(tokens, width))
+        self.deep: nn.Parameter | None = None
+        if deep:
+            self.deep = nn.Parameter(torch.zeros(shape.layers - 1 - first_layer, tokens, shape.hidden_size))
+            nn.init.normal_(self.deep, std=0.02)
+        self.mlp: nn.Module | None = None
+        if config.prompt_mlp is not None:
+            if deep and width != shape.hidden_size:
+                raise UserError(
+                    f"adapter.prompt_mlp: the encoder's embeddings have width {width} and its states "
+                    f"{shape.hidden_size}, and one MLP cannot serve both: give an adapter.first_layer above 0"
+                )
+            last = nn.Linear(config.prompt_mlp, width)
+            self.mlp = nn.Sequential(nn.Linear(width, config.prompt_mlp), nn.Tanh(), last)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def made(self, trained: Tensor) -> Tensor:
+        """The prompt `[..., P, E or H]` that is made of trained vectors."""
+        return trained if self.mlp is None else trained + self.mlp(trained)
+
+    @property
+    def first(self) -> Tensor:
+        """The prompt that enters layer k, `[P, E or H]`."""
+        return self.made(self.start)
 
 
 class Adapter(nn.Module):
@@ -85,9 +117,7 @@ class Adapter(nn.Module):
             head = Head(shape.hidden_size, outputs, mixed, config.head_hidden)
             self.prompt = None
             if config.has_prompt:
-                self.prompt = Prompt(
-                    config.prompt_tokens, shape, self.first_layer, deep=method == "deep-prompt"
-                )
+                self.prompt = Prompt(config, shape, self.first_layer)
             self.cell = None
             if method == "gpc":
                 self._acting = _cell_layers(config, self.first_layer, shape.layers)
@@ -96,8 +126,6 @@ class Adapter(nn.Module):
                 self.cell = nn.ModuleList([make(shape.hidden_size, config) for _ in range(count)])
             self.head = head
             self.encoder: nn.ModuleDict | None = None
-            if self.prompt is not None and self.prompt.deep is not None:
-                nn.init.normal_(self.prompt.deep, std=0.02)
 
     def take_encoder(self, body: nn.Module, token_embeddings: nn.Module) -> None:
         """Make an encoder a part of this adapter, to train, save and load it (`fine-tuning`)."""
@@ -127,19 +155,14 @@ class Adapter(nn.Module):
         if (cell := self.cell_after(layer)) is not None:
             return list(cell.parameters())
         if self._fresh_after(layer):
-            return [self._deep]
+            assert self.prompt is not None
+            return [each for name, each in self.prompt.named_parameters() if name != "start"]
         return []
-
-    @property
-    def _deep(self) -> nn.Parameter:
-        assert self.prompt is not None
-        assert self.prompt.deep is not None
-        return self.prompt.deep
 
     def start(self, rows: int) -> Tensor:
         """The prompt to put before the text of `rows` rows: `[rows, P, E]`."""
         assert self.prompt is not None
-        return self.prompt.start.expand(rows, -1, -1)
+        return self.prompt.first.expand(rows, -1, -1)
 
     def pooled(self, text: Tensor, attention_mask: Tensor) -> Tensor:
         """States of the text `[R, T, H]` as the head pools them, float32 `[R, H]`."""
@@ -180,7 +203,10 @@ class Adapter(nn.Module):
             size = text_rms(text, attention_mask).to(dtype) if scaled else None
             return cell(encoded.to(dtype), previous.to(dtype), size).to(encoded.dtype)
         if self._fresh_after(layer):
-            return self._deep[layer - self.first_layer].to(encoded.dtype).expand(len(encoded), -1, -1)
+            assert self.prompt is not None
+            assert self.prompt.deep is not None
+            fresh = self.prompt.made(self.prompt.deep[layer - self.first_layer])
+            return fresh.to(encoded.dtype).expand(len(encoded), -1, -1)
         return encoded
 
 

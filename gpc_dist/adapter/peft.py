@@ -204,8 +204,13 @@ def write_peft(folder: Path, adapter: Adapter, base: Base) -> str:
     """
     if reason := _inexpressible(adapter):
         raise UserError(f"PEFT cannot express this adapter: {reason}")
-    values = {name: p.detach().cpu().contiguous() for name, p in adapter.named_parameters()}
-    tensors = {_PROMPT: values.pop("prompt.start")}
+    assert adapter.prompt is not None
+    tensors = {_PROMPT: adapter.prompt.first.detach().cpu().contiguous()}
+    values = {
+        name: each.detach().cpu().contiguous()
+        for name, each in adapter.named_parameters()
+        if not name.startswith("prompt.")
+    }
     as_classifier = _is_classifier(adapter, base, values)
     if as_classifier:
         tensors |= {theirs: values[ours] for ours, theirs in _HEADS[base.family].items()}

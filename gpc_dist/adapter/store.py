@@ -32,7 +32,7 @@ MARK = "<!-- written by gpc-dist -->"
 _FORMAT = 1
 _ENCODER = "encoder."
 """Prefix of the names of a fine-tuned encoder's tensors."""
-_ADDED = {"first_layer": 0, "head_layers": "last", "head_hidden": False}
+_ADDED = {"first_layer": 0, "head_layers": "last", "head_hidden": False, "prompt_mlp": None}
 """Keys of `AdapterConfig` that older cards lack, with what an adapter did without them."""
 _MOST_LAYERS = 1000
 """Of an encoder; a card that names more would have as many cells made before one is compared with a tensor."""

@@ -31,7 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "cell_scale": "prompt",
     },
     "deep-prompt": {"method": "deep-prompt"},
+    "deep-prompt-mlp": {"method": "deep-prompt", "prompt_mlp": 5},
     "prompt-tuning": {"method": "prompt-tuning"},
+    "prompt-tuning-mlp": {"method": "prompt-tuning", "prompt_mlp": 5},
 }
 """Every method that has a prompt, and every cell in its variants."""
 _BARE = {"cell_norm": False, "cell_scale": "none"}

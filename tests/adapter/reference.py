@@ -244,7 +244,21 @@ def t5(
     return norm(x, "encoder.final_layer_norm")
 
 
-# -- cells by their formula ----------------------------------------------------------------------------
+# -- prompts and cells by their formulas ---------------------------------------------------------------
+
+
+def prompt_made_of(trained: Tensor, w: Weights) -> Tensor:
+    """With `adapter.prompt_mlp`, `x + W_2 tanh(W_1 x + b_1) + b_2`."""
+    if "prompt.mlp.0.weight" not in w:
+        return trained
+    inner = torch.tanh(trained @ w["prompt.mlp.0.weight"].T + w["prompt.mlp.0.bias"])
+    return trained + inner @ w["prompt.mlp.2.weight"].T + w["prompt.mlp.2.bias"]
+
+
+def start_of(adapter: Any) -> Tensor:
+    """The prompt that enters its first layer, `[P, E or H]`."""
+    w = dict(adapter.named_parameters())
+    return prompt_made_of(w["prompt.start"], w)
 
 
 def cell_rule(adapter: Any, mask: Tensor, weights: Weights | None = None) -> NextPrompt:
@@ -285,7 +299,8 @@ def cell_rule(adapter: Any, mask: Tensor, weights: Weights | None = None) -> Nex
         if config.method == "prompt-tuning":
             return e
         if config.method == "deep-prompt":
-            return w["prompt.deep"][layer - config.first_layer].expand(len(e), -1, -1)
+            fresh = prompt_made_of(w["prompt.deep"][layer - config.first_layer], w)
+            return fresh.expand(len(e), -1, -1)
         place = config.cell_layers.index(layer) if config.cell_layers else layer - config.first_layer
         cell = f"cell.{place if config.cell_per_layer else 0}"
         remembered, forgotten = unit(e, f"{cell}.remember"), unit(p, f"{cell}.forget")

@@ -14,7 +14,7 @@ from gpc_dist.adapter.lane import Adapter
 
 from .encoders import FAMILIES, L, batch_for, tiny
 from .grafts import METHODS, gradients, grafted, options, read_of, trained
-from .reference import Weights, bert, cell_rule, t5
+from .reference import Weights, bert, cell_rule, prompt_made_of, t5
 
 Loss = Callable[[Weights], Tensor]
 
@@ -25,12 +25,12 @@ def loss_in_float64(family: str, encoder: nn.Module, adapter: Adapter, batch: di
     ids, mask = batch["input_ids"], batch["attention_mask"]
 
     def loss(w: Weights) -> Tensor:
-        rule = cell_rule(adapter, mask, w)
+        rule, start = cell_rule(adapter, mask, w), prompt_made_of(w["prompt.start"], w)
         if family == "bert":
             types = batch["token_type_ids"]
-            states = bert(frozen, w["prompt.start"], ids, mask, types, rule, first=adapter.first_layer)
+            states = bert(frozen, start, ids, mask, types, rule, first=adapter.first_layer)
         else:
-            states = t5(frozen, w["prompt.start"], ids, mask, rule, first=adapter.first_layer)
+            states = t5(frozen, start, ids, mask, rule, first=adapter.first_layer)
         read = read_of(states, adapter.config)
         there = torch.ones(read.shape[:2]) if adapter.config.pooling == "prompt" else mask
         pooled = (read * there[:, :, None]).sum(1) / there.sum(1, keepdim=True)

@@ -24,6 +24,7 @@ from tests.conftest import gpc
 
 from .encoders import P, batch_for, randomise, saved_encoder, tiny, tiny_config
 from .grafts import grafted, options
+from .reference import start_of
 
 WITH_HEADS = ("bert", "roberta", "xlm-roberta")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -112,6 +113,17 @@ def test_ours_is_an_adapter_of_peft_and_back(family: str, pooling: str, tmp_path
     again = imported(tmp_path / "peft", tmp_path / "base", tmp_path / "again")
     assert torch.equal(again(**batch), graft(**batch))
     assert again.adapter.config.pooling == pooling
+
+
+def test_peft_gets_the_prompt_that_an_mlp_makes(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "base")
+    encoder, batch = transformers.AutoModel.from_pretrained(tmp_path / "base"), batch_for("bert")
+    graft = grafted(encoder, options("prompt-tuning-mlp"))
+    graft.save_pretrained(tmp_path / "ours")
+    assert gpc("export", tmp_path / "ours", "--peft", tmp_path / "peft") == EXIT_DONE
+    again = imported(tmp_path / "peft", tmp_path / "base", tmp_path / "again")
+    torch.testing.assert_close(again.adapter.prompt.start, start_of(graft.adapter))
+    assert torch.equal(again(**batch), graft(**batch))
 
 
 def test_the_real_minilm(minilm_folder: Path, minilm_tokenizer: Any, tmp_path: Path) -> None:
@@ -258,6 +270,7 @@ def test_a_card_without_the_new_keys_is_read_as_before(tmp_path: Path) -> None:
     grafted(saved_encoder(tmp_path / "base"), options("prompt-tuning")).save_pretrained(tmp_path / "ours")
     path = tmp_path / "ours" / "adapter_config.json"
     card = json.loads(path.read_text())
-    del card["adapter"]["head_hidden"]
+    for key in ("head_hidden", "prompt_mlp"):
+        del card["adapter"][key]
     path.write_text(json.dumps(card))
     assert load_adapter(tmp_path / "ours")[0].head.hidden is None

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gpc_dist.adapter import AdapterConfig
+from gpc_dist.errors import UserError
 
 from .encoders import FAMILIES, L, P, batch_for, tiny
 from .grafts import METHODS, grafted, options, read_of, read_states
-from .reference import bert, cell_rule, keep, run_layers, t5, with_prompt
+from .reference import bert, cell_rule, keep, run_layers, start_of, t5, with_prompt
 
-CELLS = [name for name in METHODS if name != "prompt-tuning"]
+CELLS = [name for name in METHODS if not name.startswith("prompt-tuning")]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+NARROW = ("albert", "electra")
+"""Families whose embeddings are narrower than their states."""
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [each for each in product(FAMILIES, METHODS) if each not in product(NARROW, ["deep-prompt-mlp"])],
+)
 @torch.no_grad()
 def test_graft_equals_the_layers_run_one_by_one(family: str, method: str) -> None:
     encoder, batch = tiny(family), batch_for(family)
     graft = grafted(family, options(method))
-    inputs = with_prompt(encoder, graft.adapter.prompt.start, batch)
+    inputs = with_prompt(encoder, start_of(graft.adapter), batch)
     expected = run_layers(encoder, inputs, P, cell_rule(graft.adapter, batch["attention_mask"]))
     torch.testing.assert_close(
         read_states(graft, batch), read_of(expected, graft.adapter.config), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("family", NARROW)
+def test_one_mlp_does_not_serve_embeddings_and_states_of_two_widths(family: str) -> None:
+    with pytest.raises(UserError, match=r"one MLP cannot serve both: give an adapter\.first_layer above 0"):
+        grafted(family, options("deep-prompt-mlp"))
+    grafted(family, options("deep-prompt-mlp", first_layer=1))
 
 
 @pytest.mark.parametrize("method", ["gated", "text-scale", "deep-prompt", "prompt-tuning"])
@@ -62,7 +78,7 @@ def test_bert_graft_equals_plain_pytorch(method: str) -> None:
     graft, batch = grafted("bert", options(method)), batch_for("bert")
     expected = bert(
         graft.encoder.state_dict(),
-        graft.adapter.prompt.start,
+        start_of(graft.adapter),
         batch["input_ids"],
         batch["attention_mask"],
         batch["token_type_ids"],
@@ -80,7 +96,7 @@ def test_t5_graft_equals_plain_pytorch(method: str) -> None:
     graft, batch = grafted(encoder, options(method)), batch_for("t5")
     expected = t5(
         encoder.state_dict(),
-        graft.adapter.prompt.start,
+        start_of(graft.adapter),
         batch["input_ids"],
         batch["attention_mask"],
         cell_rule(graft.adapter, batch["attention_mask"]),
