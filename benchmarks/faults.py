@@ -41,7 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", type=int, default=200, help="over all kinds")
-    parser.add_argument("--only", choices=KINDS, nargs="+", default=list(KINDS), help="kinds")
+    parser.add_argument("--only", metavar="KIND", choices=KINDS, nargs="+", default=list(KINDS), help="kinds")
     parser.add_argument("--seed", type=int, help="run the case of this seed alone of each kind")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--at-once", type=int, default=2)

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import shutil
-import signal
 import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +20,7 @@ from typing import Any
 import psutil
 
 from tests.faults.disk import Disk
+from tests.faults.happenings import happen
 
 _COLLECTIVES = (
     "all_reduce",
@@ -35,7 +32,6 @@ _COLLECTIVES = (
     "gather",
     "barrier",
 )
-SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR2")
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,9 @@ class Fault:
     """What happens, where and when."""
 
     kind: str
-    """A signal, or the name of a function `_on_<kind>` here."""
+    """A signal, or the name of a function in `happenings`."""
     moment: str
-    """Of the run, see `_Watch.patch`."""
+    """Of the run, see `Watch.patch`."""
     visit: int
     """It happens when the rank comes to a place of the moment for this time, from 1."""
     rank: int
@@ -136,7 +132,7 @@ def launch(words: Sequence[str], place: Path, faults: Sequence[dict[str, Any]] |
     from gpc_dist import cli
     from tests import processes
 
-    watch = _Watch(Place(place), None if faults is None else [Fault(**fault) for fault in faults])
+    watch = Watch(Place(place), None if faults is None else [Fault(**fault) for fault in faults])
     watch.note("launcher")
     watch.patch()
     begin = processes._ForkedRank._begin
@@ -160,7 +156,7 @@ def join() -> None:
 
     place = Place(Path(os.environ["TESTS_JOB"], os.environ.get("SLURM_ARRAY_TASK_ID", "")))
     fault = Fault(**json.loads(place.fault.read_text()))
-    watch, main = _Watch(place, [] if place.happened(fault).exists() else [fault]), cli.main
+    watch, main = Watch(place, [] if place.happened(fault).exists() else [fault]), cli.main
 
     def note_and_run(words: Sequence[str] | None = None) -> int:
         number = os.environ["SLURM_PROCID"]
@@ -173,7 +169,7 @@ def join() -> None:
     cli.main = note_and_run
 
 
-class _Watch:
+class Watch:
     """Counts the visits of each moment, in each rank by itself."""
 
     def __init__(self, place: Place, faults: Sequence[Fault] | None):
@@ -327,160 +323,3 @@ def note(folder: Path, name: str, pid: int) -> None:
     temporary = folder / f".{name}"
     temporary.write_text(f"{pid} {psutil.Process(pid).create_time()}")
     temporary.rename(folder / name)
-
-
-def happen(watch: _Watch, fault: Fault) -> None:
-    if fault.kind in SIGNALS:
-        for pid in watch.pids(fault.target):
-            os.kill(pid, signal.Signals[fault.kind])
-    else:
-        globals()[f"_on_{fault.kind}"](watch, fault)
-
-
-def _on_pause(watch: _Watch, fault: Fault) -> None:
-    """Stand still for a while."""
-    pids = watch.pids(fault.target)
-    _later(fault.detail, "CONT", pids)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-
-
-def _later(after_ms: int, name: str, pids: Sequence[int]) -> None:
-    """Send a signal from a process of its own: this one may stand still then, or be gone."""
-    words = ["sh", "-c", f"sleep {after_ms / 1000}; kill -{name} {' '.join(map(str, pids))}"]
-    subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
-
-
-def _on_exporter_kill(watch: _Watch, fault: Fault) -> None:
-    """The exporter is killed after some time."""
-    assert watch.exporter is not None
-    _later(fault.detail, "KILL", [watch.exporter])
-
-
-def _on_exporter_end(watch: _Watch, fault: Fault) -> None:
-    """The exporter is asked to end after some time, as a batch system asks all processes of a job."""
-    assert watch.exporter is not None
-    _later(fault.detail, "TERM", [watch.exporter])
-
-
-def _on_exporter_pause(watch: _Watch, fault: Fault) -> None:
-    """The exporter stands still for some seconds, after some time."""
-    assert watch.exporter is not None
-    _later(fault.detail, "STOP", [watch.exporter])
-    _later(fault.detail + 4000, "CONT", [watch.exporter])
-
-
-def _on_stop(watch: _Watch, _: Fault) -> None:
-    """Stand still for ever."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _on_raise(*_: Any) -> None:
-    raise ValueError("injected")
-
-
-def _on_memory(*_: Any) -> None:
-    """As torch says it of a CPU."""
-    import torch
-
-    torch.empty(2**60, dtype=torch.uint8)
-
-
-def _on_nan(*_: Any) -> None:
-    """From now on every loss of this rank."""
-    from gpc_dist.training import trainer
-
-    backward = trainer.backward
-    trainer.backward = lambda *arguments: backward(*arguments) * float("nan")
-
-
-def _on_gradient(_: _Watch, fault: Fault) -> None:
-    """A bit of the next step's gradients."""
-    from gpc_dist.training import trainer
-
-    backward = trainer.backward
-
-    def backward_and_flip(session: Any, optimizers: Any, step: Any) -> Any:
-        losses = backward(session, optimizers, step)
-        trainer.backward = backward
-        _flip(next(p.grad for p in step.lanes[0].adapter.parameters() if p.grad is not None), fault.detail)
-        return losses
-
-    trainer.backward = backward_and_flip
-
-
-def _on_weight(watch: _Watch, fault: Fault) -> None:
-    """A bit of the frozen encoder, in this rank's memory."""
-    parameters = list(watch.run.session.model.encoder.parameters())
-    parameter = parameters[fault.detail % len(parameters)]
-    _flip(getattr(parameter, "ds_tensor", parameter), fault.detail)
-
-
-def _on_adapter(watch: _Watch, fault: Fault) -> None:
-    """A bit of the trained parameters, in this rank's memory."""
-    parameters = list(watch.run.adapter.parameters())
-    _flip(parameters[fault.detail % len(parameters)], fault.detail)
-
-
-def _flip(tensor: Any, bit: int) -> None:
-    import torch
-
-    octets = tensor.detach().view(-1).view(torch.uint8)
-    octets[bit // 8 % len(octets)] ^= 1 << bit % 8
-
-
-def _on_error(_: _Watch, fault: Fault) -> None:
-    """A call of the system fails."""
-    raise OSError(fault.detail, os.strerror(fault.detail))
-
-
-def _on_quota(_: _Watch, fault: Fault) -> None:
-    """From now on no file of this rank may have more bytes."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (fault.detail, hard))
-
-
-def _on_deleted(watch: _Watch, _: Fault) -> None:
-    shutil.rmtree(watch.place.run)
-
-
-def _on_moved(watch: _Watch, _: Fault) -> None:
-    watch.place.run.rename(watch.place.moved)
-
-
-def _on_clock(_: _Watch, fault: Fault) -> None:
-    """The clock of this rank jumps, back or forth."""
-    now, now_ns = time.time, time.time_ns
-    time.time = lambda: now() + fault.detail
-    time.time_ns = lambda: now_ns() + fault.detail * 10**9
-
-
-def _on_power(watch: _Watch, _: Fault) -> None:
-    """The machine loses its power, and what its disk has not promised to keep."""
-    me = os.getpid()
-    for pid in [*watch.pids("launcher"), *(pid for pid in watch.pids("ranks") if pid != me)]:
-        if pid != me:
-            os.kill(pid, signal.SIGKILL)
-    watch.disk.cut()
-    os.kill(me, signal.SIGKILL)
-
-
-def _on_full(watch: _Watch, fault: Fault) -> None:
-    """Nobody may write more than these bytes: a file of somebody else has the rest of the disk."""
-    room = os.statvfs(watch.place.disk)
-    left = room.f_bavail * room.f_frsize - fault.detail
-    with watch.place.filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, left))
-
-
-def _on_readonly(watch: _Watch, _: Fault) -> None:
-    """The disk is mounted again, without the right to write: only files that are open may be written on."""
-    disk = str(watch.place.disk)
-    subprocess.run(["mount", "--bind", disk, disk], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
-
-
-def _on_hold(watch: _Watch, _: Fault) -> None:
-    """Stand still until the campaign has tried something."""
-    while not watch.place.released.exists():
-        time.sleep(0.01)

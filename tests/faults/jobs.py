@@ -21,7 +21,8 @@ from tests.faults.case import Outcome, left, noted, shared_memory
 from tests.faults.disturb import KINDS, LIMIT_S, Job, JobCase, sent
 from tests.faults.inject import Fault, Place
 from tests.faults.records import first_use
-from tests.faults.runs import TIMEOUT_S, Runs, differences, rubbish
+from tests.faults.run_kinds import TIMEOUT_S
+from tests.faults.runs import Runs, differences, rubbish
 from tests.forks import Forks
 from tests.processes import start_call
 from tests.slurms import ENDED, ROOT, SCRIPT, SlurmLab, recorded_once, slurm_lab

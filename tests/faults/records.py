@@ -20,7 +20,8 @@ from typing import Any
 from gpc_dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED
 from tests.faults.case import end, left, noted
 from tests.faults.inject import Fault, Place
-from tests.faults.runs import EVERYWHERE, Kind, RunCase, Runs, is_same
+from tests.faults.run_kinds import EVERYWHERE, Kind, RunCase
+from tests.faults.runs import Runs, is_same
 from tests.mlflow_server import MlflowServer
 from tests.processes import Started, start, start_call
 from tests.proxy import Decision, standing_before

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from tests.faults import inject
+from tests.faults import happenings
 
 PLACE = "TESTS_FAULTS"
 """Environment variable: the folder of the case, which all processes of its search have."""
@@ -148,7 +148,7 @@ class _Watch:
         if own := globals().get(f"_on_{strike.kind}"):
             own(self, strike)
         else:
-            inject.happen(self, strike)  # type: ignore[arg-type]
+            happenings.happen(self, strike)  # type: ignore[arg-type]
 
     def pids(self, target: str) -> list[int]:
         """Ids of the processes that a signal is for."""
