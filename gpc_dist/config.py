@@ -120,6 +120,9 @@ class AdapterConfig(Section):
     prompt_mlp: int | None = Field(None, ge=1, le=65_536)
     """Reparametrisation: the prompts are what an MLP of this width, with a skip connection, makes of trained vectors
     (docs/method.md); the vectors themselves when not given."""
+    init_from: str | None = Field(None, min_length=1)
+    """Start from another adapter on the same encoder, a folder or a Hub id: what fits of its prompt, cell and head
+    (docs/method.md); the rest starts as the other keys say. A run that resumes does not read it again."""
     cell: Literal["recurrent", "gated", "residual"] = "recurrent"
     """Rule that writes the next layer's prompt from the encoded and the previous prompt state. `residual` starts as
     prompt tuning: the safer choice where nothing is known (docs/method.md)."""
@@ -159,6 +162,11 @@ class AdapterConfig(Section):
         if self.reads_prompt and self.head_layers == "mix":
             raise ValueError(
                 f"adapter.head_layers 'mix' reads the text, and adapter.pooling '{self.pooling}' does not"
+            )
+        if self.init_from is not None and self.trains_encoder:
+            raise ValueError(
+                "adapter.init_from needs a frozen encoder: adapter.method 'fine-tuning' changes what an adapter was "
+                "trained on"
             )
         layers = self.cell_layers
         if layers is not None and (not layers or len(set(layers)) < len(layers)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpc_dist.adapter.fingerprint import EncoderIdentity
+from gpc_dist.adapter.lane import Origin
 from gpc_dist.adapter.store import MARK, AdapterCard
 from gpc_dist.errors import UserError
 from gpc_dist.schema import mapping
@@ -89,6 +90,7 @@ def model_card(
         ("task", f"{task_name}, {kind}" if task else "not recorded"),
         *([("labels", ", ".join(map(str, task["labels"])))] if task.get("labels") else []),
         ("data", dataset or ("local files" if data.get("path") else "not recorded")),
+        *([("started from", _of_origin(card.origin))] if card.origin else []),
         ("encoder", f"{_on_hub(encoder.path) or Path(encoder.path).name}, frozen ({encoder.model_type})"),
         ("encoder's revision", encoder.revision or "not recorded"),
         ("encoder's fingerprint", f"sha256 {encoder.sha256}"),
@@ -169,6 +171,11 @@ def _on_hub(path: Any) -> str | None:
     except HFValidationError:
         return None
     return path
+
+
+def _of_origin(origin: Origin) -> str:
+    """What an adapter took from another one."""
+    return f"{', '.join(origin.parts)} of an adapter of {origin.task}, sha256 {origin.weights_sha256}"
 
 
 def _cell(text: str) -> str:

@@ -33,6 +33,18 @@ class EncoderShape:
     embedding_size: int
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter started from, if not from `prompt_init` alone (see `transfer`)."""
+
+    task: str
+    """Of the other adapter."""
+    weights_sha256: str
+    """SHA-256 of its `adapter.safetensors`."""
+    parts: list[str]
+    """Of `PARTS`, those that were taken from it."""
+
+
 class Prompt(nn.Module):
     """`start [P, E]` is put before the text, or `[P, H]` if it enters before layer k > 0; `deep [L-1-k, P, H]` are the
     fresh prompts of the layers after k (method `deep-prompt`).
@@ -96,6 +108,8 @@ class Adapter(nn.Module):
         self.config = config
         self.shape = shape
         self.outputs = outputs
+        self.origin: Origin | None = None
+        """The adapter that it started from, if it did."""
         self.first_layer = config.entry_layer(shape.layers)
         """k: the first layer that depends on the adapter; L if none does."""
         self.read_from = config.read_from(shape.layers)
@@ -119,9 +133,11 @@ class Adapter(nn.Module):
             if config.has_prompt:
                 self.prompt = Prompt(config, shape, self.first_layer)
             self.cell = None
+            self.cell_layers: Sequence[int] = ()
+            """Layers after which a cell acts."""
             if method == "gpc":
-                self._acting = _cell_layers(config, self.first_layer, shape.layers)
-                count = len(self._acting) if config.cell_per_layer else 1
+                self.cell_layers = _cell_layers(config, self.first_layer, shape.layers)
+                count = len(self.cell_layers) if config.cell_per_layer else 1
                 make = CELLS[config.cell]
                 self.cell = nn.ModuleList([make(shape.hidden_size, config) for _ in range(count)])
             self.head = head
@@ -138,9 +154,9 @@ class Adapter(nn.Module):
 
     def cell_after(self, layer: int) -> nn.Module | None:
         """The cell that acts after layer `layer`, 0 to L-1; None if none does."""
-        if self.cell is None or layer not in self._acting:
+        if self.cell is None or layer not in self.cell_layers:
             return None
-        return self.cell[self._acting.index(layer) if self.config.cell_per_layer else 0]
+        return self.cell[self.cell_layers.index(layer) if self.config.cell_per_layer else 0]
 
     def rewrites_after(self, layer: int) -> bool:
         """Whether the prompt state is replaced after this layer."""

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from gpc_dist.adapter.families import TESTED, locate, probe
+from gpc_dist.adapter.fingerprint import identify
 from gpc_dist.adapter.graft import GraftedEncoder, refuse_training_the_encoder
 from gpc_dist.adapter.halves import check_halves
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.prompt import starting_prompt
+from gpc_dist.adapter.transfer import read_source, start_from
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 
@@ -31,7 +33,8 @@ def attach(
 ) -> GraftedEncoder:
     """Attach a new adapter to a pretrained encoder of `transformers`.
 
-    The encoder is frozen and put in eval mode; train `result.adapter.parameters()`.
+    The encoder is frozen and put in eval mode; train `result.adapter.parameters()`. With `init_from` its prompt and
+    cell start from another adapter, but not its head, because the labels are not known here.
 
     Args:
         config: method, prompt, cell; GPC with its defaults when not given.
@@ -40,7 +43,8 @@ def attach(
         seed: seed of all starting values.
 
     Raises:
-        UserError: the encoder's family cannot hold a prompt, or the method trains the encoder.
+        UserError: the encoder's family cannot hold a prompt, or the method trains the encoder; or the adapter cannot
+            start from another one (see `transfer`).
     """
     config = config or AdapterConfig()
     refuse_training_the_encoder(config)
@@ -50,9 +54,10 @@ def attach(
         probe(parts)
         check_halves(parts, first_layer)
     model = GraftedEncoder(parts, [], first_layer)
-    model.lanes.append(
-        new_adapter(model, config, outputs, tokenizer=tokenizer, label_words=label_words, seed=seed)
-    )
+    adapter = new_adapter(model, config, outputs, tokenizer=tokenizer, label_words=label_words, seed=seed)
+    if config.init_from is not None:
+        start_from(adapter, read_source(config.init_from), identify(parts.encoder), same_labels=False)
+    model.lanes.append(adapter)
     return model
 
 
@@ -67,7 +72,7 @@ def new_adapter(
     entering: Callable[[Tensor], Tensor] | None = None,
 ) -> Adapter:
     """A new adapter for a graft, not attached to it. Its prompt starts from what enters layer k: embeddings, whose
-    table must not be sharded, or text states.
+    table must not be sharded, or text states. (What `init_from` gives it, the caller adds.)
 
     Args:
         entering: token ids `[n]` of a text -> its states that enter layer k > 0, `[n, H]`; computed by the graft's

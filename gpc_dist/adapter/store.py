@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpc_dist import __version__
 from gpc_dist.adapter.fingerprint import EncoderIdentity
-from gpc_dist.adapter.lane import Adapter, EncoderShape
+from gpc_dist.adapter.lane import Adapter, EncoderShape, Origin
 from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 from gpc_dist.files import new_folder, read_small_json, read_text, sha256
@@ -32,8 +32,10 @@ MARK = "<!-- written by gpc-dist -->"
 _FORMAT = 1
 _ENCODER = "encoder."
 """Prefix of the names of a fine-tuned encoder's tensors."""
-_ADDED = {"first_layer": 0, "head_layers": "last", "head_hidden": False, "prompt_mlp": None}
-"""Keys of `AdapterConfig` that older cards lack, with what an adapter did without them."""
+_START = "init_from"
+"""A key of `AdapterConfig` that cards leave out: `origin` says what it led to, and a path means nothing elsewhere."""
+_ADDED = {"first_layer": 0, "head_layers": "last", "head_hidden": False, "prompt_mlp": None, _START: None}
+"""Keys of `AdapterConfig` that cards, or older ones, lack, with what an adapter did without them."""
 _MOST_LAYERS = 1000
 """Of an encoder; a card that names more would have as many cells made before one is compared with a tensor."""
 
@@ -50,6 +52,8 @@ class AdapterCard:
     """The task of the training, in the form that the writer chose; this module does not read it."""
     weights_sha256: str | None = None
     """SHA-256 of `adapter.safetensors`; None in a folder that was written before cards had it."""
+    origin: Origin | None = None
+    """The adapter that it started from (`adapter.init_from`)."""
 
     def check_encoder(self, found: EncoderIdentity, shape: EncoderShape) -> None:
         """Raise UserError if an encoder is not the one on which the adapter was trained, or has other sizes than the
@@ -93,11 +97,12 @@ def save_adapter(
     card = {
         "format": _FORMAT,
         "gpc_dist": __version__,
-        "adapter": adapter.config.model_dump(mode="json"),
+        "adapter": adapter.config.model_dump(mode="json", exclude={_START}),
         "shape": asdict(adapter.shape),
         "outputs": adapter.outputs,
         "encoder": encoder.dump(),
         "task": task or {},
+        "origin": adapter.origin and asdict(adapter.origin),
     }
     with new_folder(Path(folder), names) as temporary:
         write_stream(temporary / WEIGHTS, weights or stream(dict(adapter.named_parameters())))
@@ -161,6 +166,7 @@ def load_adapter(folder: str | Path) -> tuple[Adapter, AdapterCard]:
         if card.weights_sha256 not in (None, sha256(path)):
             raise UserError(f"it is not the file that {CARD} was written for: fetch the adapter again")
         adapter.load_state_dict(finite(stored), assign=True)
+        adapter.origin = card.origin
     except (UserError, OSError, RuntimeError, TypeError, OverflowError) as error:
         raise UserError(f"{path} cannot be loaded into its adapter: {one_line(error)}") from None
     return adapter, card

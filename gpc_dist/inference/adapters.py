@@ -11,7 +11,7 @@ import numpy as np
 
 from gpc_dist import config as configuration
 from gpc_dist.adapter.lane import Adapter
-from gpc_dist.adapter.store import AdapterCard, load_adapter, load_tuned_encoder, read_card
+from gpc_dist.adapter.store import AdapterCard, load_tuned_encoder, read_card
 from gpc_dist.config import Config
 from gpc_dist.distributed import launch
 from gpc_dist.distributed.world import World, alone, init_world, joined
@@ -21,6 +21,7 @@ from gpc_dist.inference.engine import engine_of
 from gpc_dist.shown import one_line
 from gpc_dist.tasks import Example, Prediction, answered_by, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
+from gpc_dist.training.saved_adapter import load_on_all
 from gpc_dist.training.session import Session, Split, load_base, open_session
 
 
@@ -60,21 +61,6 @@ def adapter_config(
         # its data are its own: the file of another task would be read without complaint
         tree |= {"task": {}, "data": {"max_length": own.data.max_length}}
     return configuration.build({**tree, "engine": engine or {}}, chosen)
-
-
-def load_on_all(folder: Path, world: World) -> tuple[Adapter, AdapterCard]:
-    """Load a saved adapter (see `load_adapter`) on every rank, all of which must call it.
-
-    Raises:
-        UserError: on any rank, the folder has no adapter, or another one than on rank 0; raised on every rank.
-    """
-    adapter, card = world.on_all(lambda: load_adapter(folder))
-    found = world.from_all(card.weights_sha256)
-    if others := [rank for rank, each in enumerate(found) if each != found[0]]:
-        raise UserError(
-            f"rank {others[0]} sees another adapter in {folder} than rank 0: give a folder that all ranks see alike"
-        )
-    return adapter, card
 
 
 def open_adapter(folder: Path, config: Config, world: World) -> Session:

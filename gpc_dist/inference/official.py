@@ -18,11 +18,12 @@ from gpc_dist import files, logs
 from gpc_dist.config import Config
 from gpc_dist.distributed.world import World, joined
 from gpc_dist.errors import EXIT_DONE, UserError
-from gpc_dist.inference.adapters import adapter_outputs, load_on_all, open_adapter
+from gpc_dist.inference.adapters import adapter_outputs, open_adapter
 from gpc_dist.inference.engine import measured_config
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.shown import shown_lines
 from gpc_dist.tasks import Example, Task, judged
+from gpc_dist.training.saved_adapter import load_on_all
 
 
 def evaluate_official(runs: Sequence[Path], name: str, chosen: Mapping[str, Any], world: World) -> None:

@@ -101,7 +101,8 @@ class SearchSpec(Section):
     recipe: str
     """Recipe to search: a packaged one, or a path, relative to the search's file or to the working folder."""
     settings: dict[str, Any] = Field({})
-    """Dotted keys of the recipe and the values they have in every trial: `train.steps: 100`."""
+    """Dotted keys of the recipe and the values they have in every trial: `train.steps: 100`. A folder under
+    `adapter.init_from`, here and in what is tried, is relative to the search's file or to the working folder."""
     space: dict[str, Distribution] = Field({})
     """Dotted keys of the recipe and the values that are tried: `train.lr: {loguniform: [1e-3, 1e-1]}`."""
     configurations: list[dict[str, Any]] | None = Field(None, min_length=1)
@@ -262,6 +263,7 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
     recipe = tree.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         tree["recipe"] = str(path.parent / recipe)
+    tree = with_adapters(path.parent, tree)
     tree.setdefault("name", path.stem)
     tree.setdefault("register_as", tree["name"])
     values = _parse(overrides or {}, valid)
@@ -271,6 +273,25 @@ def load(search: str, overrides: dict[str, str] | None = None) -> SearchSpec:
         return SearchSpec.model_validate(tree)
     except ValidationError as error:
         raise UserError(schema.explain(error, valid)) from None
+
+
+def with_adapters(folder: Path, held: Any, key: str = "") -> Any:
+    """What a file says, in which adapters to start from (`adapter.init_from`) that stand relative to the file are named
+    relative to the working folder.
+
+    Args:
+        folder: of the file.
+        key: under which it says this.
+    """
+    if isinstance(held, dict):
+        kinds = ("choice", "grid")  # of a distribution, which is written under the key that it is of
+        return {
+            name: with_adapters(folder, each, key if name in kinds else name) for name, each in held.items()
+        }
+    if isinstance(held, list):
+        return [with_adapters(folder, each, key) for each in held]
+    beside = key == "adapter.init_from" and isinstance(held, str) and (folder / held).is_dir()
+    return str(folder / held) if beside else held
 
 
 def _parse(overrides: dict[str, str], valid: dict[str, FieldInfo]) -> dict[str, Any]:

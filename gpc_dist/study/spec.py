@@ -27,7 +27,7 @@ from gpc_dist.names import LONGEST_OF_STUDY, StudyName, fault_of
 from gpc_dist.parsing import to_yaml
 from gpc_dist.schema import Section
 from gpc_dist.search.distribution import Distribution
-from gpc_dist.search.spec import ResourcesConfig, check_keys, check_seeds
+from gpc_dist.search.spec import ResourcesConfig, check_keys, check_seeds, with_adapters
 from gpc_dist.shipped import shipped_folder
 
 METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
@@ -215,6 +215,7 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
     path, tree = schema.read_yaml("study", study, shipped_folder("tune") / "studies")
     if not isinstance(tree, dict):
         raise UserError("a study is a mapping of: " + ", ".join(StudySpec.model_fields))
+    tree = with_adapters(path.parent.absolute(), tree)
     tree = {"name": path.stem} | {key: held for key, held in tree.items() if held is not None}
     tree["tracking"] = {"experiment": tree["name"]} | schema.mapping("tracking", tree.get("tracking"))
     for key, text in (overrides or {}).items():

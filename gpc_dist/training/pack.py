@@ -26,6 +26,7 @@ from gpc_dist.training.losses import check_class_weights
 from gpc_dist.training.progress import Event
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.run import Run
+from gpc_dist.training.saved_adapter import source_of
 from gpc_dist.training.session import Session, Split, check_input, load_base, open_session
 from gpc_dist.training.state import load_on_all, saved_state
 from gpc_dist.training.trainer import Trainer
@@ -88,7 +89,8 @@ class Pack:
                 saved = saved_state(folder.checkpoints, config, session.world)
             else:
                 saved = load_on_all(start_from, session.world)
-            adapter = session.new_adapter(config)
+            source = source_of(config, session.world) if saved is None else None
+            adapter = session.new_adapter(config, source)
             examples = training.examples, validation.examples
             session.world.on_main(lambda: open_folder(folder, config, command, session.task, *examples))
             if start_from is not None and saved is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from gpc_dist import files
@@ -88,6 +89,7 @@ def run_result(run: Run) -> dict[str, Any]:
         "world_size": session.world.size,
         "zero_stage": config.engine.zero_stage,
         "encoder": session.base.identity.dump(),
+        "origin": position.origin and asdict(position.origin),
         "trainable_parameters": run.optimizer.parameters,
         "frozen_parameters": 0 if config.adapter.trains_encoder else session.base.parameters,
         **run.speed.figures(),

@@ -107,7 +107,9 @@ class Run:
         self.plan, self.total = plan_of(config, training.encoded)
         self.optimizer = optimizer_of(self.adapter, session, config)
         encoder = session.base.identity
-        self.position = restore_state(saved, encoder, self.optimizer) if saved else Position()
+        fresh = Position(origin=adapter.origin)
+        self.position = restore_state(saved, encoder, self.optimizer) if saved else fresh
+        adapter.origin = self.position.origin
         evaluated_step = self.position.evaluated_step
         self.unheard = heard is not None and heard < evaluated_step == self.position.step
         """Whether an event of the last evaluation is due: it was lost before somebody heard of it."""

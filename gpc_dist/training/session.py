@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 import time
@@ -21,6 +22,7 @@ from gpc_dist.adapter.graft import GraftedEncoder
 from gpc_dist.adapter.halves import check_halves
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.make import new_adapter
+from gpc_dist.adapter.transfer import Source, start_from
 from gpc_dist.config import Config
 from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.memory import return_freed_memory
@@ -31,7 +33,10 @@ from gpc_dist.encoder.state_cache import CachedStates
 from gpc_dist.errors import UserError
 from gpc_dist.tasks import Encoded, EpochPlan, Example, LaneBatch, Task, collate, encode, merge_lanes
 from gpc_dist.training.integrity import Integrity
+from gpc_dist.training.saved_adapter import answers_alike
 from gpc_dist.training.text_states import TextStates
+
+log = logging.getLogger(__name__)
 
 _EPOCHS = 10.0
 """Of a run that gives neither epochs nor steps."""
@@ -134,11 +139,14 @@ class Session:
             batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.lane_rows, lanes, states
         )
 
-    def new_adapter(self, config: Config) -> Adapter:
+    def new_adapter(self, config: Config, source: Source | None = None) -> Adapter:
         """Make the adapter of a run on this session's device, initialised from `run.seed`.
 
+        Args:
+            source: the adapter that it starts from.
+
         Raises:
-            UserError: see `make.new_adapter` and `hand_over_encoder`.
+            UserError: see `make.new_adapter`, `transfer.start_from` and `hand_over_encoder`.
         """
         adapter = new_adapter(
             self.model,
@@ -149,6 +157,18 @@ class Session:
             seed=config.run.seed,
             entering=self.text_states.entering if self.text_states else None,
         ).to(self.world.device)
+        if source is not None:
+            said = start_from(adapter, source, self.base.identity, answers_alike(self.task, source.card))
+            if self.world.is_main:
+                digest = source.weights_sha256[:12]
+                log.info(
+                    "%s starts from %s (task %s, sha256 %s): %s",
+                    config.run.name,
+                    source.place,
+                    source.task,
+                    digest,
+                    said,
+                )
         self.hand_over_encoder(adapter)
         return adapter
 

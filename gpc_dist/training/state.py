@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict
 
 from gpc_dist.adapter.fingerprint import EncoderIdentity
+from gpc_dist.adapter.lane import Origin
 from gpc_dist.config import Config
 from gpc_dist.distributed import checkpoint
 from gpc_dist.distributed.checkpoint import Checkpoint
@@ -39,6 +40,8 @@ class Position:
     """Evaluations since the best one."""
     ended: bool = False
     """Early stopping has ended the run."""
+    origin: Origin | None = None
+    """The adapter that the run started from, if it did."""
     share_s: float = 0.0
     """Seconds spent on the run: those of each step and evaluation, divided by the number of runs in it."""
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from gpc_dist import batch, files, logs
+from gpc_dist.adapter.transfer import Source
 from gpc_dist.config import Config
 from gpc_dist.distributed.checkpoint import Checkpoint
 from gpc_dist.distributed.memory import peak_memory_mib
@@ -31,6 +32,7 @@ from gpc_dist.training.losses import check_class_weights
 from gpc_dist.training.progress import Progress
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.run import Run
+from gpc_dist.training.saved_adapter import source_of
 from gpc_dist.training.session import check_input, load_base, open_session, seed_everything
 from gpc_dist.training.state import saved_state
 from gpc_dist.training.stop import StopRequest
@@ -57,6 +59,8 @@ class _Inputs:
     training: list[Example]
     validation: list[Example]
     saved: Checkpoint | None
+    source: Source | None
+    """The adapter to start from; None for a run that resumes."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
     folder = RunFolder(config.run.folder)
     world.on_main(lambda: held.enter_context(folder.hold()))
     saved = saved_state(folder.checkpoints, config, world)
+    source = source_of(config, world) if saved is None else None
     return _Inputs(
         config=config,
         world=world,
@@ -123,6 +128,7 @@ def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
         training=training,
         validation=validation,
         saved=saved,
+        source=source,
     )
 
 
@@ -141,7 +147,7 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest, held: ExitStack
         session,
         config,
         folder,
-        adapter=session.new_adapter(config),
+        adapter=session.new_adapter(config, inputs.source),
         training=session.split(inputs.training, run=config),
         validation=session.split(inputs.validation),
         saved=inputs.saved,

@@ -277,3 +277,28 @@ def test_an_unknown_search_is_answered_with_the_packaged_ones() -> None:
         spec.load("cb")
     with pytest.raises(UserError, match="search file none.yaml does not exist"):
         spec.load("none.yaml")
+
+
+def test_adapters_to_start_from_stand_relative_to_the_file(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    written = (
+        "recipe: rte\ntrials: 4\nsettings: {train.lr: 0.1}\nspace:\n"
+        "  adapter.init_from: [null, one, two, runs/three]\n"
+        "  train.head_lr: {choice: [0.1, 0.2], when: {adapter.init_from: [one, two]}}\n"
+    )
+    loaded = spec.load(write(tmp_path, written))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert loaded.space["adapter.init_from"].values == (None, one, two, "runs/three")
+    assert loaded.space["train.head_lr"].when == {"adapter.init_from": (one, two)}
+    space.validate(loaded)
+    listed = spec.load(
+        write(tmp_path, "recipe: rte\nconfigurations: [{adapter.init_from: one}, {train.lr: 1}]\n")
+    )
+    assert listed.configurations == [{"adapter.init_from": one}, {"train.lr": 1}]
+
+
+def test_trials_that_start_from_different_adapters_share_a_pack() -> None:
+    loaded = spec.load("cb-asha")
+    starts = [space.trial_config(loaded, {"adapter.init_from": start}) for start in (None, "one", "two")]
+    assert len({pack_key(start) for start in starts}) == 1
