@@ -21,7 +21,10 @@ from tests.processes import on_ranks
 
 KINDS: dict[str, tuple[object, ...]] = {
     "gpc": ("--adapter.cell", "gated"),
-    "tokens": ("--adapter.method", "prompt-tuning", "--adapter.prompt_tokens", 6, "--run.seed", 3),
+    "tokens": (
+        *("--adapter.method", "prompt-tuning", "--adapter.prompt_tokens", 6),
+        *("--adapter.prompt_mlp", 5, "--run.seed", 3),
+    ),
     "read": ("--adapter.pooling", "prompt", "--train.cell_lr", 0.03),
     "late": ("--adapter.first_layer", 2, "--adapter.head_layers", "mix"),
 }
@@ -55,7 +58,7 @@ def found(adapters: dict[str, Path], probe: Path, tmp_path_factory: pytest.TempP
 
 
 def prompt_of(adapter: Path) -> torch.Tensor:
-    return GraftedEncoder.from_pretrained(adapter).adapter.prompt.start.detach()  # type: ignore[union-attr]
+    return GraftedEncoder.from_pretrained(adapter).adapter.prompt.first.detach()  # type: ignore[union-attr]
 
 
 def test_prompts_are_compared_by_their_mean_tokens_and_by_all_pairs(
