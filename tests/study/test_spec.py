@@ -246,3 +246,12 @@ def test_what_trains_its_encoder_is_searched_by_itself(tmp_path: Path) -> None:
     assert methods == ["gpc", "linear-probe", "prompt-tuning", "gpc", "prompt-tuning", "gpc"]
     assert [each.get("adapter.prompt_tokens") for each in configurations] == [None] * 5 + [50]
     assert packed.tracking.experiment == "mine"
+
+
+def test_adapters_to_start_from_stand_relative_to_the_study(tmp_path: Path) -> None:
+    (tmp_path / "films").mkdir()
+    methods = (
+        "methods:\n  gpc: {}\n  from-films: {settings: {adapter.method: gpc, adapter.init_from: films}}\n"
+    )
+    loaded = spec.load(write(tmp_path, f"tasks: {{rte: {{}}}}\nreference: gpc\n{methods}"))
+    assert loaded.settings_of("rte", "from-films")["adapter.init_from"] == str(tmp_path / "films")
