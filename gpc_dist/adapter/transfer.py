@@ -135,7 +135,7 @@ def _take_cell(mine: Adapter, theirs: Adapter) -> str:
         raise _UnlikeError("there is none")
     if other := [key for key in _RULE if getattr(mine.config, key) != getattr(theirs.config, key)]:
         raise _UnlikeError(f"another {', '.join(f'adapter.{key}' for key in other)}")
-    if mine.config.cell_per_layer and mine.cell_layers != theirs.cell_layers:
+    if mine.config.cell_per_layer and [*mine.cell_layers] != [*theirs.cell_layers]:
         raise _UnlikeError("it has cells for other layers")
     mine.cell.load_state_dict(theirs.cell.state_dict())
     return ""
@@ -147,6 +147,8 @@ def _take_head(mine: Adapter, theirs: Adapter) -> str:
         raise _UnlikeError("it reads other states")
     if mine.config.head_hidden != theirs.config.head_hidden:
         raise _UnlikeError("another adapter.head_hidden")
+    if mine.outputs != theirs.outputs:  # whatever labels its card names
+        raise _UnlikeError(f"it has {theirs.outputs} outputs")
     mine.head.load_state_dict(theirs.head.state_dict())
     return ""
 

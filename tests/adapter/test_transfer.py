@@ -132,6 +132,19 @@ def test_cells_of_their_own_for_other_layers_are_not_taken(tmp_path: Path) -> No
     assert "not the cell (it has cells for other layers)" in said
 
 
+def test_cells_of_their_own_for_the_same_layers_are_taken_however_these_are_given(tmp_path: Path) -> None:
+    source, _ = load_adapter(saved(tmp_path / "source", options("per-layer", cell_layers=[0, 1])))
+    new, _, _ = started(tmp_path / "source", options("per-layer"))
+    assert_same(new, source, "cell")
+
+
+def test_a_head_of_other_outputs_than_its_labels_are_is_not_taken(tmp_path: Path) -> None:
+    saved(tmp_path / "source", options("gated"))
+    new = attach(tiny("bert"), options("gated"), outputs=2).adapter
+    said = start_from(new, read_source(str(tmp_path / "source")), ENCODER, same_labels=True)
+    assert "not the head (it has 3 outputs)" in said
+
+
 def test_one_cell_serves_other_layers_and_prompts_that_enter_elsewhere(tmp_path: Path) -> None:
     source, _ = load_adapter(saved(tmp_path / "source", options("gated")))
     new, plain, said = started(tmp_path / "source", options("gated", first_layer=1))
