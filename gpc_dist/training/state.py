@@ -69,7 +69,7 @@ def saved_state(checkpoints: Path, config: Config, world: World) -> Checkpoint |
     mine, theirs = identity(config), saved.state.get("identity")
     if not isinstance(theirs, dict):
         raise checkpoint.damaged(str(path), "its state names no run")
-    if differing := [key for key in mine if mine[key] != theirs.get(key)]:
+    if differing := [key for key in mine if mine[key] != _completed(key, theirs.get(key))]:
         raise UserError(
             f"{path} belongs to a run with another {', '.join(differing)}: give this run its own --run.name, "
             "or --train.resume false to start again here"
@@ -150,6 +150,12 @@ def _restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: Optim
     except (UserError, RuntimeError, TypeError) as error:
         raise checkpoint.damaged(saved.name, str(error)) from None
     return position
+
+
+def _completed(key: str, held: Any) -> Any:
+    """A value of an `identity` that may be of an older version: keys that it lacks had no effect then, as by default."""
+    usual = identity(Config())[key]
+    return usual | held if isinstance(usual, dict) and isinstance(held, dict) else held
 
 
 def identity(config: Config) -> dict[str, Any]:

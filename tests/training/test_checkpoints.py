@@ -168,6 +168,21 @@ def test_a_state_of_other_data_or_of_another_format_is_refused_by_name(
         saved_state(tmp_path, settings, ALONE)
 
 
+def test_a_state_of_a_version_without_some_keys_is_read(run: Path, tmp_path: Path) -> None:
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    saved = checkpoint.load(newest)
+    for key in ("init_from", "prompt_mlp"):
+        del saved.state["identity"]["adapter"][key]
+    del saved.state["position"]["origin"]
+    checkpoint.save(tmp_path, saved)
+    settings = config.load(str(run / "config.yaml"))
+    assert saved_state(tmp_path, settings, ALONE) is not None
+    other = settings.adapter.model_copy(update={"prompt_mlp": 4})
+    with pytest.raises(UserError, match="belongs to a run with another adapter:"):
+        saved_state(tmp_path, settings.model_copy(update={"adapter": other}), ALONE)
+
+
 def resealed(folder: Path, change: Callable[[Path], Any]) -> Path:
     """Change a checkpoint and write its checksums again, as somebody does who hands it over."""
     change(folder)
