@@ -12,7 +12,7 @@ class PackKey:
     """What the trials of a pack have in common."""
 
     shared: tuple[str, ...]
-    """Encoder, task, data and engine."""
+    """Encoder and engine: each lane has its own task and data."""
     prompt: tuple[str, ...] | None
     """The prompt's length and where it enters. None for a trial without a prompt, whose head reads text states that are
     computed once: it can share a pack with any prompts, because it needs no pass of the encoder."""
@@ -30,9 +30,7 @@ class PackKey:
 
 def pack_key(trial: Config) -> PackKey:
     """The key of a trial."""
-    adapter, data = trial.adapter, trial.data.model_dump_json(exclude={"limit_train", "limit_eval"})
-    sections = (trial.encoder, trial.task, trial.engine)
-    shared = (*(section.model_dump_json() for section in sections), data)
+    adapter, shared = trial.adapter, (trial.encoder.model_dump_json(), trial.engine.model_dump_json())
     cached = not adapter.has_prompt and not adapter.trains_encoder and trial.engine.state_cache != "none"
     if cached:
         return PackKey(shared, None)

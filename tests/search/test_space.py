@@ -268,12 +268,13 @@ def test_lanes_of_a_pack_may_differ_in_the_adapter_and_the_training() -> None:
         ("adapter.method", "linear-probe", True),  # its head reads cached states
         ("adapter.prompt_tokens", "11", False),
         ("encoder.path", "other", False),
-        ("task.label", "other", False),
-        ("data.train", "other.jsonl", False),
+        ("task.label", "other", True),
+        ("data.train", "other.jsonl", True),
+        ("data.max_length", "16", True),
         ("engine.dtype", "bf16", False),
     ],
 )
-def test_a_pack_shares_encoder_task_data_and_engine(key: str, value: str, shared: bool) -> None:
+def test_a_pack_shares_encoder_and_engine(key: str, value: str, shared: bool) -> None:
     one, other = pack_key(config.load("demo")), pack_key(config.load("demo", {key: value}))
     assert (one.joined(other) is not None) is shared
     assert one.joined(other) == other.joined(one)
