@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from gpc_dist.config import Config
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,16 @@ def pack_key(trial: Config) -> PackKey:
         return PackKey(shared, None)
     tokens = adapter.prompt_tokens if adapter.has_prompt else 0
     return PackKey(shared, (f"prompt tokens: {tokens}", f"entry: {adapter.entry}"))
+
+
+def grouped(trials: Iterable[tuple[PackKey, _T]]) -> list[list[_T]]:
+    """Trials, or what stands for them, by whom they can share a pack with."""
+    groups: list[tuple[PackKey, list[_T]]] = []
+    for key, trial in trials:
+        for place, (other, group) in enumerate(groups):
+            if (joined := other.joined(key)) is not None:
+                groups[place] = joined, [*group, trial]
+                break
+        else:
+            groups.append((key, [trial]))
+    return [group for _, group in groups]

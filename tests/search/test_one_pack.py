@@ -29,17 +29,17 @@ def make(**others: Any) -> SearchSpec:
 
 def test_which_searches_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert one_pack.fits(make())
-    assert not one_pack.fits(make(resources={"pack": 5}))
-    assert not one_pack.fits(make(resources={"pack": 6, "concurrent": 2}))
-    assert not one_pack.fits(make(resources={"pack": 6, "gpus_per_rank": 0.5}))
-    assert not one_pack.fits(make(scheduler={"name": "median"}))
-    assert not one_pack.fits(make(stop={"threshold": 0.9}))
-    assert not one_pack.fits(make(configurations=[{}, {"adapter.prompt_tokens": 3}]))
-    assert not one_pack.fits(make(configurations=[{"adapter.method": "fine-tuning"}], seeds=[1]))
-    assert not one_pack.fits(make(configurations=None, space={"train.lr": [0.1, 0.2]}, trials=2))
+    assert one_pack.fits([make()])
+    assert not one_pack.fits([make(resources={"pack": 5})])
+    assert not one_pack.fits([make(resources={"pack": 6, "concurrent": 2})])
+    assert not one_pack.fits([make(resources={"pack": 6, "gpus_per_rank": 0.5})])
+    assert not one_pack.fits([make(scheduler={"name": "median"})])
+    assert not one_pack.fits([make(stop={"threshold": 0.9})])
+    assert not one_pack.fits([make(configurations=[{}, {"adapter.prompt_tokens": 3}])])
+    assert not one_pack.fits([make(configurations=[{"adapter.method": "fine-tuning"}], seeds=[1])])
+    assert not one_pack.fits([make(configurations=None, space={"train.lr": [0.1, 0.2]}, trials=2)])
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert not one_pack.fits(make())
+    assert not one_pack.fits([make()])
 
 
 @pytest.fixture

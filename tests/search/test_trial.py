@@ -47,8 +47,7 @@ def take_up(folder: SearchFolder, sample: dict[str, Any]) -> Trial:
     """A trial in a new process of a search that goes on."""
     trial = Trial.__new__(Trial)
     trial._trial_info = SimpleNamespace(trial_name="003", trial_id="fedcb_00003")
-    trial._folder = folder
-    trial._spec = spec.load("cb-asha")
+    trial._searches = {"": (folder, spec.load("cb-asha"))}
     trial._packs = Packs(folder)
     trial._take_up({SAMPLE: sample})
     return trial
