@@ -101,7 +101,9 @@ class Trial(tune.Trainable):
         return True
 
     def _take_up(self, config: dict[str, Any]) -> None:
-        search, self._number = parse_name(self.trial_name)
+        # not asked for again: while the process is reused, Ray Tune's name is that of the next trial
+        self._lane_name = self.trial_name
+        search, self._number = parse_name(self._lane_name)
         self._folder, self._spec = self._searches[search]
         self._seed = seed_of(config, self._spec)
         sample = sample_of(config)
@@ -156,10 +158,6 @@ class Trial(tune.Trainable):
         """Save the run's state and leave the lane."""
         if self._visit is not None:
             ray.get(self._packs.leave.remote(self._lane_name, self._visit, "stopped by the search"))
-
-    @property
-    def _lane_name(self) -> str:
-        return self.trial_name
 
     @property
     def _run(self) -> TrialFolder:

@@ -96,8 +96,12 @@ def test_a_trial_of_several_searches_takes_up_what_its_own_has(
     trial._searches = {
         name: (folder, spec.load("cb-asha", {"name": name})) for name, folder in folders.items()
     }
+    trial._lane_name, trial._visit, left = "one/003", 7, []
+    trial._packs.leave = SimpleNamespace(remote=lambda *given: left.append(given))
     trial._trial_info = SimpleNamespace(trial_name="other/003", trial_id="fedcb_00017")
     assert trial.reset_config({SAMPLE: {"train.lr": 0.01, SEED: 6, NAME: "other/003"}})
+    # by the name of the one before, when Ray Tune has given the process that of the next
+    assert left == [("one/003", 7, "stopped by the search")]
     trial._join()
     assert trial._packs.asked[0][:3] == ("other/003", 0.01, 6)
     record = read_trial(folders["other"], 3)
