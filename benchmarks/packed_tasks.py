@@ -1,8 +1,8 @@
 """A study of two tasks whose runs share one pack against a study of each, one after the other.
 
-Both tasks read the packaged messages: which desk one is for, and which shop it was sent to. Prompt tuning and GPC have
-three seeds each, so a task has six runs. All are `gpc-dist study` as a user calls it, with the same ranks, ZeRO stage,
-steps and data, recorded in MLflow, from the command to its end.
+Both tasks are made of the packaged messages: which desk one is for, and whether its last sentence, without the mark at
+its end, is a question. Prompt tuning and GPC have three seeds each, so a task has six runs. All are `gpc-dist study` as
+a user calls it, with the same ranks, ZeRO stage, steps and data, recorded in MLflow, from the command to its end.
 
     python benchmarks/packed_tasks.py
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,22 +28,30 @@ from common import machine
 from packed_search import measure
 from tabulate import tabulate
 
+from gpc_dist.shipped import shipped_folder
+
 SEEDS = [1, 2, 3]
-TASKS: dict[str, dict[str, Any]] = {
-    "desk": {"recipe": "demo"},
-    "shop": {
-        "recipe": "demo",
-        "settings": {"task.name": "shop", "task.label": "source", "task.labels": None, "data.max_length": 48},
-    },
-}
 METHODS: dict[str, dict[str, Any]] = {"prompt-tuning": {}, "gpc": {}}
 
 
-def study(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any]:
+def write_questions(folder: Path) -> None:
+    """The data of the second task."""
+    source = shipped_folder("recipes") / "demo_data"
+    for split in ("train", "validation"):
+        rows = []
+        for line in (source / f"{split}.jsonl").read_text().splitlines():
+            last = re.split(r"(?<=[.!?])\s+", json.loads(line)["text"].strip())[-1]
+            rows.append({"text": last.rstrip(".!?"), "label": "yes" if last.endswith("?") else "no"})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def study(options: argparse.Namespace, tasks: Sequence[str], data: Path) -> dict[str, Any]:
     """A study of these tasks, with a lane for each run."""
+    question = {"task.name": "question", "task.labels": ["no", "yes"], "data.path": str(data)}
+    known = {"desk": {"recipe": "demo"}, "question": {"recipe": "demo", "settings": question}}
     return {
         "encoder": {"path": "minilm"},
-        "tasks": {task: TASKS[task] for task in tasks},
+        "tasks": {task: known[task] for task in tasks},
         "methods": METHODS,
         "seeds": SEEDS,
         "settings": {
@@ -60,10 +69,12 @@ def study(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any]:
 def side(options: argparse.Namespace, parts: Sequence[Sequence[str]], scratch: Path) -> dict[str, Any]:
     """What a study of each part takes, one after the other, and the scores of all runs."""
     commands: list[Sequence[object]] = []
+    (data := scratch / "data").mkdir()
+    write_questions(data)
     for tasks in parts:
         name = "-".join(tasks)
         file = scratch / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(study(options, tasks)))
+        file.write_text(yaml.safe_dump(study(options, tasks, data)))
         commands.append(["study", file, "--dir", scratch / name])
     before = os.times()
     cost = measure(commands, 1, scratch / "log")
@@ -95,7 +106,7 @@ def main() -> None:
         "machine": machine(),
         "sides": {},
     }
-    for name, parts in (("two packs", [["desk"], ["shop"]]), ("one pack", [["desk", "shop"]])):
+    for name, parts in (("two packs", [["desk"], ["question"]]), ("one pack", [["desk", "question"]])):
         with tempfile.TemporaryDirectory() as scratch:
             report["sides"][name] = side(options, parts, Path(scratch))
     options.json.write_text(json.dumps(report, indent=2) + "\n")

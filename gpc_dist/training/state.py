@@ -40,7 +40,7 @@ class Position:
     ended: bool = False
     """Early stopping has ended the run."""
     share_s: float = 0.0
-    """Seconds spent on the run: those of each step and evaluation, divided by the number of runs in it."""
+    """Seconds spent on the run: its part of those of each step, by its tokens in the passes, and of each evaluation."""
 
 
 def saved_state(checkpoints: Path, config: Config, world: World) -> Checkpoint | None:

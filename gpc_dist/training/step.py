@@ -58,6 +58,13 @@ class LaneExamples:
     class_weights: Tensor | None = None
     """float32 `[C]`, on the rank's device, see `summed_loss`."""
 
+    @property
+    def work(self) -> int:
+        """Tokens that it gives passes to do, prompt included: what lanes share a pass by."""
+        sizes = self.split.rows.sizes
+        tokens = sizes.rows * (sizes.longest + self.adapter.prompt_tokens)
+        return int(tokens[self.indices].sum())
+
 
 @dataclass(frozen=True)
 class MicroBatch:

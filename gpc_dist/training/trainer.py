@@ -72,9 +72,10 @@ class Trainer:
         step_s = time.monotonic() - started_s
 
         common_s = (step_s - sum(passes_s)) / len(runs)
-        for group, spent_s in zip(groups, passes_s, strict=True):
-            for run in group:
-                run.position.share_s += common_s + spent_s / len(group)
+        for group, step, spent_s in zip(groups, steps, passes_s, strict=True):
+            work = [lane.work for lane in step.lanes]
+            for run, own in zip(group, work, strict=True):
+                run.position.share_s += common_s + spent_s * own / sum(work)
         failed = []
         lanes = [lane for step in steps for lane in step.lanes]
         for run, examples, result in zip(runs, lanes, done, strict=True):
