@@ -42,13 +42,19 @@ class Running:
     """A search that is being run."""
 
     spec: SearchSpec
-    """With the metric and the mode, for those who read the folder."""
+    """With metric and mode, whether or not they were given."""
     folder: SearchFolder
-    goal: tuple[str, str]
-    """Metric, without `val/`, and mode."""
     past: Past
     begun: Mapping[str, int]
     """Step of each trial's newest state when this process took it up."""
+
+    @property
+    def metric(self) -> str:
+        return self.spec.metric or ""
+
+    @property
+    def mode(self) -> str:
+        return self.spec.mode or ""
 
 
 def tune_searches(searches: Sequence[Running], place: Path, stop: StopRequest) -> list[int]:
@@ -70,7 +76,7 @@ def tune_searches(searches: Sequence[Running], place: Path, stop: StopRequest) -
         packs.warm.remote(pack_key(base), base.dump())
     led = _Led(packs, list(folders.values()))
     if len(searches) == 1:
-        metric, mode = f"val/{first.goal[0]}", first.goal[1]
+        metric, mode = f"val/{first.metric}", first.mode
         values, past = algorithm.param_space(spec, first.past), first.past
     else:
         metric = mode = ""  # tasks have metrics of their own, and nothing here compares them

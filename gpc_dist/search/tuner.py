@@ -65,8 +65,8 @@ def run_searches(starts: Sequence[Start], command: Sequence[str], stop: StopRequ
 
 
 def groups(searches: Sequence[SearchSpec]) -> list[list[SearchSpec]]:
-    """Searches that list their configurations, by whom each runs with at the same time: as many as fit into one pack
-    where one alone does, otherwise all, with Ray."""
+    """Searches that list their configurations, by which of them run at the same time: as many as fit into one pack
+    where each does by itself, otherwise all that have the same resources, with Ray."""
     found: list[list[SearchSpec]] = []
     for search in searches:
         fits = one_pack.fits([search])
@@ -84,10 +84,8 @@ def _ready(start: Start) -> SearchSpec:
     """Check a search before anything is written; returns it with its metric and mode."""
     space.validate(start.spec)
     metric, mode = space.goal(start.spec)
-    spec, folder = (
-        start.spec.model_copy(update={"metric": metric, "mode": mode}),
-        SearchFolder(start.spec.folder),
-    )
+    spec = start.spec.model_copy(update={"metric": metric, "mode": mode})
+    folder = SearchFolder(spec.folder)
     if spec.tracking.enabled:
         check_server(tracking_uri(spec.tracking.uri, folder.path))
     _check(folder, {start.spec.to_yaml(), spec.to_yaml()}, start.resume)
@@ -96,20 +94,21 @@ def _ready(start: Start) -> SearchSpec:
 
 def _take_up(start: Start, spec: SearchSpec, held: ExitStack) -> Running:
     """Hold the folder of a search, and read what it has done."""
-    folder, goal = SearchFolder(spec.folder), (spec.metric or "", spec.mode or "")
+    folder = SearchFolder(spec.folder)
     held.enter_context(folder.hold())
-    past = _past(spec, folder, f"val/{goal[0]}") if start.resume else {}
-    return Running(spec, folder, goal, past, _saved_steps(folder))
+    past = _past(spec, folder) if start.resume else {}
+    return Running(spec, folder, past, _saved_steps(folder))
 
 
-def _past(spec: SearchSpec, folder: SearchFolder, metric: str) -> Past:
-    past = read_past(folder, algorithm.trials(spec), metric)
+def _past(spec: SearchSpec, folder: SearchFolder) -> Past:
+    past = read_past(folder, algorithm.trials(spec), f"val/{spec.metric}")
     recorded = {str(trial_folder(folder, n).trial): trial.record.settings for n, trial in past.items()}
     space.check_recorded(spec, recorded)
     return past
 
 
 def _run(searches: Sequence[Running], stop: StopRequest) -> int:
+    """Train what is left of searches whose folders are open, and close them; returns the exit code."""
     folders = [search.folder for search in searches]
     recordings = [
         (search, start_exporter(search.folder.path)) for search in searches if search.spec.tracking.enabled
@@ -133,7 +132,7 @@ def _run(searches: Sequence[Running], stop: StopRequest) -> int:
         if stopped:
             return _stop(searches, stopped)
         codes = [
-            _close(search.folder, *search.goal, count, start_s)
+            _close(search.folder, search.metric, search.mode, count, start_s)
             for search, count in zip(searches, counts, strict=True)
         ]
         return max(codes)
