@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +276,32 @@ def test_a_run_that_starts_from_another_forgets_its_own_course(tiny_recipe: Path
     mine, theirs = checkpoint.load(folders["bad"].checkpoints / saved.name), checkpoint.load(saved)
     assert mine.state == theirs.state
     torch.testing.assert_close((mine.tensors, mine.rng), (theirs.tensors, theirs.rng), rtol=0, atol=0)
+
+
+def test_a_pack_lets_go_of_the_data_of_tasks_that_have_left(
+    tiny_recipe: Path, other_data: Path, tmp_path: Path
+) -> None:
+    cats = config.load(str(tiny_recipe), {"run.dir": str(tmp_path / "cats")})
+    again = config.load(str(tiny_recipe), {"run.dir": str(tmp_path / "again"), "run.seed": "1"})
+    given = OTHERS["number"] | {"data.path": str(other_data), "run.dir": str(tmp_path / "number")}
+    number = config.load(str(tiny_recipe), given)
+    pack = Pack(cats, World(0, 1, 0, torch.device("cpu")))
+    pack.add("cats", cats, ["gpc-dist"])
+    read = weakref.ref(pack._runs["cats"].training)
+    pack.leave("cats")
+    pack.add("again", again, ["gpc-dist"])
+    assert pack._runs["again"].training is read()  # not read twice, one after the other
+    pack.add("number", number, ["gpc-dist"])
+    pack.leave("again")
+    gc.collect()
+    assert read() is not None
+    pack.add(
+        "number too",
+        number.model_copy(update={"run": number.run.model_copy(update={"dir": tmp_path / "too"})}),
+        ["gpc-dist"],
+    )
+    gc.collect()
+    assert read() is None
 
 
 @pytest.mark.parametrize(("heard", "steps"), [(0, [4, 8]), (4, [8]), (None, [8])])

@@ -141,7 +141,10 @@ def test_the_time_of_a_pass_is_shared_by_tokens() -> None:
     """Lanes of one pass may have rows of very different lengths."""
     split = Split([], synthetic(np.array([3, 7, 5]), 100, seed=0))
     adapter: Any = SimpleNamespace(prompt_tokens=4)
-    work = [LaneExamples(adapter, split, np.array(own, np.int64), "classification").work for own in ([0, 2], [1], [])]
+    work = [
+        LaneExamples(adapter, split, np.array(own, np.int64), "classification").work
+        for own in ([0, 2], [1], [])
+    ]
     assert work == [3 + 5 + 2 * 4, 7 + 4, 0]
 
 
