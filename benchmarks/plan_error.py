@@ -113,7 +113,7 @@ def run_rank(case: Case, folder: Path, out: Path) -> None:
     vocabulary = session.model.token_embeddings.num_embeddings
     encoded = synthetic(np.full(rows, case.tokens), vocabulary, seed=0)
     for _ in range(STEPS):
-        step = prepare(session, [LaneExamples(adapter, Split([], encoded), np.arange(rows))])
+        step = prepare(session, [LaneExamples(adapter, Split([], encoded), np.arange(rows), task.kind)])
         finish(session, [optimizer], backward(session, step))
     found = world.gather(_peak(world.device) - idle)
     if world.is_main:

@@ -104,6 +104,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_other_data(tmp_path_factory.mktemp("other"))
+
+
+@pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_data: Path) -> Path:
     return tiny.write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", tiny_encoder, tiny_data)
 

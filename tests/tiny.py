@@ -51,6 +51,22 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def write_other_data(folder: Path) -> Path:
+    """31 + 17 rows for two tasks that are no classification: `words` is how many words a text has, and `right` which of
+    `first` and `second` has a `cat` in it."""
+    draw = random.Random(11)
+    for split, count in (("train", 31), ("validation", 17)):
+        rows = []
+        for number in range(count):
+            words = draw.choices(WORDS, k=draw.randint(2, 20))
+            candidates = [" ".join(draw.choices(WORDS[1:3], k=draw.randint(1, 5))) for _ in range(2)]
+            candidates[number % 2] = f"the cat and {candidates[number % 2]}"
+            row = {"text": " ".join(words), "words": len(words) / 10, "right": number % 2}
+            rows.append(row | dict(zip(("first", "second"), candidates, strict=True)))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
 def write_recipe(path: Path, encoder: Path, data: Path) -> Path:
     """A recipe that trains on the tiny data in under a second: 12 steps, evaluation every 4."""
     path.write_text(

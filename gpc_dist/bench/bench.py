@@ -91,7 +91,7 @@ def _measure(config: Config, world: World, steps: int, lengths: str, shape: str 
     optimizer.set_factor(0.0)
 
     plan, _ = plan_of(config, examples)
-    steps_examples = [LaneExamples(adapter, split, indices) for indices in plan.steps(0)]
+    steps_examples = [LaneExamples(adapter, split, indices, task.kind) for indices in plan.steps(0)]
     by_work = sorted(steps_examples, key=lambda each: examples.sizes.padded_tokens(each.indices))
     # warm-up of the allocator, the compiler and caches: the longest, the shortest and the middle batch
     _run(session, optimizer, [by_work[-1], by_work[0], by_work[len(by_work) // 2]])

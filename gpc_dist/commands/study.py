@@ -55,7 +55,8 @@ COMMAND = Command(
     add_arguments,
     run,
     "For each task: the configurations of each method are run and chosen from on a part of the training split, the\n"
-    "chosen ones run again with other seeds, and their adapters measured once on the official validation split.\n"
+    "chosen ones run again with other seeds, and their adapters measured once on the official validation split. Runs\n"
+    "of all tasks share one encoder.\n"
     "The same command goes on after a kill. The report is in report/ of the study's folder.\n\n"
     "example: gpc-dist study demo",
     settings="own",

@@ -25,9 +25,9 @@ def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
     search = spec.load(options.search, settings)
     if node.is_one():
         return node.run_node(search, words, stop)
-    from gpc_dist.search.tuner import run_search
+    from gpc_dist.search.tuner import Start, run_searches
 
-    return run_search(search, ["gpc-dist", *words], options.resume, stop)
+    return run_searches([Start(search, options.resume)], ["gpc-dist", *words], stop)
 
 
 COMMAND = Command(

@@ -9,7 +9,6 @@ import gc
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from gpc_dist.inference.adapters import adapter_outputs, open_adapter
 from gpc_dist.inference.engine import measured_config
 from gpc_dist.runs.folder import RunFolder
 from gpc_dist.shown import shown_lines
-from gpc_dist.tasks import Example, Task, judged
+from gpc_dist.tasks import Example, Task, judged, make_task
 from gpc_dist.training.saved_adapter import load_on_all
 
 
@@ -34,8 +33,8 @@ def evaluate_official(runs: Sequence[Path], name: str, chosen: Mapping[str, Any]
     target, the decision, and what else scoring needs.
 
     Args:
-        runs: folders of finished runs; consecutive runs with the same encoder, task, data and engine share one
-            loaded encoder, unless it was fine-tuned.
+        runs: folders of finished runs; those with the same encoder and engine share one loaded encoder, unless it was
+            fine-tuned.
         name: name of the file. A run that has the file already is skipped.
         chosen: dotted keys of an engine that replace the runs' own, see `measured_config`.
 
@@ -47,9 +46,10 @@ def evaluate_official(runs: Sequence[Path], name: str, chosen: Mapping[str, Any]
     groups: list[list[_Run]] = []
     for run in map(RunFolder, missing):
         config = measured_config(run.read_config(), chosen)
-        if not groups or not _share(groups[-1][-1].config, config):
-            groups.append([])
-        groups[-1].append(_Run(run, config))
+        group = next((group for group in groups if _share(group[0].config, config)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(_Run(run, config))
     for group in groups:
         _measure(group, name, world)
         gc.collect()  # two encoders need not fit; modules of transformers refer to each other
@@ -62,14 +62,15 @@ class _Run(NamedTuple):
 
 def _measure(runs: Sequence[_Run], name: str, world: World) -> None:
     """Measure the adapters of runs that share an encoder."""
-    opened = open_adapter(runs[0].folder.adapter, runs[0].config, world)
+    session = open_adapter(runs[0].folder.adapter, runs[0].config, world)
+    adapter = session.model.adapter
     for number, (run, config) in enumerate(runs):
-        session = replace(opened, config=config)
-        adapter = opened.model.adapter
         if number > 0:
             adapter, card = load_on_all(run.adapter, world)
             card.check_encoder(session.base.identity, session.base.parts.shape)
             adapter = adapter.to(world.device)
+            same = (config.task, config.data) == (session.config.task, session.config.data)
+            session = session.of(config, session.task if same else make_task(config.task, config.data))
         examples = session.task.read("validation")
         outputs = adapter_outputs(session, session.split(examples), adapter)
         world.on_main(partial(_write, run.path / name, session.task, examples, outputs))
@@ -88,9 +89,8 @@ def _write(path: Path, task: Task, examples: Sequence[Example], outputs: Any) ->
 
 def _share(one: Config, other: Config) -> bool:
     """Whether a session of one configuration can run an adapter of the other."""
-    sections = ("encoder", "task", "data", "engine")
     alike = one.adapter.entry == other.adapter.entry and not one.adapter.trains_encoder
-    return alike and all(getattr(one, section) == getattr(other, section) for section in sections)
+    return alike and (one.encoder, one.engine) == (other.encoder, other.engine)
 
 
 def main(words: Sequence[str]) -> int:

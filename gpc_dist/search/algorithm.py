@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,9 +27,11 @@ from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import space
 from gpc_dist.search.generators import Suggestions, Variants
+from gpc_dist.search.pack_key import grouped, pack_key
 from gpc_dist.search.past import SPENT, Past, read_spent_s, spent_file
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.search.trial import SAMPLE, SEED, STEP
+from gpc_dist.search.trial import NAME, SAMPLE, SEED, STEP
+from gpc_dist.search.trial_files import name_among
 
 _LAST_STEP = 10**9
 """Upper bound of a run's steps, for schedulers that require one."""
@@ -39,14 +43,35 @@ def param_space(spec: SearchSpec, past: Past) -> dict[str, Any]:
 
     Trials that have begun get what is recorded of them: population-based training may have changed what was drawn.
     """
-    if spec.algorithm == "optuna":
-        return {}
+    return {} if spec.algorithm == "optuna" else {SAMPLE: tune.grid_search(_samples(spec, past))}
+
+
+def joint_space(searches: Mapping[str, tuple[SearchSpec, Past]]) -> tuple[dict[str, Any], Past]:
+    """Return the trials of searches that list their configurations as one space, and those of them that have begun, by
+    their places in it. Trials that can share a pack stand one after the other.
+
+    The evaluations of those that have begun are left out: values of different tasks are not compared.
+    """
+    keyed = []
+    for name, (spec, past) in searches.items():
+        for number, sample in enumerate(_samples(spec, past)):
+            key = pack_key(space.trial_config(spec, sample))
+            keyed.append((key, (sample | {NAME: name_among(name, number)}, past.get(number))))
+    ordered = [trial for group in grouped(keyed) for trial in group]
+    begun = {
+        place: replace(trial, evaluations=()) for place, (_, trial) in enumerate(ordered) if trial is not None
+    }
+    return {SAMPLE: tune.grid_search([sample for sample, _ in ordered])}, begun
+
+
+def _samples(spec: SearchSpec, past: Past) -> list[dict[str, Any]]:
+    """Return the drawn values of each trial, and its seed."""
     samples = [sample | {SEED: seed} for sample in draw(spec) for seed in spec.seeds]
     for number, trial in past.items():
         record, drawn = trial.record, samples[number]
         recorded = {key: record.settings.get(key, space.NOT_SET) for key in drawn}
         samples[number] = recorded | {SEED: drawn[SEED] if record.seed is None else record.seed}
-    return {SAMPLE: tune.grid_search(samples)}
+    return samples
 
 
 def draw(spec: SearchSpec) -> list[dict[str, Any]]:

@@ -18,7 +18,15 @@ from gpc_dist import files
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search.past import Evaluation, evaluations
 from gpc_dist.search.trial import OVER, STEP
-from gpc_dist.search.trial_files import COMPLETED, FAILED, STOPPED, read_trial, trial_folder
+from gpc_dist.search.trial_files import (
+    COMPLETED,
+    FAILED,
+    STOPPED,
+    Searches,
+    folder_among,
+    parse_name,
+    read_trial,
+)
 from gpc_dist.shown import one_line
 from gpc_dist.training.stop import StopRequest
 
@@ -32,19 +40,19 @@ class TrialCallback(tune.Callback):
     When a search resumes, it first repeats the past evaluations to the scheduler and the stop rules.
 
     Args:
-        metric: its name in results, `val/<metric>`.
+        metric: its name in results, `val/<metric>`; empty for searches that have none in common.
         stop: passed on to Ray Tune, whose trials then save their state.
     """
 
     def __init__(
         self,
-        folder: SearchFolder,
+        searches: Searches,
         metric: str,
         scheduler: TrialScheduler,
         rules: Sequence[stopper.Stopper],
         stop: StopRequest,
     ):
-        self._folder, self._metric, self._scheduler = folder, metric, scheduler
+        self._searches, self._metric, self._scheduler = searches, metric, scheduler
         self._rules, self._stop = rules, stop
         self._known: set[str] = set()
 
@@ -53,7 +61,7 @@ class TrialCallback(tune.Callback):
             os.kill(os.getpid(), signal.SIGUSR1)  # at which Tune stops; it removes its handler then
         # those that the last step added; none of them has been evaluated since
         new = [trial for trial in trials if trial.trial_id not in self._known]
-        replay(self._folder, new, self._scheduler, self._metric, self._rules)
+        replay(self._searches, new, self._scheduler, self._metric, self._rules)
         self._known |= {trial.trial_id for trial in new}
 
     def on_trial_result(
@@ -70,7 +78,7 @@ class TrialCallback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._note(trial, decision=FAILED)
-        run = trial_folder(self._folder, int(str(trial)))
+        run = folder_among(self._searches, str(trial))
         if run.read_status().state != "failed":  # its process was lost, not its run
             run.write_status("failed", _reason(trial))
         log.warning("trial %s failed: %s", trial, run.read_status().reason)
@@ -79,7 +87,7 @@ class TrialCallback(tune.Callback):
         log.warning("trial %s is tried again: %s", trial, _reason(trial))
 
     def _note(self, trial: Any, **noted: Any) -> None:
-        file = trial_folder(self._folder, int(str(trial))).trial
+        file = folder_among(self._searches, str(trial)).trial
         files.write_json(file, files.read_json(file) | noted)
 
 
@@ -90,7 +98,7 @@ def _reason(trial: Any) -> str:
 
 
 def replay(
-    folder: SearchFolder,
+    searches: Searches,
     trials: Sequence[Any],
     scheduler: TrialScheduler,
     metric: str,
@@ -107,9 +115,9 @@ def replay(
     """
     past: list[tuple[Evaluation, Any, bool]] = []
     for trial in trials:
-        number = int(str(trial))
-        found = evaluations(trial_folder(folder, number).metrics, metric)
-        record = read_trial(folder, number)
+        search, number = parse_name(str(trial))
+        found = evaluations(folder_among(searches, str(trial)).metrics, metric)
+        record = read_trial(searches[search], number)
         if (
             record is not None and record.heard is not None and not trial.is_finished()
         ):  # others it reports again

@@ -22,7 +22,7 @@ class SearchProgress(ProgressReporter):
 
     Args:
         total: number of trials of the whole search.
-        metric: its name in results, `val/<metric>`.
+        metric: its name in results, `val/<metric>`; empty if trials have none in common.
         mode: `max` or `min`.
         settings: what a trial tries: name of a column -> value.
     """

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from pathlib import Path
@@ -24,6 +24,7 @@ from gpc_dist.errors import EXIT_ENVIRONMENT, MachineError
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import ray_token
 from gpc_dist.search.node import NODES, answers
+from gpc_dist.search.trial_files import going_on
 from gpc_dist.training.stop import SIGNALS, StopRequest
 
 _OPTIONS: dict[str, Any] = {
@@ -55,11 +56,12 @@ _SETTINGS = {
 
 
 @contextmanager
-def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
-    """Connect to the search's Ray cluster while the block runs.
+def connected(searches: Sequence[SearchFolder], stop: StopRequest) -> Iterator[None]:
+    """Connect to the Ray cluster of searches while the block runs.
 
     Args:
-        folder: the search's; Ray puts the current folder on its workers' module path, and this one holds no modules.
+        searches: their folders. Ray puts the current folder on its workers' module path: it is the first of these
+            meanwhile, which holds no modules.
         stop: listens on, although Ray sets signal handlers of its own.
 
     Raises:
@@ -78,12 +80,12 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
             if plain := _PLAIN.fullmatch(
                 address
             ):  # from here on: Ray would wait for ever to enter a lost one
-                end.enter_context(_watched(address, SearchFolder(folder)))
+                end.enter_context(_watched(address, searches))
         # This thread sets signal handlers anew meanwhile: at those of Ray, SIGTERM would end the program at once. The
         # other one stays to the end, because Ray's processes end with the thread that started them.
         thread = end.enter_context(ThreadPoolExecutor(1))
         try:
-            with chdir(folder):
+            with chdir(searches[0].path):
                 starting = thread.submit(ray.init, **options, **_OPTIONS)
                 while not starting.done():
                     stop.listen(*SIGNALS)
@@ -99,7 +101,7 @@ def connected(folder: Path, stop: StopRequest) -> Iterator[None]:
             )
             raise MachineError(f"Ray did not start, or cannot be entered: {reason}{hint}") from None
         if plain is None:
-            end.enter_context(_watched(_head(), SearchFolder(folder)))
+            end.enter_context(_watched(_head(), searches))
         end.callback(ray.shutdown)
         _wait_for_nodes()
         yield
@@ -111,7 +113,7 @@ def _head() -> str:
 
 
 @contextmanager
-def _watched(address: str, folder: SearchFolder) -> Iterator[None]:
+def _watched(address: str, searches: Sequence[SearchFolder]) -> Iterator[None]:
     """End this process while the block runs if Ray's head is lost: Ray would end it too, but later, with exit code 1
     and without a word to the user. What Ray began then waits for its head, so nothing of this process is cleaned up."""
     done = threading.Event()
@@ -123,11 +125,12 @@ def _watched(address: str, folder: SearchFolder) -> Iterator[None]:
                 answered_s = time.monotonic()
             elif time.monotonic() - answered_s > _LOST_S:
                 reason = (
-                    f"the Ray at {address} has not answered for {_LOST_S:.0f} s, so its head was lost: go on with "
-                    f"gpc-dist tune {folder.config} --resume"
+                    f"the Ray at {address} has not answered for {_LOST_S:.0f} s, so its head was lost: "
+                    f"{going_on(searches)}"
                 )
-                with suppress(OSError):
-                    folder.write_status("failed", reason)
+                for folder in searches:
+                    with suppress(OSError):
+                        folder.write_status("failed", reason)
                 print(f"gpc-dist: error: {reason}", file=sys.stderr, flush=True)
                 os._exit(EXIT_ENVIRONMENT)
 

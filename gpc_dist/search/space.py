@@ -67,13 +67,31 @@ def goal(spec: SearchSpec) -> tuple[str, Literal["max", "min"]]:
     """Return the metric to optimise, without `val/`, and whether to maximise or minimise it.
 
     Raises:
-        UserError: the task has no such metric, or cannot be made.
+        UserError: the task has no such metric, or cannot be made; or the trials have several tasks without a metric in
+            common.
     """
     from gpc_dist.tasks import make_task  # imports numpy and scikit-learn
 
-    base = base_config(spec)
-    task = make_task(base.task, base.data)
-    return task.main_metric, spec.mode or ("max" if task.greater_is_better else "min")
+    sections = {(each.task.model_dump_json(), each.data.model_dump_json()): each for each in _tasks(spec)}
+    first, *others = (make_task(each.task, each.data) for each in sections.values())
+    if other := next((task for task in others if task.main_metric != first.main_metric), None):
+        raise UserError(
+            f"trials of task {first.name} are measured by {first.main_metric}, and those of {other.name} by "
+            f"{other.main_metric}: a search has one metric; give each task a search, or all of them a study"
+        )
+    return first.main_metric, spec.mode or ("max" if first.greater_is_better else "min")
+
+
+def _tasks(spec: SearchSpec) -> Iterator[Config]:
+    """Configurations with every task that trials have."""
+    if spec.configurations is not None:
+        yield from (trial_config(spec, each) for each in spec.configurations)
+        return
+    yield base_config(spec)
+    live = _live(spec)
+    for key in live:
+        if key.startswith("task."):
+            yield from (trial_config(spec, _probe(live, key, value)) for value in live[key].probes())
 
 
 def validate(spec: SearchSpec) -> None:
@@ -81,8 +99,10 @@ def validate(spec: SearchSpec) -> None:
 
     Raises:
         UserError: the recipe or the settings are not valid; a value that can be drawn is not accepted; conditions
-            never hold or form a circle; the algorithm or the scheduler cannot draw from a distribution.
+            never hold or form a circle; the algorithm or the scheduler cannot draw from a distribution; trials are to
+            be compared that have different tasks.
     """
+    _check_compared(spec)
     if spec.configurations is not None:
         _check_configurations(spec, spec.configurations)
         return
@@ -95,6 +115,21 @@ def validate(spec: SearchSpec) -> None:
         raise UserError(
             "scheduler.name 'pbt' changes keys of train. while trials run, and the space has none that can be "
             f"(without conditions, and none of {', '.join(sorted(_FIXED_ONCE_STARTED))}): give train.lr"
+        )
+
+
+def _check_compared(spec: SearchSpec) -> None:
+    comparing = {
+        f"scheduler.name '{spec.scheduler.name}'": spec.scheduler.name != "fifo",
+        "algorithm 'optuna'": spec.algorithm == "optuna",
+        "stop.threshold": spec.stop.threshold is not None,
+        "stop.patience": spec.stop.patience is not None,
+    }
+    if "task.name" in spec.tried_keys and any(comparing.values()):
+        found = next(key for key, compares in comparing.items() if compares)
+        raise UserError(
+            f"{found} compares trials while they run, and task.name gives them different tasks: leave it out, or give "
+            "each task a search"
         )
 
 

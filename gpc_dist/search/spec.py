@@ -107,7 +107,8 @@ class SearchSpec(Section):
     """Dotted keys of the recipe and the values that are tried: `train.lr: {loguniform: [1e-3, 1e-1]}`."""
     configurations: list[dict[str, Any]] | None = Field(None, min_length=1)
     """Instead of a space: the configurations to try, in this order, each a mapping of dotted keys to values.
-    Configurations that can share an encoder and its batches share packs; list them one after the other."""
+    Configurations that can share an encoder and its batches share packs, whatever their tasks; list them one after the
+    other."""
     trials: int | None = Field(None, ge=1, le=100_000)
     """Number of configurations to try. Not for algorithm `grid` and for `configurations`: all of them are tried."""
     seeds: list[int] = Field([0], min_length=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from gpc_dist.search.trial_files import (
     TrialRecord,
     command_of,
     own_settings,
+    parse_name,
     read_trial,
     recipe_of,
     seed_group,
@@ -38,7 +40,8 @@ from gpc_dist.search.trial_files import (
 SAMPLE = "sample"
 """Key of a trial's configuration in Ray Tune that holds the drawn values; those of a searcher are top-level keys."""
 SEED = "run.seed"
-"""Beside the drawn values in `SAMPLE`."""
+NAME = "name"
+"""Both beside the drawn values in `SAMPLE`; the name where several searches run together."""
 STEP = "step"
 OVER = "over"
 """Key of a result: whether the run is complete."""
@@ -49,7 +52,9 @@ _COPIED = "started-from"
 
 
 def name_for_tune(trial: Any) -> str:
-    """The name of a new trial in Ray Tune's output: that of its folder."""
+    """The name of a new trial in Ray Tune's output: that of its folder (see `trial_files.name_among`)."""
+    if given := sample_of(trial.config).get(NAME):
+        return str(given)
     # Tune's generator numbers trials in their ids, from 0; with a searcher only their tags have a number, from 1
     _, numbered, number = trial.trial_id.rpartition("_")
     return trial_name(int(number) if numbered else int(trial.experiment_tag.partition("_")[0]) - 1)
@@ -71,18 +76,18 @@ def seed_of(config: dict[str, Any], search: SearchSpec) -> int:
 class Trial(tune.Trainable):
     """One trial. A result is an evaluation of its run: `val/<metric>`, `step` and `over`."""
 
-    def setup(self, config: dict[str, Any], search: str = "", place: str = ".") -> None:
+    def setup(
+        self, config: dict[str, Any], searches: Mapping[str, str] | None = None, place: str = "."
+    ) -> None:
         """Prepare. The run joins a pack in the first `step`, because only then its starting state is known.
 
         Args:
             config: the drawn values, and `run.seed`.
-            search: folder of the search.
+            searches: paths of the folders of `Searches`.
             place: working folder of the user.
         """
         os.chdir(place)
-        self._folder = SearchFolder(search)
-        loaded = spec.load(str(self._folder.config))
-        self._spec = loaded.model_copy(update={"recipe": str(recipe_of(self._folder))})
+        self._searches = {name: _begun(SearchFolder(path)) for name, path in (searches or {}).items()}
         self._packs = ray.get_actor(ACTOR, namespace=ray.get_runtime_context().namespace)
         self._take_up(config)
 
@@ -96,10 +101,13 @@ class Trial(tune.Trainable):
         return True
 
     def _take_up(self, config: dict[str, Any]) -> None:
+        # not asked for again: while the process is reused, Ray Tune's name is that of the next trial
+        self._lane_name = self.trial_name
+        search, self._number = parse_name(self._lane_name)
+        self._folder, self._spec = self._searches[search]
         self._seed = seed_of(config, self._spec)
         sample = sample_of(config)
         self._drawn = {key: sample[key] for key in self._spec.tried_keys if key in sample}
-        self._number = int(self.trial_name)
         self._visit: int | None = None
         record = read_trial(self._folder, self._number)
         self._id = record.trial if record else self.trial_id
@@ -152,10 +160,6 @@ class Trial(tune.Trainable):
             ray.get(self._packs.leave.remote(self._lane_name, self._visit, "stopped by the search"))
 
     @property
-    def _lane_name(self) -> str:
-        return self._run.path.name
-
-    @property
     def _run(self) -> TrialFolder:
         return trial_folder(self._folder, self._number)
 
@@ -196,3 +200,9 @@ class Trial(tune.Trainable):
         if self._spec.scheduler.name == "pbt":
             drawn = space.within(self._spec, drawn)
         return space.trial_config(self._spec, drawn, own)
+
+
+def _begun(folder: SearchFolder) -> tuple[SearchFolder, SearchSpec]:
+    """A search and its specification, with the recipe as it was when the search began."""
+    loaded = spec.load(str(folder.config))
+    return folder, loaded.model_copy(update={"recipe": str(recipe_of(folder))})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from gpc_dist.config import Config
 from gpc_dist.errors import UserError
 from gpc_dist.runs.folder import SearchFolder, TrialFolder
 from gpc_dist.typed import check_as
+
+Searches = Mapping[str, SearchFolder]
+"""Searches that run together, by their names; one that runs alone by the empty name."""
 
 COMPLETED, STOPPED, FAILED = "completed", "stopped by scheduler", "failed"
 """Decisions on a trial that has ended."""
@@ -54,6 +57,29 @@ def trial_name(number: int) -> str:
 
 def trial_folder(search: SearchFolder, number: int) -> TrialFolder:
     return search.trial(trial_name(number))
+
+
+def name_among(search: str, number: int) -> str:
+    """Name of a trial among those of `Searches`: that of its folder, after that of its search."""
+    return f"{search}/{trial_name(number)}" if search else trial_name(number)
+
+
+def parse_name(name: str) -> tuple[str, int]:
+    """The search and the number in a name of `name_among`."""
+    search, _, number = name.rpartition("/")
+    return search, int(number)
+
+
+def folder_among(searches: Searches, name: str) -> TrialFolder:
+    """The folder of the trial with a name of `name_among`."""
+    search, number = parse_name(name)
+    return trial_folder(searches[search], number)
+
+
+def going_on(searches: Sequence[SearchFolder]) -> str:
+    """What to say of how searches go on that were cut off."""
+    again = f"gpc-dist tune {searches[0].config} --resume" if len(searches) == 1 else "the same command"
+    return f"go on with {again}"
 
 
 def write_trial(search: SearchFolder, record: TrialRecord) -> None:

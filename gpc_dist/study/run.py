@@ -2,12 +2,13 @@
 
 For each task: the configurations of each method that has several are run and selected on the hold-out, the best one of
 each method is run again with the final seeds, and the adapters of these runs are measured once on the official
-validation split.
+validation split. All tasks pass a stage together: each has searches of its own, whose runs share packs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from gpc_dist import files
 from gpc_dist.errors import EXIT_DONE, MachineError, UserError
@@ -15,6 +16,7 @@ from gpc_dist.inference.engine import measured_config
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import space, spec, tuner
 from gpc_dist.search.spec import SearchSpec
+from gpc_dist.search.tuner import Start
 from gpc_dist.study.choose import choose, tried
 from gpc_dist.study.layout import StudyFolder, TaskFolder
 from gpc_dist.study.measure import measure_official
@@ -32,7 +34,7 @@ def run_study(study: StudySpec, command: Sequence[str]) -> int:
 
     Raises:
         UserError: the study is not valid, its folder has another one, or data cannot be read.
-        MachineError: no method could be trained on a task.
+        MachineError: no method could be trained on a task; the others are done.
     """
     folder = StudyFolder(study.folder)
     new = new_tasks(study, folder)
@@ -43,11 +45,7 @@ def run_study(study: StudySpec, command: Sequence[str]) -> int:
         files.write_json(folder.task(task).drawn, methods)
     if new:
         files.write_text(folder.config, study.to_yaml())
-    for task in study.tasks:
-        code = _run_task(study, folder.task(task), task, command)
-        if code:
-            return code
-    return EXIT_DONE
+    return _run_stages(study, folder, command)
 
 
 def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
@@ -83,40 +81,66 @@ def _all(methods: Mapping[str, Sequence[Configuration]]) -> list[Configuration]:
     return [each for group in methods.values() for each in group]
 
 
-def _run_task(study: StudySpec, folder: TaskFolder, task: str, command: Sequence[str]) -> int:
-    """Run the stages of a task that have no result yet; returns the exit code."""
-    drawn: dict[str, list[Configuration]] = files.read_json(folder.drawn)
-    # one configuration is chosen as it stands
-    searched = {method: group for method, group in drawn.items() if len(group) > 1}
-    if code := _run(searches(study, task, "search", _all(searched)), command):
+def _run_stages(study: StudySpec, folder: StudyFolder, command: Sequence[str]) -> int:
+    tasks = {task: folder.task(task) for task in study.tasks}
+    drawn = {task: files.read_json(found.drawn) for task, found in tasks.items()}
+    wanted = [
+        search for task in tasks for search in searches(study, task, "search", _all(_searched(drawn[task])))
+    ]
+    if code := _run(wanted, command):
         return code
+    chosen = {task: _choose(study, found) for task, found in tasks.items()}
+    wanted = [
+        search for task in tasks for search in searches(study, task, "final", list(chosen[task].values()))
+    ]
+    if code := _run(wanted, command):
+        return code
+    trained = [run for task, found in tasks.items() for run in _trained(found, chosen[task])]
+    if code := measure_official(trained, study.official):
+        return code
+    if untrained := [task for task, found in chosen.items() if not found]:
+        raise MachineError(
+            f"no configuration of any method could be trained on {untrained[0]}: the status.json of the trials in "
+            f"{tasks[untrained[0]].path} say why"
+        )
+    return EXIT_DONE
+
+
+def _choose(study: StudySpec, folder: TaskFolder) -> dict[str, Configuration]:
+    """The chosen configuration of each method that has one; chosen once, when all searches of the task have ended."""
+    drawn: dict[str, list[Configuration]] = files.read_json(folder.drawn)
     if not folder.chosen.exists():
-        found = choose(tried(folder, "search", searched), len(study.search_seeds))
+        found = choose(tried(folder, "search", _searched(drawn)), len(study.search_seeds))
         only = {method: {"configuration": group[0]} for method, group in drawn.items() if len(group) == 1}
         files.write_json(folder.chosen, only | found)
-    chosen: dict[str, Configuration] = {
-        method: best["configuration"] for method, best in files.read_json(folder.chosen).items()
-    }
-    if not chosen:
-        raise MachineError(
-            f"no configuration of any method could be trained on {task}: the status.json of the trials in "
-            f"{folder.path} say why"
-        )
-    if code := _run(searches(study, task, "final", list(chosen.values())), command):
-        return code
+    return {method: best["configuration"] for method, best in files.read_json(folder.chosen).items()}
+
+
+def _searched(drawn: Mapping[str, list[Configuration]]) -> dict[str, list[Configuration]]:
+    """The methods with something to choose from: one configuration is chosen as it stands."""
+    return {method: group for method, group in drawn.items() if len(group) > 1}
+
+
+def _trained(folder: TaskFolder, chosen: Mapping[str, Configuration]) -> list[Path]:
+    """The final runs of a task that have a result."""
     final = tried(folder, "final", {method: [each] for method, each in chosen.items()})
-    return measure_official([each.folder.path for each in final if each.value is not None], study.official)
+    return [each.folder.path for each in final if each.value is not None]
 
 
 def _run(wanted: Sequence[SearchSpec], command: Sequence[str]) -> int:
-    """Run or resume the searches that have no result; returns the exit code of the first one that leaves none, or 0."""
-    for search in wanted:
-        folder = SearchFolder(search.folder)
-        if folder.result.exists():
-            continue
-        begun = folder.config.exists()
-        search = spec.load(str(folder.config)) if begun else search
-        code = tuner.run_search(search, command, resume=begun, stop=StopRequest())
-        if code and not folder.result.exists():
+    """Run or resume the searches that have no result, those of all tasks together as far as they fit; returns the exit
+    code of the first ones that leave none, or 0."""
+    for group in tuner.groups([each for each in wanted if not _has_result(each)]):
+        code = tuner.run_searches([_start(each) for each in group], command, stop=StopRequest())
+        if code and not all(map(_has_result, group)):
             return code
     return EXIT_DONE
+
+
+def _has_result(search: SearchSpec) -> bool:
+    return SearchFolder(search.folder).result.exists()
+
+
+def _start(search: SearchSpec) -> Start:
+    config = SearchFolder(search.folder).config
+    return Start(spec.load(str(config)), resume=True) if config.exists() else Start(search)

@@ -15,7 +15,7 @@ from gpc_dist import config
 from gpc_dist.config import TrackingConfig
 from gpc_dist.errors import UserError
 from gpc_dist.search import algorithm, space
-from gpc_dist.search.pack_key import PackKey, pack_key
+from gpc_dist.search.pack_key import grouped, pack_key
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.layout import Part, Stage, StudyFolder
 from gpc_dist.study.spec import StudySpec
@@ -117,7 +117,9 @@ def _search(
         retries=study.retries,
         tracking=tracking_of(study),
     )
-    return spec.model_copy(update={"configurations": _grouped(spec)})
+    keyed = ((pack_key(space.trial_config(spec, each)), each) for each in spec.configurations or [])
+    # packs take them in order
+    return spec.model_copy(update={"configurations": [each for group in grouped(keyed) for each in group]})
 
 
 def tracking_of(study: StudySpec) -> TrackingConfig:
@@ -125,20 +127,6 @@ def tracking_of(study: StudySpec) -> TrackingConfig:
     if study.tracking.uri is not None or os.environ.get(URI):
         return study.tracking
     return study.tracking.model_copy(update={"uri": f"sqlite:///{study.folder / 'mlflow.db'}"})
-
-
-def _grouped(spec: SearchSpec) -> list[Configuration]:
-    """Return the configurations, those that can share a pack one after the other: packs take them in order."""
-    groups: list[tuple[PackKey, list[Configuration]]] = []
-    for each in spec.configurations or []:
-        key = pack_key(space.trial_config(spec, each))
-        for place, (other, group) in enumerate(groups):
-            if (joined := other.joined(key)) is not None:
-                groups[place] = joined, [*group, each]
-                break
-        else:
-            groups.append((key, [each]))
-    return [each for _, group in groups for each in group]
 
 
 def configuration_of(spec: SearchSpec, drawn: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A pack: runs of a search's trials in the lanes of one encoder. Runs join and leave while others train.
 
-Runs whose prompts enter before the same layer share the passes of one session. Runs without a prompt have a session of
-their own: their heads read what the encoder makes of the text, which is computed once, so they need no encoder in
-memory beside the others'.
+Runs whose prompts enter before the same layer share the passes of one encoder, whatever their tasks. Runs without a
+prompt have an encoder of their own: their heads read what it makes of the text, which is computed once, so it need not
+stay in memory beside the others'.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gpc_dist import files
 from gpc_dist.config import Config
@@ -20,7 +19,7 @@ from gpc_dist.distributed import checkpoint
 from gpc_dist.distributed.memory import peak_memory_mib
 from gpc_dist.distributed.world import World
 from gpc_dist.runs.folder import RunFolder, State
-from gpc_dist.tasks import make_task, read_part, selection_part
+from gpc_dist.tasks import Task, make_task, read_part, selection_part
 from gpc_dist.tasks.holdout import Part
 from gpc_dist.training.losses import check_class_weights
 from gpc_dist.training.progress import Event
@@ -44,15 +43,17 @@ class Pack:
 
     def __init__(self, config: Config, world: World):
         check_input(config, world)
-        self._world, self._task = world, make_task(config.task, config.data)
-        self._sessions: dict[int | float | str, Session] = {}
-        """By `AdapterConfig.entry`."""
+        self._world = world
+        self._tasks: dict[str, Task] = {}
+        self._opened: dict[int | float | str, Session] = {}
+        """A session for each `AdapterConfig.entry`, whose encoder all runs with this entry share."""
+        self._splits: dict[tuple[str, ...], Split] = {}
+        """By what they were read from, beginning with the key of their task."""
         self._session_of(config)
         self._trainer = Trainer()
         self._runs: dict[str, Run] = {}
         self._held: dict[str, ExitStack] = {}
         """The locks of their folders."""
-        self._splits: dict[tuple[Any, ...], Split] = {}
 
     @property
     def names(self) -> list[str]:
@@ -78,11 +79,12 @@ class Pack:
         Raises:
             UserError: for the same reasons as in `gpc-dist train`; the pack stays usable without this run.
         """
+        self._forget_data(config)
         session, folder = self._session_of(config), RunFolder(config.run.folder)
         check_class_weights(config.train, session.task)
         spent_s = session.text_states_s
-        training = self._split(session, "train", config)
-        validation = self._split(session, selection_part(config.data), config)
+        training = self._split(session, "train")
+        validation = self._split(session, selection_part(config.data))
         with ExitStack() as held:
             session.world.on_main(lambda: held.enter_context(folder.hold()))
             if start_from is None:
@@ -98,7 +100,6 @@ class Pack:
             self._runs[name] = Run(
                 name,
                 session,
-                config,
                 folder,
                 adapter=adapter,
                 training=training,
@@ -158,20 +159,36 @@ class Pack:
         run.folder.write_status(state, reason)
 
     def _session_of(self, config: Config) -> Session:
-        """The session of a run, opened for the first one that needs it."""
-        entry = config.adapter.entry
-        if entry not in self._sessions:
+        """The session of a run, with an encoder that is loaded for the first one that needs it."""
+        source, entry = _source(config), config.adapter.entry
+        if source not in self._tasks:
+            self._tasks[source] = make_task(config.task, config.data)
+        task = self._tasks[source]
+        if entry not in self._opened:
             base = load_base(config, self._world)
-            self._sessions[entry] = open_session(config, self._world, self._task, base)
-        return self._sessions[entry]
+            self._opened[entry] = open_session(config, self._world, task, base)
+        return self._opened[entry].of(config, task)
 
-    def _split(self, session: Session, part: Part, config: Config) -> Split:
-        """Read and encode a part of the data, once for all runs of a session that use the same examples."""
+    def _split(self, session: Session, part: Part) -> Split:
+        """Read and encode a part of a run's data, once for all runs that use the same examples and the same states."""
+        config = session.config
         data, seed = config.data, config.run.seed
         limit = data.limit_train if part == "train" else data.limit_eval
         drawn = seed if part == "train" and limit is not None else None
-        key = (config.adapter.entry, part, limit, drawn)
+        key = (_source(config), *map(str, (config.adapter.entry, part, limit, drawn)))
         if key not in self._splits:
             examples = read_part(session.task, data, part, seed)
             self._splits[key] = session.split(examples, run=config if part == "train" else None)
         return self._splits[key]
+
+    def _forget_data(self, config: Config) -> None:
+        """Release the examples of tasks that neither this run has nor those in the lanes: a search of many tasks goes
+        through them one after the other."""
+        kept = {_source(each) for each in (config, *(run.config for run in self._runs.values()))}
+        self._tasks = {key: task for key, task in self._tasks.items() if key in kept}
+        self._splits = {key: split for key, split in self._splits.items() if key[0] in kept}
+
+
+def _source(config: Config) -> str:
+    """The same for runs of one task on the same data, whatever part of them each reads."""
+    return config.task.model_dump_json() + config.data.model_dump_json(exclude={"limit_train", "limit_eval"})

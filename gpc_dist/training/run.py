@@ -75,7 +75,7 @@ class Run:
 
     Args:
         name: of the run, in events.
-        config: of the run; its encoder, task and engine are those of the session.
+        session: the run's own: other runs may share its encoder, see `Session.of`.
         folder: the run's folder, prepared by `record.open_folder`.
         adapter: the adapter to train, see `Session.new_adapter`.
         saved: checkpoint to resume from.
@@ -91,7 +91,6 @@ class Run:
         self,
         name: str,
         session: Session,
-        config: Config,
         folder: RunFolder,
         *,
         adapter: Adapter,
@@ -101,6 +100,7 @@ class Run:
         filled_s: float = 0.0,
         heard: int | None = None,
     ):
+        config = session.config
         settings = config.train
         self.name, self.session, self.config, self.folder = name, session, config, folder
         self.adapter, self.training, self.validation = adapter, training, validation
@@ -160,7 +160,8 @@ class Run:
         """The examples of the next step; they stay the same until `begin_step`."""
         if self._next is None:
             _, indices = next(self._batches)
-            self._next = LaneExamples(self.adapter, self.training, indices, self._class_weights)
+            kind = self.session.task.kind
+            self._next = LaneExamples(self.adapter, self.training, indices, kind, self._class_weights)
         return self._next
 
     def begin_step(self) -> None:

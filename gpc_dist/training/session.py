@@ -1,4 +1,4 @@
-"""A session: the ranks, the task and the frozen encoder, ready to run adapters in its lanes."""
+"""A session: the ranks, the frozen encoder and a run's task, ready to run adapters in the encoder's lanes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Session:
-    """Configuration, task and placed encoder of one rank."""
+    """A run's configuration and task, and the placed encoder of one rank, which other runs may share (`of`)."""
 
     config: Config
     world: World
@@ -106,15 +106,15 @@ class Session:
     model: GraftedEncoder
     text_states: TextStates | None
     """The states that enter layer k, for k > 0."""
+    integrity: Integrity
+    """Checks the weights that runs are trained with."""
     ds_config: dict[str, Any]
     load_s: float
     """Seconds that reading and placing the encoder took."""
 
-    @cached_property
-    def integrity(self) -> Integrity:
-        """Checks the weights that runs are trained with."""
-        states = self.text_states
-        return Integrity(self.world, self.model, lambda: states.modules if states else None)
+    def of(self, config: Config, task: Task) -> Session:
+        """The session of another run with this encoder, in which it has lanes of its own."""
+        return replace(self, config=config, task=task)
 
     @property
     def text_tokens(self) -> int:
@@ -334,9 +334,16 @@ def open_session(
             config.adapter,
             base.pad_id,
         )
-    load_s = base.load_s + time.monotonic() - start
     session = Session(
-        config, world, task, base, model, text_states=text_states, ds_config=ds_config, load_s=load_s
+        config,
+        world,
+        task,
+        base,
+        model,
+        text_states=text_states,
+        integrity=Integrity(world, model, lambda: text_states.modules if text_states else None),
+        ds_config=ds_config,
+        load_s=base.load_s + time.monotonic() - start,
     )
     for adapter in attached:
         session.hand_over_encoder(adapter)

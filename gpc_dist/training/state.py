@@ -43,7 +43,7 @@ class Position:
     origin: Origin | None = None
     """The adapter that the run started from, if it did."""
     share_s: float = 0.0
-    """Seconds spent on the run: those of each step and evaluation, divided by the number of runs in it."""
+    """Seconds spent on the run: its part of those of each step, by its tokens in the passes, and of each evaluation."""
 
 
 def saved_state(checkpoints: Path, config: Config, world: World) -> Checkpoint | None:
@@ -153,7 +153,7 @@ def _restore_state(saved: Checkpoint, encoder: EncoderIdentity, optimizer: Optim
 
 
 def _completed(key: str, held: Any) -> Any:
-    """A value of an `identity` that may be of an older version: keys that it lacks had no effect then, as by default."""
+    """A value of an `identity`, which may be of an older version: keys that it lacks had no effect, as by default."""
     usual = identity(Config())[key]
     return usual | held if isinstance(usual, dict) and isinstance(held, dict) else held
 

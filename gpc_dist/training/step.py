@@ -1,7 +1,7 @@
 """One optimizer step of one or more lanes: prepared, run by this rank, and finished by all ranks together.
 
-All lanes of a step share its passes: one batch holds the rows of all lanes. Each lane has its own loss, gradient
-norm, clipping and update, so it learns as it would alone, up to the order of sums.
+All lanes of a step share its passes: one batch holds the rows of all lanes, whatever their tasks. Each lane has its own
+loss, gradient norm, clipping and update, so it learns as it would alone, up to the order of sums.
 
 Only `finish` waits for a GPU, because it needs the losses and gradient norms on the host. So a caller can prepare
 the next step between `backward` and `finish`, while the GPU works.
@@ -24,6 +24,7 @@ from gpc_dist.distributed import deepspeed_config
 from gpc_dist.distributed.optimizer import LaneOptimizer, reduce_gradients, send_updates
 from gpc_dist.distributed.zero_optimizer import Optimizer, ZeroOptimizer
 from gpc_dist.tasks import LaneBatch, Sizes, share
+from gpc_dist.tasks.example import Kind
 from gpc_dist.training.losses import summed_loss
 from gpc_dist.training.session import Session, Split, lane_batch
 
@@ -52,8 +53,17 @@ class LaneExamples:
     split: Split
     indices: np.ndarray
     """int64 `[B]`: the lane's examples, over all ranks."""
+    kind: Kind
+    """Of the lane's task."""
     class_weights: Tensor | None = None
     """float32 `[C]`, on the rank's device, see `summed_loss`."""
+
+    @property
+    def work(self) -> int:
+        """Tokens that it gives passes to do, prompt included: what lanes share a pass by."""
+        sizes = self.split.rows.sizes
+        tokens = sizes.rows * (sizes.longest + self.adapter.prompt_tokens)
+        return int(tokens[self.indices].sum())
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def backward(session: Session, optimizers: Sequence[Optimizer], step: Step) -> T
         outputs = session.run(micro.batch, [lane.adapter for lane in step.lanes], first.engine)
         losses = torch.stack(
             [
-                summed_loss(session.task.kind, out, batch, lane.class_weights) / len(lane.indices)
+                summed_loss(lane.kind, out, batch, lane.class_weights) / len(lane.indices)
                 if len(out)
                 else out.sum()
                 for out, batch, lane in zip(outputs, micro.batch.lanes, step.lanes, strict=True)

@@ -145,7 +145,6 @@ def _train(inputs: _Inputs, started_s: float, stop: StopRequest, held: ExitStack
     run = Run(
         config.run.name,
         session,
-        config,
         folder,
         adapter=session.new_adapter(config, inputs.source),
         training=session.split(inputs.training, run=config),

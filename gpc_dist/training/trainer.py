@@ -1,4 +1,4 @@
-"""The training loop: K >= 1 runs, each trained as it would be alone. Those of one session share its passes."""
+"""The training loop: K >= 1 runs, each trained as it would be alone. Those of one encoder share its passes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _never() -> bool:
 class Trainer:
     """Trains runs together. Every rank makes the same calls in the same order; the runs may differ between calls.
 
-    Runs of several sessions (see `pack.Pack`) make their steps together too: each session runs its passes, and what
+    Runs of several encoders (see `pack.Pack`) make their steps together too: each encoder runs its passes, and what
     the ranks exchange for an update is exchanged once for all.
 
     Args:
@@ -54,7 +54,7 @@ class Trainer:
 
     def _step(self, runs: Sequence[Run], pause: Callable[[], bool]) -> tuple[list[Event], bool]:
         """Make one step of all runs. Returns the events of runs that failed, and whether any rank stops or pauses."""
-        started_s, groups = time.monotonic(), _by_session(runs)
+        started_s, groups = time.monotonic(), _by_encoder(runs)
         steps = self._next_steps(runs)
         for run in runs:
             run.begin_step()
@@ -72,9 +72,10 @@ class Trainer:
         step_s = time.monotonic() - started_s
 
         common_s = (step_s - sum(passes_s)) / len(runs)
-        for group, spent_s in zip(groups, passes_s, strict=True):
-            for run in group:
-                run.position.share_s += common_s + spent_s / len(group)
+        for group, step, spent_s in zip(groups, steps, passes_s, strict=True):
+            work = [lane.work for lane in step.lanes]
+            for run, own in zip(group, work, strict=True):
+                run.position.share_s += common_s + spent_s * own / sum(work)
         failed = []
         lanes = [lane for step in steps for lane in step.lanes]
         for run, examples, result in zip(runs, lanes, done, strict=True):
@@ -91,7 +92,7 @@ class Trainer:
     def _next_steps(self, runs: Sequence[Run]) -> list[Step]:
         if self._prefetched is not None and self._prefetched[0] == runs:
             return self._prefetched[1]
-        return _prepare(_by_session(runs))
+        return _prepare(_by_encoder(runs))
 
     def _settle(self, runs: Sequence[Run], stepped: bool) -> list[Event]:
         """Evaluate and save the runs that are due. Returns the events of runs that were evaluated or are complete, and
@@ -125,13 +126,13 @@ class Trainer:
         return evaluated
 
 
-def _by_session(runs: Sequence[Run]) -> list[list[Run]]:
+def _by_encoder(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[int, list[Run]] = {}
     for run in runs:
-        groups.setdefault(id(run.session), []).append(run)
+        groups.setdefault(id(run.session.model), []).append(run)
     return list(groups.values())
 
 
 def _prepare(groups: Sequence[Sequence[Run]]) -> list[Step]:
-    """The next step of each session's runs."""
+    """The next step of each encoder's runs."""
     return [prepare(group[0].session, [run.next_examples for run in group]) for group in groups]

@@ -207,14 +207,14 @@ def _watch_driver(watch: _Watch) -> None:
     import ray
 
     from gpc_dist import files
-    from gpc_dist.search import algorithm, callback, ray_cluster, tuner
+    from gpc_dist.search import algorithm, callback, ray_cluster, ray_tune, tuner
 
     for owner, name in (
         (tuner, "_open"),
-        (tuner, "_place_for_ray"),
+        (ray_tune, "place_for_ray"),
         (ray_cluster, "_own"),
         (ray_cluster, "_wait_for_nodes"),
-        (tuner, "pack_shape"),
+        (ray_tune, "pack_shape"),
         (algorithm, "param_space"),
         (algorithm, "searcher"),
     ):

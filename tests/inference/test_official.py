@@ -10,7 +10,8 @@ import pytest
 
 from gpc_dist.config import EngineConfig
 from gpc_dist.distributed.world import alone
-from gpc_dist.inference.adapters import Predictor
+from gpc_dist.inference import official
+from gpc_dist.inference.adapters import Predictor, open_adapter
 from gpc_dist.inference.official import evaluate_official
 from gpc_dist.tasks import judged, metrics
 from gpc_dist.tasks.example import Example
@@ -51,6 +52,25 @@ def test_each_adapter_is_measured_once_on_the_whole_split(runs: list[Path]) -> N
     before = (runs[0] / "official.json").stat().st_mtime_ns
     evaluate_official(runs, "official.json", {}, ALONE)
     assert (runs[0] / "official.json").stat().st_mtime_ns == before
+
+
+def test_adapters_of_several_tasks_share_an_encoder(
+    runs: list[Path], tiny_recipe: Path, other_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ("--task.name", "words", "--task.kind", "regression", "--task.label", "words")
+    words = ("--data.path", other_data, "--data.max_length", 12, "--run.dir", tmp_path)
+    assert gpc("train", tiny_recipe, *task, *words) == 0
+    opened = []
+    monkeypatch.setattr(official, "open_adapter", lambda *given: opened.append(given) or open_adapter(*given))
+    evaluate_official([runs[0], tmp_path], "shared.json", {}, ALONE)
+    assert len(opened) == 1
+    evaluate_official([tmp_path], "alone.json", {}, ALONE)
+    together, alone = (json.loads((tmp_path / name).read_text()) for name in ("shared.json", "alone.json"))
+    assert together.pop("metrics") == pytest.approx(alone.pop("metrics"))
+    assert [each.pop("decision") for each in together["examples"]] == pytest.approx(
+        [each.pop("decision") for each in alone["examples"]]
+    )
+    assert together == alone
 
 
 def test_examples_come_back_as_far_as_scoring_needs_them() -> None:

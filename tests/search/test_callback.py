@@ -79,7 +79,7 @@ def test_a_scheduler_decides_after_a_restart_as_it_would_have_before(tmp_path: P
     last = FakeTrial("x_00009", finished=False)
     told, again = scheduler(name, [*trials, last]), scheduler(name, [*trials, last])
     count = drive(told, trials, SearchFolder(tmp_path))
-    assert replay(SearchFolder(tmp_path), trials, again, "val/average") == count
+    assert replay({"": SearchFolder(tmp_path)}, trials, again, "val/average") == count
     assert again.debug_string() == told.debug_string()
     result = {"step": 20, "val/average": 0.1, "training_iteration": 1}
     assert told.on_trial_result(Controller(), last, dict(result)) == "STOP"
@@ -92,10 +92,10 @@ def test_each_scheduler_hears_what_it_can_bear(tmp_path: Path) -> None:
     count = drive(scheduler("asha", trials), trials, folder)
     running = sum("val/" in line for line in folder.trial("000").metrics.read_text().splitlines())
     assert running
-    assert replay(folder, trials, scheduler("asha", trials), "val/average") == count
-    assert replay(folder, trials[1:], scheduler("median", trials), "val/average") == count - running
-    assert replay(folder, trials[:1], scheduler("median", trials), "val/average") == 0
-    assert replay(folder, trials, scheduler("pbt", []), "val/average") == 0
+    assert replay({"": folder}, trials, scheduler("asha", trials), "val/average") == count
+    assert replay({"": folder}, trials[1:], scheduler("median", trials), "val/average") == count - running
+    assert replay({"": folder}, trials[:1], scheduler("median", trials), "val/average") == 0
+    assert replay({"": folder}, trials, scheduler("pbt", []), "val/average") == 0
 
 
 def test_a_scheduler_is_not_told_of_what_a_trial_will_report_again(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_scheduler_is_not_told_of_what_a_trial_will_report_again(tmp_path: Pat
         write_trial(folder, TrialRecord("mine", "x", number, "1", {}, heard=20))
         lines = [{"step": step, "time_s": float(step), "val/average": 0.5} for step in (20, 40)]
         trial_folder(folder, number).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert replay(folder, trials, scheduler("asha", trials), "val/average") == 3
+    assert replay({"": folder}, trials, scheduler("asha", trials), "val/average") == 3
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_is_decided_is_noted_with_the_evaluation(
     """In one write: a search that is killed between two would have heard, and not know what to do."""
     folder = SearchFolder(tmp_path)
     write_trial(folder, TrialRecord("mine", "x", 0, "1", {}, heard=0))
-    callback = TrialCallback(folder, "val/average", scheduler("asha", []), (), StopRequest())
+    callback = TrialCallback({"": folder}, "val/average", scheduler("asha", []), (), StopRequest())
     trial = FakeTrial("x_00000", finished=False)
     callback.on_trial_result(1, [trial], trial, {"step": 20, "over": over, "done": done})
     record = read_trial(folder, 0)
@@ -133,7 +133,7 @@ def test_a_trial_that_lost_its_process_says_why_it_failed(tmp_path: Path, state:
     error.write_text("Failure # 1\nTraceback ...\nThe worker died. Worker exit type: SYSTEM_ERROR\n\n")
     trial = FakeTrial("x_00000", finished=False, error_file=error)
     trial_folder(folder, 0).write_status(state, "the loss was not finite" if state == "failed" else "")
-    callback = TrialCallback(folder, "val/average", scheduler("asha", []), (), StopRequest())
+    callback = TrialCallback({"": folder}, "val/average", scheduler("asha", []), (), StopRequest())
     callback.on_trial_error(1, [trial], trial)
     status = trial_folder(folder, 0).read_status()
     assert status.state == "failed"
@@ -158,7 +158,7 @@ def test_stop_rules_count_what_was_before(tmp_path: Path) -> None:
     def over(**stop: Any) -> bool:
         search = spec.load("cb-asha", {f"stop.{key}": str(value) for key, value in stop.items()})
         rules = stop_rules(search, "val/average", "max", folder)
-        replay(folder, trials, scheduler("fifo", []), "val/average", rules)
+        replay({"": folder}, trials, scheduler("fifo", []), "val/average", rules)
         return any(rule.stop_all() for rule in rules)
 
     assert [over(patience=count) for count in (1, 2, 3)] == [True, True, False]

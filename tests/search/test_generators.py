@@ -12,7 +12,7 @@ from gpc_dist.search import algorithm, spec
 from gpc_dist.search.past import Evaluation, Past, PastTrial
 from gpc_dist.search.space import settings_of
 from gpc_dist.search.spec import SearchSpec
-from gpc_dist.search.trial import name_for_tune, sample_of, seed_group, seed_of
+from gpc_dist.search.trial import NAME, SAMPLE, name_for_tune, sample_of, seed_group, seed_of
 from gpc_dist.search.trial_files import TrialRecord
 
 METRIC = "val/accuracy"
@@ -191,3 +191,35 @@ def test_optuna_keeps_what_was_tried_although_it_would_draw_otherwise(tmp_path: 
     assert after.drawn(after.trials[0]) == other  # which has ended
     others = {number: found for number, found in before.found().items() if number != 1}
     assert others.items() <= after.found().items()
+
+
+def test_trials_of_several_searches_stand_by_whom_they_can_share_a_pack_with(tmp_path: Path) -> None:
+    text = """
+recipe: demo
+configurations: [{adapter.prompt_tokens: 3}, {adapter.prompt_tokens: 4, train.lr: 0.1}]
+seeds: [1, 2]
+"""
+    one, other = (load(tmp_path, text, **{"name": name}) for name in ("one", "other"))
+    record = TrialRecord("other", "x", 1, "1", {"adapter.prompt_tokens": 3}, 2, decision="completed")
+    past = {1: PastTrial(record, (Evaluation(1.0, 4, 0.5),))}
+    space, begun = algorithm.joint_space({"one": (one, {}), "other": (other, past)})
+    samples = space[SAMPLE]["grid_search"]
+    assert [sample[NAME] for sample in samples] == [
+        *("one/000", "one/001", "other/000", "other/001"),
+        *("one/002", "one/003", "other/002", "other/003"),
+    ]
+    assert [sample["run.seed"] for sample in samples] == [1, 2] * 4
+    assert begun.keys() == {3}
+    assert (begun[3].record, begun[3].evaluations) == (record, ())
+    experiment = Experiment(
+        "trials",
+        run=lambda _: None,
+        config=space,
+        storage_path=str(tmp_path),
+        trial_name_creator=name_for_tune,
+    )
+    source = algorithm.searcher(one, "", "", 8, begun)
+    source.add_configurations([experiment])
+    made = [str(source.next_trial()) for _ in samples]
+    assert made[0] == "other/001"  # what has ended is handed out first
+    assert sorted(made) == sorted(sample[NAME] for sample in samples)

@@ -1,4 +1,4 @@
-"""Searches that run in one pack, without Ray."""
+"""Searches that run in one pack, without Ray; one, or several of several tasks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import yaml
 
 from gpc_dist.errors import EXIT_DONE, EXIT_STOPPED
 from gpc_dist.runs.folder import SearchFolder
-from gpc_dist.search import one_pack, tuner
+from gpc_dist.search import one_pack, spec, tuner
 from gpc_dist.search.spec import SearchSpec
+from gpc_dist.search.tuner import Start
+from gpc_dist.training.stop import StopRequest
 from tests.conftest import gpc, losses
 from tests.holds import Hold
 from tests.processes import call_on_ranks, start_on_ranks
@@ -29,17 +31,38 @@ def make(**others: Any) -> SearchSpec:
 
 def test_which_searches_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert one_pack.fits(make())
-    assert not one_pack.fits(make(resources={"pack": 5}))
-    assert not one_pack.fits(make(resources={"pack": 6, "concurrent": 2}))
-    assert not one_pack.fits(make(resources={"pack": 6, "gpus_per_rank": 0.5}))
-    assert not one_pack.fits(make(scheduler={"name": "median"}))
-    assert not one_pack.fits(make(stop={"threshold": 0.9}))
-    assert not one_pack.fits(make(configurations=[{}, {"adapter.prompt_tokens": 3}]))
-    assert not one_pack.fits(make(configurations=[{"adapter.method": "fine-tuning"}], seeds=[1]))
-    assert not one_pack.fits(make(configurations=None, space={"train.lr": [0.1, 0.2]}, trials=2))
+    assert one_pack.fits([make()])
+    assert not one_pack.fits([make(resources={"pack": 5})])
+    assert not one_pack.fits([make(resources={"pack": 6, "concurrent": 2})])
+    assert not one_pack.fits([make(resources={"pack": 6, "gpus_per_rank": 0.5})])
+    assert not one_pack.fits([make(scheduler={"name": "median"})])
+    assert not one_pack.fits([make(stop={"threshold": 0.9})])
+    assert not one_pack.fits([make(configurations=[{}, {"adapter.prompt_tokens": 3}])])
+    assert not one_pack.fits([make(configurations=[{"adapter.method": "fine-tuning"}], seeds=[1])])
+    assert not one_pack.fits([make(configurations=None, space={"train.lr": [0.1, 0.2]}, trials=2)])
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert not one_pack.fits(make())
+    assert not one_pack.fits([make()])
+
+
+def test_which_searches_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    one, other = (
+        make(name=name, settings={"task.name": name}, resources={"pack": 12}) for name in ("a", "b")
+    )
+    assert tuner.groups([one, other]) == [[one, other]]
+    long = make(name="c", settings={"adapter.prompt_tokens": 3}, resources={"pack": 12})
+    assert tuner.groups([one, long, other]) == [[one, other], [long]]  # each in a pack, without Ray
+    small = [make(name=name, resources={"pack": 6}) for name in ("a", "b")]
+    assert tuner.groups(small) == [[small[0]], [small[1]]]
+    large = [
+        make(name=name, resources={"pack": 5}, settings=given)
+        for name, given in (("a", {}), ("b", {"adapter.prompt_tokens": 3}))
+    ]
+    alone = [
+        make(name=name, configurations=[{"adapter.method": "fine-tuning"}], seeds=[1], resources={})
+        for name in ("a", "b")
+    ]
+    assert tuner.groups([large[0], alone[0], large[1], alone[1]]) == [large, alone]
 
 
 @pytest.fixture
@@ -61,7 +84,7 @@ def search(tmp_path: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def _forked(command: Sequence[str], ranks: int) -> int:
-    done = call_on_ranks(ranks, one_pack.main, command[-1:])
+    done = call_on_ranks(ranks, one_pack.main, command[command.index(one_pack._MODULE) + 1 :])
     print(done.stderr)
     return done.returncode
 
@@ -109,3 +132,36 @@ def test_a_search_that_was_stopped_goes_on(search: SearchFolder, monkeypatch: py
     assert gpc("tune", search.config, "--resume") == EXIT_DONE
     assert sorted(losses(trial.path)) == list(range(1, 31))
     assert decisions(search) == ["completed", "completed", "completed", "failed"]
+
+
+@pytest.mark.slow
+def test_searches_of_several_tasks_share_a_pack(
+    search: SearchFolder, other_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each the same trial fails, alone."""
+    cats = spec.load("mine.yaml", {"resources.pack": "8"})
+    task = {"task.name": "words", "task.kind": "regression", "task.label": "words"}
+    own = task | {"data.path": str(other_data), "train.steps": 8, "train.eval_every": 4}
+    words = cats.model_copy(update={"name": "words", "settings": cats.settings | own})
+    searches, started = [cats, words], []
+
+    def counted(command: Sequence[str], ranks: int) -> int:
+        started.append(ranks)
+        return _forked(command, ranks)
+
+    monkeypatch.setattr(one_pack.launch, "start_ranks", counted)
+    assert tuner.groups(searches) == [searches]
+    assert tuner.run_searches([Start(each) for each in searches], ["gpc-dist"], StopRequest()) == EXIT_DONE
+    assert started == [2]
+    for each, metric, steps in ((cats, "accuracy", 12), (words, "pearson", 8)):
+        folder = SearchFolder(each.folder)
+        assert decisions(folder) == ["completed", "completed", "completed", "failed"]
+        result = json.loads(folder.result.read_text())
+        assert (result["metric"], result["trials"], result["finished"]) == (metric, 4, 3)
+        found = [json.loads(trial.result.read_text()) for trial in folder.begun_trials()[:3]]
+        assert {(one["task"], one["main_metric"], one["steps"]) for one in found} == {
+            (each.settings.get("task.name", "cats"), metric, steps)
+        }
+    # one goes on by itself
+    assert gpc("tune", SearchFolder(words.folder).config, "--resume") == EXIT_DONE
+    assert len(started) == 2

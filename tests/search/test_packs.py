@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gpc_dist.search import packs, tuner
+from gpc_dist.search import packs, ray_tune
 from gpc_dist.search.packs import Packs, Shape, _Lane, _Pack
 from gpc_dist.search.spec import SearchSpec
 
@@ -86,7 +86,7 @@ def test_a_round_does_not_wait_for_a_trial_that_left_while_it_joined() -> None:
 def test_packs_have_the_lanes_that_trials_fill(
     monkeypatch: pytest.MonkeyPatch, resources: dict[str, int], lanes: int
 ) -> None:
-    monkeypatch.setattr(tuner.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray_tune.ray, "cluster_resources", lambda: {"CPU": 2.0})
     spec = SearchSpec.model_validate(
         {
             "recipe": "demo",
@@ -96,4 +96,4 @@ def test_packs_have_the_lanes_that_trials_fill(
             "resources": resources,
         }
     )
-    assert tuner.pack_shape(spec).lanes == lanes
+    assert ray_tune.pack_shape([spec]).lanes == lanes

@@ -71,7 +71,7 @@ def test_what_a_killed_search_has_left_is_removed_by_the_next_one(tmp_path: Path
 
 def enter(folder: Path) -> int:
     """What a search does first."""
-    with ray_cluster.connected(folder, StopRequest()):
+    with ray_cluster.connected([SearchFolder(folder)], StopRequest()):
         print("entered")
     return 0
 
@@ -80,7 +80,7 @@ def lose(folder: Path, address: str) -> int:
     """A search that waits for what its Ray has begun."""
     ray_cluster._LOST_S = ray_cluster._PERIOD_S = 0.05
     SearchFolder(folder).write_status("running")
-    with ray_cluster._watched(address, SearchFolder(folder)):
+    with ray_cluster._watched(address, [SearchFolder(folder)]):
         threading.Event().wait()
     return 0
 
@@ -214,4 +214,4 @@ def test_a_search_that_is_stopped_while_ray_starts_says_so(
     monkeypatch.setattr(ray_cluster, "_wait_for_nodes", lambda: None)
     monkeypatch.setattr(ray_cluster, "_head", lambda: f"127.0.0.1:{free_port()}")
     assert cli.main(["tune", str(search)]) == EXIT_STOPPED
-    assert f"stopped by {number.name}; go on with: gpc-dist tune" in capsys.readouterr().err
+    assert f"stopped by {number.name}; go on with gpc-dist tune" in capsys.readouterr().err

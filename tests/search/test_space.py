@@ -268,12 +268,13 @@ def test_lanes_of_a_pack_may_differ_in_the_adapter_and_the_training() -> None:
         ("adapter.method", "linear-probe", True),  # its head reads cached states
         ("adapter.prompt_tokens", "11", False),
         ("encoder.path", "other", False),
-        ("task.label", "other", False),
-        ("data.train", "other.jsonl", False),
+        ("task.label", "other", True),
+        ("data.train", "other.jsonl", True),
+        ("data.max_length", "16", True),
         ("engine.dtype", "bf16", False),
     ],
 )
-def test_a_pack_shares_encoder_task_data_and_engine(key: str, value: str, shared: bool) -> None:
+def test_a_pack_shares_encoder_and_engine(key: str, value: str, shared: bool) -> None:
     one, other = pack_key(config.load("demo")), pack_key(config.load("demo", {key: value}))
     assert (one.joined(other) is not None) is shared
     assert one.joined(other) == other.joined(one)
@@ -396,3 +397,29 @@ def test_recorded_settings_are_those_of_a_configuration() -> None:
         UserError, match="^b: settings are in no configuration of the search: restore or remove"
     ):
         space.check_recorded(spec, {"a": listed[0], "b": {"train.lr": 0.2}})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scheduler": {"name": "median"}}, "scheduler.name 'median' compares trials while they run"),
+        ({"algorithm": "optuna"}, "algorithm 'optuna' compares trials while they run"),
+        ({"stop": {"patience": 2}}, "stop.patience compares trials while they run"),
+    ],
+)
+def test_trials_of_different_tasks_are_not_compared(given: dict[str, Any], message: str) -> None:
+    tree = {"recipe": "rte", "space": {"task.name": ["rte", "wic"]}, "trials": 2}
+    space.validate(SearchSpec.model_validate(tree))
+    with pytest.raises(UserError, match=message):
+        space.validate(SearchSpec.model_validate(tree | given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"space": {"task.name": ["rte", "cola"]}, "trials": 2}, {"configurations": [{}, {"task.name": "cola"}]}],
+)
+def test_a_search_has_one_metric(given: dict[str, Any]) -> None:
+    with pytest.raises(
+        UserError, match="task rte are measured by accuracy, and those of cola by matthews: a search"
+    ):
+        space.goal(SearchSpec.model_validate({"recipe": "rte", **given}))

@@ -15,7 +15,7 @@ from gpc_dist.distributed import checkpoint
 from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import spec
 from gpc_dist.search.packs import Place
-from gpc_dist.search.trial import SAMPLE, SEED, Trial
+from gpc_dist.search.trial import NAME, SAMPLE, SEED, Trial
 from gpc_dist.search.trial_files import TrialRecord, read_trial, trial_folder, write_trial
 from gpc_dist.training.progress import Event
 
@@ -47,8 +47,7 @@ def take_up(folder: SearchFolder, sample: dict[str, Any]) -> Trial:
     """A trial in a new process of a search that goes on."""
     trial = Trial.__new__(Trial)
     trial._trial_info = SimpleNamespace(trial_name="003", trial_id="fedcb_00003")
-    trial._folder = folder
-    trial._spec = spec.load("cb-asha")
+    trial._searches = {"": (folder, spec.load("cb-asha"))}
     trial._packs = Packs(folder)
     trial._take_up({SAMPLE: sample})
     return trial
@@ -85,6 +84,30 @@ def test_a_new_trial_has_the_id_that_ray_gave_it(tmp_path: Path, monkeypatch: py
     trial._join()
     assert files.read_json(trial_folder(folder, 3).trial)["trial"] == "fedcb_00003"
     assert trial._packs.asked[0][3] is None
+
+
+def test_a_trial_of_several_searches_takes_up_what_its_own_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each search has a trial with this number."""
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    folders = {name: SearchFolder(tmp_path / name) for name in ("one", "other")}
+    trial = take_up(folders["other"], {"train.lr": 0.02, SEED: 5})
+    trial._searches = {
+        name: (folder, spec.load("cb-asha", {"name": name})) for name, folder in folders.items()
+    }
+    trial._lane_name, trial._visit, left = "one/003", 7, []
+    trial._packs.leave = SimpleNamespace(remote=lambda *given: left.append(given))
+    trial._trial_info = SimpleNamespace(trial_name="other/003", trial_id="fedcb_00017")
+    assert trial.reset_config({SAMPLE: {"train.lr": 0.01, SEED: 6, NAME: "other/003"}})
+    # by the name of the one before, when Ray Tune has given the process that of the next
+    assert left == [("one/003", 7, "stopped by the search")]
+    trial._join()
+    assert trial._packs.asked[0][:3] == ("other/003", 0.01, 6)
+    record = read_trial(folders["other"], 3)
+    assert record is not None
+    assert (record.search, record.number, record.seed) == ("other", 3, 6)
+    assert not trial_folder(folders["one"], 3).trial.exists()
 
 
 @pytest.mark.parametrize(("decision", "heard"), [("running", 8), ("stopped by scheduler", 0)])

@@ -24,7 +24,7 @@ from gpc_dist import cli, files
 from gpc_dist.distributed import checkpoint
 from gpc_dist.errors import EXIT_STOPPED, EXIT_USAGE, MachineError
 from gpc_dist.runs.folder import SearchFolder
-from gpc_dist.search import ray_cluster, tuner
+from gpc_dist.search import ray_cluster, ray_tune, tuner
 from gpc_dist.search.trial_files import recipe_of
 from tests.conftest import gpc, losses
 from tests.holds import Hold
@@ -378,7 +378,7 @@ def test_a_start_of_a_search_that_gets_nowhere_says_so(
         return len(steps)
 
     monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(tuner, "_tune", stopped_at)
+    monkeypatch.setattr(ray_tune, "tune_searches", stopped_at)
     assert gpc("tune", write_search(place)) == EXIT_STOPPED
     assert (place / "note").exists() == idle
 
@@ -389,7 +389,7 @@ def test_a_search_that_is_killed_as_it_opens_its_folder_has_its_recipe_when_it_g
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(tuner, "_tune", lambda *given: setattr(given[-1], "signal", "SIGUSR2"))
+    monkeypatch.setattr(ray_tune, "tune_searches", lambda *given: setattr(given[-1], "signal", "SIGUSR2"))
     path, search = write_search(place), SearchFolder("searches/mine")
     write_text, count = files.write_text, itertools.count()
 
@@ -419,7 +419,7 @@ def test_a_search_that_loses_what_leads_its_packs_ends(
     monkeypatch.setattr(ray, "wait", lambda waited, timeout: (waited if lost[0] else [], []))
     monkeypatch.setattr(ray, "get", get)
     packs = SimpleNamespace(closed=SimpleNamespace(remote=object))
-    led = tuner._Led(packs, SearchFolder(tmp_path))
+    led = ray_tune._Led(packs, [SearchFolder(tmp_path)])
     led.on_step_begin(1, [])
     lost[0] = True
     with pytest.raises(
@@ -455,7 +455,7 @@ def test_a_search_of_a_version_that_did_not_write_its_goal_goes_on(
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(tuner, "_tune", lambda *given: setattr(given[-1], "signal", "SIGUSR2"))
+    monkeypatch.setattr(ray_tune, "tune_searches", lambda *given: setattr(given[-1], "signal", "SIGUSR2"))
     path, config = write_search(place), place / "searches" / "mine" / "search.yaml"
     assert gpc("tune", path) == EXIT_STOPPED
     written = config.read_text()

@@ -1,4 +1,4 @@
-"""A whole study on a tiny encoder: cut off, gone on with, and its numbers found again."""
+"""A whole study of two tasks on a tiny encoder: cut off, gone on with, and its numbers found again."""
 
 from __future__ import annotations
 
@@ -32,22 +32,34 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def trials(study: Path, stage: str) -> list[Path]:
-    return sorted((study / "tasks" / "cats" / f"{stage}-packed" / "trials").iterdir())
+def trials(study: Path, stage: str, task: str = "cats") -> list[Path]:
+    return sorted((study / "tasks" / task / f"{stage}-packed" / "trials").iterdir())
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_recipe: Path) -> Path:
+def place(tmp_path: Path, tiny_recipe: Path, other_data: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(tiny_recipe.read_text())
     tiny = yaml.safe_load(tiny_recipe.read_text())
     study = {
         "encoder": {"path": tiny["encoder"]["path"]},
-        "tasks": {"cats": {"recipe": "recipe.yaml"}},
+        "tasks": {
+            "cats": {"recipe": "recipe.yaml"},
+            "words": {
+                "recipe": "recipe.yaml",
+                "settings": {
+                    "task.name": "words",
+                    "task.kind": "regression",
+                    "task.label": "words",
+                    "data.path": str(other_data),
+                    "train.eval_every": 5,
+                },
+            },
+        },
         "methods": METHODS,
         "settings": {"train.steps": 20, "train.eval_every": 10, "engine.zero_stage": 3},
         "holdout": 0.2,
         "trials": 6,
-        "resources": {"ranks": 2, "pack": 2, "cpus_per_rank": max(1, (os.cpu_count() or 1) // 2)},
+        "resources": {"ranks": 2, "pack": 3, "cpus_per_rank": max(1, (os.cpu_count() or 1) // 2)},
         "tracking": {"enabled": False},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(study))
@@ -93,6 +105,14 @@ def test_a_study_that_was_killed_goes_on_and_reports(
         found = report["tasks"]["cats"]["methods"][method]
         assert sorted(found["scores"].values()) == sorted(scores)
         assert found["mean"] == pytest.approx(statistics.fmean(scores))
+    # the other task was trained beside it, measured by its own metric, and selected on its own hold-out
+    assert "18 of 18 trials ended" in done.stdout
+    assert len(trials(study, "search", "words")) == 4
+    others = report["tasks"]["words"]
+    assert others["metric"] != report["tasks"]["cats"]["metric"]
+    assert others["methods"].keys() == report["tasks"]["cats"]["methods"].keys()
+    other = read(trials(study, "final", "words")[0] / "official.json")
+    assert (other["metric"], len(other["examples"])) == (others["metric"], 17)
     # the official split was read as `evaluate` reads it, whole; on two ranks at stage 3 as on one at stage 0
     official = read(final[0] / "official.json")
     assert len(official["examples"]) == 23
@@ -118,7 +138,7 @@ def test_a_study_that_was_killed_goes_on_and_reports(
 def test_a_task_may_be_added_to_a_study_and_nothing_changed(place: Path) -> None:
     begun = load(str(place / "mine.yaml"), {"dir": str(place / "begun")})
     folder = StudyFolder(begun.folder)
-    assert new_tasks(begun, folder) == ["cats"]
+    assert new_tasks(begun, folder) == ["cats", "words"]
     folder.path.mkdir()
     folder.config.write_text(begun.to_yaml())
     assert new_tasks(begun, folder) == []
@@ -152,7 +172,7 @@ def test_what_a_study_will_run(
     assert gpc("study", "mine.yaml", "--dry-run") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cats", "gpc", "2", "5", "100"] in lines
-    assert lines[-1] == ["together", "13", "260"]
+    assert lines[-1] == ["together", "26", "520"]
     assert not (place / "studies").exists()
 
 

@@ -301,7 +301,7 @@ def make_steps(recipe: Path, stage: int) -> None:
         adapter = session.new_adapter(chosen)
         optimizer = optimizer_of(adapter, session, chosen)
         split = session.split(read_part(task, chosen.data, "train", 0))
-        step = prepare(session, [LaneExamples(adapter, split, np.arange(9))])
+        step = prepare(session, [LaneExamples(adapter, split, np.arange(9), task.kind)])
 
         def values() -> dict[str, Tensor]:
             found = optimizer.weights()

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from gpc_dist.adapter.lane import Adapter, EncoderShape
+from gpc_dist.bench.synthetic import synthetic
 from gpc_dist.config import AdapterConfig, DataConfig, TaskConfig, TrainConfig
 from gpc_dist.distributed.optimizer import (
     LaneOptimizer,
@@ -29,6 +31,8 @@ from gpc_dist.distributed.optimizer import (
 from gpc_dist.distributed.world import World
 from gpc_dist.tasks import Batch, Example, make_task
 from gpc_dist.training.losses import class_weights, split_outputs, summed_loss
+from gpc_dist.training.session import Split
+from gpc_dist.training.step import LaneExamples
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -131,6 +135,17 @@ SEEDING = threading.Lock()
 def adapter(seed: int = 0) -> Adapter:
     with SEEDING:
         return Adapter(AdapterConfig(prompt_tokens=3, cell="recurrent"), EncoderShape(3, 8, 8), 2, seed)
+
+
+def test_the_time_of_a_pass_is_shared_by_tokens() -> None:
+    """Lanes of one pass may have rows of very different lengths."""
+    split = Split([], synthetic(np.array([3, 7, 5]), 100, seed=0))
+    adapter: Any = SimpleNamespace(prompt_tokens=4)
+    work = [
+        LaneExamples(adapter, split, np.array(own, np.int64), "classification").work
+        for own in ([0, 2], [1], [])
+    ]
+    assert work == [3 + 5 + 2 * 4, 7 + 4, 0]
 
 
 def test_clipping_and_adamw_are_plain_pytorchs() -> None:
