@@ -45,7 +45,8 @@ class Unit(nn.Sequential):
         elif rank is None:
             nn.init.eye_(last.weight)
         else:
-            first = nn.init.orthogonal_(factors[0].weight)
+            first = factors[0].weight
+            nn.init.orthogonal_(first)
             with torch.no_grad():
                 last.weight.copy_(first.T * max(1, hidden_size / rank) ** 0.5)
 

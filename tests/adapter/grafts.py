@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gated": {"cell": "gated"},
     "residual": {"cell": "residual"},
     "low-rank": {"cell": "residual", "cell_rank": 3},
+    "recurrent-low-rank": {"cell": "recurrent", "cell_rank": 3},
     "per-layer": {"cell": "gated", "cell_per_layer": True},
     "remember": {"cell": "recurrent", "cell_units": "remember", "cell_norm": True},
     "forget": {"cell": "residual", "cell_units": "forget", "cell_layers": [1], "cell_per_layer": True},
