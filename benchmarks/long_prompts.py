@@ -12,7 +12,8 @@ The second made `long_prompts.json`, and the third the file that it names, one a
 accuracy says nothing, and what counts is how much of what the head reads depends on the text (`spread`).
 
 A run has failed if its accuracy is within 2 points of the majority's, or more than 5 below a linear probe's. Nothing is
-chosen on the rows that are scored: what is measured is the last step. The file is written after each arm.
+chosen on the rows that are scored: what is measured is the last step. The file is written after each arm, and an arm
+that it has of the same settings is not run again.
 """
 
 from __future__ import annotations
@@ -185,11 +186,15 @@ def main() -> None:
         "settings": {key: value for key, value in vars(options).items() if key not in left_out},
         "methods": {},
     }
+    if options.out.exists():
+        found = json.loads(options.out.read_text())
+        if found["settings"] == json.loads(json.dumps(report["settings"])):
+            report = found
     with (options.data / "val.jsonl").open() as lines:
         texts = [json.loads(line)["sentence"] for line in islice(lines, TEXTS)]
     world = init_world(config.load("sst2").engine)
     with tempfile.TemporaryDirectory() as folder:
-        for arm in options.arms:
+        for arm in [each for each in options.arms if each not in report["methods"]]:
             report["methods"][arm] = figures(train(arm, options, world, Path(folder)), texts)
             for found in report["methods"].values() if not options.cut else ():
                 found["failed"] = failed(found, report["methods"].get("linear-probe"))
