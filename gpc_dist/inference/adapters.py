@@ -19,7 +19,7 @@ from gpc_dist.encoder.sharding import held
 from gpc_dist.errors import UserError
 from gpc_dist.inference.engine import engine_of
 from gpc_dist.shown import one_line
-from gpc_dist.tasks import Example, Prediction, answered_by, make_task, read_part, write_predictions
+from gpc_dist.tasks import Example, Prediction, Task, answered_by, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.session import Session, Split, load_base, open_session
 
@@ -77,6 +77,21 @@ def load_on_all(folder: Path, world: World) -> tuple[Adapter, AdapterCard]:
     return adapter, card
 
 
+def task_of(folder: Path, adapter: Adapter, config: Config) -> Task:
+    """The task that a configuration gives an adapter.
+
+    Raises:
+        UserError: it needs another number of outputs, or is not valid.
+    """
+    task = make_task(config.task, config.data)
+    if adapter.outputs != task.outputs:
+        raise UserError(
+            f"the adapter in {folder} has {adapter.outputs} outputs, and task '{task.name}' needs {task.outputs}: "
+            "evaluate it on the task and the labels it was trained for"
+        )
+    return task
+
+
 def open_adapter(folder: Path, config: Config, world: World) -> Session:
     """Open a session that runs a saved adapter, at the stage of the configuration. Every rank must call it.
 
@@ -86,12 +101,7 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
     adapter, card = load_on_all(folder, world)
     base = load_base(config, world)
     card.check_encoder(base.identity, base.parts.shape)
-    task = make_task(config.task, config.data)
-    if adapter.outputs != task.outputs:
-        raise UserError(
-            f"the adapter in {folder} has {adapter.outputs} outputs, and task '{task.name}' needs {task.outputs}: "
-            "evaluate it on the task and the labels it was trained for"
-        )
+    task = task_of(folder, adapter, config)
     session = open_session(config, world, task, base, [adapter])
     if config.adapter.trains_encoder:
         world.on_all(lambda: load_tuned_encoder(folder, adapter, held))
