@@ -160,7 +160,6 @@ def _start(end: ExitStack, words: Sequence[str], port: int, path: str) -> subpro
     process = subprocess.Popen(
         words,
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"MLFLOW_DISABLE_SCHEMA_DETAILS": "true"},
         start_new_session=True,
     )
     end.callback(_stop, process)

@@ -118,12 +118,11 @@ def _run_on_ray(given: Any, options: Any) -> int:
         from gpc_dist.inference.server import ray_serve
     except ImportError as error:
         raise MachineError(f"--replicas needs {error.name}: pip install 'gpc-dist[ray-serve]'") from None
-    from gpc_dist.search import ray_token
+    from gpc_dist.search import ray_cluster, ray_token
 
-    if not os.environ.get("RAY_ADDRESS"):
-        ray_token.make_token()
     where = (options.host, options.port, options.drain_s)
-    return ray_serve.run(given, *where, options.replicas, ray_token.check_nodes)
+    with ray_cluster.entrance() as cluster:
+        return ray_serve.run(given, *where, options.replicas, cluster, ray_token.check_nodes)
 
 
 COMMAND = Command(

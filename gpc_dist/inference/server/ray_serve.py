@@ -89,12 +89,15 @@ def run(
     port: int,
     drain_s: float,
     replicas: tuple[int, int],
+    cluster: Mapping[str, Any],
     check_nodes: Callable[[Sequence[Mapping[str, Any]]], None],
 ) -> int:
-    """Serve on the cluster that RAY_ADDRESS names, or on one of this machine, until SIGTERM or Ctrl-C; returns the exit
-    code.
+    """Serve on a cluster until SIGTERM or Ctrl-C; returns the exit code.
 
     Args:
+        host, port, drain_s: as of `run.run`.
+        replicas: fewest and most.
+        cluster: options of `ray.init` that enter it.
         check_nodes: refuses the nodes of a cluster that is not to be used.
 
     Raises:
@@ -102,11 +105,9 @@ def run(
         MachineError: Ray cannot be entered, or the replicas do not start.
     """
     look_at_all(list(map(Place.parse, options.places)))
-    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    address = os.environ.get("RAY_ADDRESS")
     stop = StopRequest()
     try:
-        ray.init(address=address or "local", log_to_driver=False, **({} if address else own))
+        ray.init(log_to_driver=False, **cluster)
         check_nodes(ray.nodes())
         stop.listen(*SIGNALS)  # Ray has set handlers of its own
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
