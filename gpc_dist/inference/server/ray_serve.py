@@ -116,6 +116,8 @@ def run(
         while stop.signal is None:
             time.sleep(_POLL_S)
         serve.delete(_NAME)
+        if not serve.status().applications:  # of others, on a cluster that is not ours
+            serve.shutdown()
     except (RayError, RuntimeError, ValueError, OSError) as error:
         raise MachineError(f"the replicas do not run on Ray: {one_line(error)}") from None
     finally:
