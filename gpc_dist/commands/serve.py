@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-tokens",
         metavar="N",
         type=count,
-        help="most tokens of a pass, prompts and padding included [1024; on a GPU 16384]",
+        help="most tokens of a pass, prompts and padding included [256; on a GPU 16384]",
     )
     parser.add_argument(
         "--queue", metavar="N", type=count, default=1024, help="rows in work; more are refused [1024]"

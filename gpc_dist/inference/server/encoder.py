@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpc_dist.adapter.graft import GraftedEncoder
+from gpc_dist.adapter.hub import without_local_paths
 from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.store import AdapterCard, load_adapter
 from gpc_dist.config import AdapterConfig
@@ -103,8 +104,9 @@ class SharedEncoder:
 
     @property
     def name(self) -> str:
-        """As the first adapter's card has it: a name of the Hub, or a path."""
-        return self._session.base.identity.path
+        """As others know it: a name of the Hub, or the last part of a path."""
+        shown, _ = without_local_paths(self._session.base.identity, {})
+        return shown.path
 
     @property
     def device(self) -> torch.device:
@@ -132,9 +134,12 @@ class SharedEncoder:
         """Parse and tokenise the rows of a request.
 
         Raises:
-            UserError: a row lacks a column that the task reads, or has no text in it; names both.
+            UserError: a row lacks a column that the task reads, or has no text in it; names both. Or there is nothing
+                to predict: of a text without questions, or a question without candidates.
         """
         examples = loaded.task.parse([dict(row) for row in rows])
+        if not examples or not all(example.rows for example in examples):
+            raise UserError(f"a row has nothing to choose from, or to predict, for task {loaded.task.name}")
         encoded = encode(examples, self._session.base.tokenizer, loaded.text_tokens)
         every = collate(encoded, np.arange(len(examples)), self._session.pad_id)
         ids = every.input_ids.numpy()

@@ -39,7 +39,7 @@ class Gate:
         observe: Callable[[Scope, int, float], None],
     ):
         self._app, self._most_bytes, self._timeout_s, self._observe = app, most_bytes, timeout_s, observe
-        self._expected = None if token is None else f"Bearer {token}".encode()
+        self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,9 +65,10 @@ class Gate:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         """The answer to a request that is not let in."""
         headers = Headers(scope=scope)
-        if self._expected is not None and scope["path"] not in OPEN:
-            given = headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, self._expected):
+        if self._token is not None and scope["path"] not in OPEN:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            # headers are read as Latin-1, whatever they were written as
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self._token):
                 return _refused(401, "bring the server's token as Authorization: Bearer", "Bearer")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._most_bytes:

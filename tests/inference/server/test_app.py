@@ -15,7 +15,7 @@ from gpc_dist.inference.adapters import Predictor
 from gpc_dist.inference.server.app import make_app
 from gpc_dist.inference.server.encoder import SharedEncoder
 from gpc_dist.inference.server.service import Service
-from tests.inference.server.made import ROWS, Reply, ask, options
+from tests.inference.server.made import ROWS, Reply, ask, options, write_adapter
 
 PREDICT = "/v1/adapters/{}/predict"
 Asks = Callable[[Any], Awaitable[Any]]
@@ -128,6 +128,23 @@ def test_candidates_are_rows_of_the_queue(adapters: dict[str, Path]) -> None:
     assert (two.status, "6 texts, and at most 4" in two.tree["detail"]) == (422, True)
 
 
+def test_what_has_nothing_to_predict_is_said(tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = {
+        "multirc": {"idx": 0, "passage": {"text": "a cat", "questions": []}},
+        "record": {"idx": 0, "passage": "a cat", "query": "@placeholder runs", "entities": []},
+    }
+    places = [write_adapter(tmp_path / name, tiny_encoder, {"name": name}, {}) for name in rows]
+    service = Service(options(*places))
+
+    async def asks() -> list[Reply]:
+        async with service.running():
+            return [await ask(make_app(service), PREDICT.format(name), {"row": rows[name]}) for name in rows]
+
+    for reply in asyncio.run(asks()):
+        assert reply.status == 422
+        assert "nothing to choose from, or to predict" in reply.tree["detail"]
+
+
 def test_what_has_no_room_is_refused_until_there_is(adapters: dict[str, Path], held: Any) -> None:
     running, go = held
 
@@ -190,7 +207,13 @@ def test_a_pass_that_fails_tells_clients_nothing_of_it(
 
 @pytest.mark.parametrize(
     ("given", "status"),
-    [({}, 401), ({"authorization": "Bearer guess"}, 401), ({"authorization": "Bearer s3"}, 200)],
+    [
+        ({}, 401),
+        ({"authorization": "Bearer guess"}, 401),
+        ({"authorization": "Basic s3"}, 401),
+        ({"authorization": "Bearer s3"}, 200),
+        ({"authorization": "bearer s3"}, 200),
+    ],
 )
 def test_the_token_opens(
     adapters: dict[str, Path], given: dict[str, str], status: int, caplog: pytest.LogCaptureFixture
@@ -212,7 +235,9 @@ def test_the_token_opens(
 
 
 def test_adapters_are_listed_with_what_they_read(adapters: dict[str, Path]) -> None:
-    found = {each["name"]: each for each in one(adapters, "/v1/adapters").tree["adapters"]}
+    listed = one(adapters, "/v1/adapters").tree
+    assert "/" not in listed["encoder"]
+    found = {each["name"]: each for each in listed["adapters"]}
     assert list(found) == ["gated", "recurrent", "residual"]
     assert found["gated"] == {
         "name": "gated",
