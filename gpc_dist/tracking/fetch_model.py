@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[^/]+)|@(?P<alias>[^/]+))")
-_OF_A_RUN = re.compile(r"runs:/(?P<run>[^/]+)/.+")
+_OF_A_RUN = re.compile(r"runs:/(?P<run>[^/]+)/(?P<model>.+)")
 _DATABASES = (Path("runs/mlflow.db"), Path("mlflow.db"))
 
 
@@ -63,15 +63,13 @@ def fetch_model(uri: str, folder: Path) -> Path:
         UserError: there is no such store, or the model is no adapter's.
         MachineError: the store does not give it.
     """
-    with _store(uri) as (_, store):
+    with _store(uri) as (client, store):
         import mlflow.artifacts
         from mlflow.models import Model
 
-        files = Path(
-            mlflow.artifacts.download_artifacts(
-                uri, dst_path=str(folder), tracking_uri=store, registry_uri=store
-            )
-        )
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        location = _location(client, uri)
+        files = Path(mlflow.artifacts.download_artifacts(location, dst_path=str(folder), tracking_uri=store))
         if not (files / "MLmodel").is_file():
             raise UserError(f"{uri} is no model: it has no file MLmodel")
         data = Model.load(files).flavors.get("python_function", {}).get("data")
@@ -79,6 +77,18 @@ def fetch_model(uri: str, folder: Path) -> Path:
     if not data or not held.is_dir() or not held.is_relative_to(files.resolve()):
         raise UserError(f"{uri} holds no adapter that gpc-dist logged")
     return held
+
+
+def _location(client: MlflowClient, uri: str) -> str:
+    """Where a model's files are: MLflow would look a name up in its global registry, whatever store it is given."""
+    if found := _REGISTERED.fullmatch(uri):
+        return str(client.get_model_version_download_uri(found["name"], found["version"]))
+    if found := _OF_A_RUN.fullmatch(uri):
+        run = client.get_run(found["run"])
+        made = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        named = [model.artifact_location for model in made if model.name == found["model"]]
+        return str(named[0] if named else f"{run.info.artifact_uri}/{found['model']}")
+    return str(client.get_logged_model(uri.partition(":/")[2]).artifact_location)
 
 
 @contextmanager

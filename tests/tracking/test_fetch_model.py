@@ -28,10 +28,12 @@ def test_models_are_fetched_by_version_alias_id_and_run(
 ) -> None:
     from mlflow import MlflowClient
 
-    shutil.copy(mlflow_store, tmp_path / "mlflow.db")
+    # not where MLflow itself would look
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_store, tmp_path / "runs" / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    store = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     client = MlflowClient(store, registry_uri=store)
     experiment = client.create_experiment("fetched", (tmp_path / "artifacts").as_uri())
     run = client.create_run(experiment).info.run_id
