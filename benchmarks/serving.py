@@ -158,11 +158,11 @@ def start_mlflow(end: ExitStack, adapters: Sequence[Path], scratch: Path) -> Sid
 
 def _start(end: ExitStack, words: Sequence[str], port: int, path: str) -> subprocess.Popen[Any]:
     # MLflow looks for uvicorn there
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     process = subprocess.Popen(
         words,
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"PATH": path},
+        env=os.environ | {"PATH": programs},
         start_new_session=True,
     )
     end.callback(_stop, process)

@@ -26,3 +26,18 @@ def test_replicas_answer_until_they_are_told_to_end(
         assert refused.value.code == 401
         server.send_signal(signal.SIGTERM)
         assert server.wait() == 0, server.stderr
+
+
+@pytest.mark.ray
+def test_a_configuration_file_of_serve_names_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpc_dist.inference.server import ray_serve
+
+    monkeypatch.setattr(ray_serve, "deployed", lambda *given: given)
+    monkeypatch.setenv(TOKEN, "s3cret")
+    given = {"adapters": "runs/rte,mine=runs/cb", "replicas": "1-4", "engine.device": "cpu"}
+    options, replicas = ray_serve.application(given)  # type: ignore[misc]
+    assert (list(options.places), options.settings) == (
+        ["runs/rte", "mine=runs/cb"],
+        {"engine.device": "cpu"},
+    )
+    assert (replicas, options.token) == ((1, 4), "s3cret")
