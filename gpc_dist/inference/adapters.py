@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -167,7 +168,8 @@ def adapter_outputs(session: Session, split: Split, adapter: Adapter | None = No
 
 
 class Predictor:
-    """An adapter and its encoder, loaded to predict rows as they come.
+    """An adapter and its encoder, loaded to predict rows as they come. Threads that call it, as those of MLflow's
+    server, take turns: the hooks of two passes on one encoder would write into each other's states.
 
     By default the encoder lies whole in this process. With `engine.zero_stage` 3 it is sharded over the ranks that
     `torchrun` or `srun` gave, each of which then makes the same calls with the same rows and gets the same predictions;
@@ -188,6 +190,7 @@ class Predictor:
             launch.given_ranks()  # puts what `srun` says where `init_world` looks
         world = init_world(config.engine) if sharded else alone(config.engine)
         self.session = open_adapter(Path(folder), config, world)
+        self._turn = threading.Lock()
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
         """A prediction for each example in the rows.
@@ -200,6 +203,7 @@ class Predictor:
         """
         task, world = self.session.task, self.session.world
         examples = task.parse([dict(row) for row in rows])
-        outputs = adapter_outputs(self.session, self.session.split(examples, cached=False))
-        on_main = world.from_main([each.tolist() for each in outputs or ()])
+        with self._turn:
+            outputs = adapter_outputs(self.session, self.session.split(examples, cached=False))
+            on_main = world.from_main([each.tolist() for each in outputs or ()])
         return task.predictions(examples, [np.array(each, np.float32) for each in on_main])
