@@ -95,16 +95,16 @@ def run(options: Any, settings: dict[str, str], _: list[str]) -> int:
     from gpc_dist.inference.server.options import TOKEN, Options
 
     given = Options(
-        options.places,
-        {key: value for key, value in settings.items() if not key.startswith("tracking.")},
-        options.reload,
-        options.wait_ms,
-        options.batch_tokens,
-        options.queue,
-        options.max_rows,
-        options.max_body_kib,
-        options.timeout_s,
-        os.environ.get(TOKEN) or None,
+        places=options.places,
+        settings={key: value for key, value in settings.items() if not key.startswith("tracking.")},
+        reload_s=options.reload,
+        wait_ms=options.wait_ms,
+        batch_tokens=options.batch_tokens,
+        queue_rows=options.queue,
+        most_rows=options.max_rows,
+        most_body_kib=options.max_body_kib,
+        timeout_s=options.timeout_s,
+        token=os.environ.get(TOKEN) or None,
     )
     if options.replicas is not None:
         return _run_on_ray(given, options)

@@ -54,7 +54,7 @@ class Asked(BaseModel):
         Raises:
             UserError: there is none; or one is a text, and the task reads several columns.
         """
-        given = self.rows if self.rows is not None else [self.row or {}]
+        given = [self.row] if self.row is not None else self.rows
         if not given:
             raise UserError("rows is empty: give at least one")
         columns = task.columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -158,17 +158,19 @@ class SharedEncoder:
             rows: of one kind.
         """
         graft = self._graft(rows[0].adapter.first_layer)
-        order = sorted(range(len(rows)), key=lambda number: id(rows[number].adapter))
-        grouped = [list(same) for _, same in groupby(order, key=lambda number: id(rows[number].adapter))]
-        lanes = [rows[numbers[0]].adapter for numbers in grouped]
-        ordered = [rows[number] for number in order]
-        tensors = self._tensors(ordered)
-        outputs = graft(*tensors, list(map(len, grouped)), lanes, self._text_states(graft, ordered))
-        found: list[np.ndarray] = [np.empty(0)] * len(rows)
-        for numbers, output in zip(grouped, outputs, strict=True):
-            for number, values in zip(numbers, output.float().cpu().numpy(), strict=True):
-                found[number] = values
-        return found
+        lanes: dict[Adapter, list[int]] = {}
+        for number, row in enumerate(rows):
+            lanes.setdefault(row.adapter, []).append(number)
+        order = list(chain.from_iterable(lanes.values()))
+        by_lane = [rows[number] for number in order]
+        outputs = graft(
+            *self._tensors(by_lane),
+            lane_rows=[len(numbers) for numbers in lanes.values()],
+            lanes=list(lanes),
+            text_states=self._text_states(graft, by_lane),
+        )
+        found = dict(zip(order, chain.from_iterable(each.cpu().numpy() for each in outputs), strict=True))
+        return [found[number] for number in range(len(rows))]
 
     def _graft(self, first_layer: int) -> GraftedEncoder:
         if first_layer not in self._grafts:
@@ -180,10 +182,11 @@ class SharedEncoder:
         many adapters are asked about it."""
         if graft.lower is None:
             return None
-        places = {text: place for place, text in enumerate(dict.fromkeys(row.text for row in rows))}
-        first = {row.text: row for row in reversed(rows)}
-        states = graft.lower(*self._tensors([first[text] for text in places]))
-        return states[torch.tensor([places[row.text] for row in rows], device=self.device)]
+        texts = [row.text for row in rows]
+        distinct = dict(zip(texts, rows, strict=True))
+        states = graft.lower(*self._tensors(list(distinct.values())))
+        places = {text: place for place, text in enumerate(distinct)}
+        return states[torch.tensor([places[text] for text in texts], device=self.device)]
 
     def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Token ids, mask and token types of rows, int64 `[R, T]` each, on the encoder's device."""

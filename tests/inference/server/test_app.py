@@ -84,6 +84,7 @@ def test_rows_texts_and_one_row_are_answered_alike(adapters: dict[str, Path]) ->
         ("recurrent", b'{"rows": ["a", {"text": null}]}', 422, "row 2 of the input: column 'text' is empty"),
         ("recurrent", b'{"rows": [{"text": ["a"]}]}', 422, "row 1 of the input: column 'text' holds a list"),
         ("recurrent", b'{"rows": []}', 422, "rows is empty"),
+        ("gated", b'{"row": ""}', 422, "row 1 of the input is a text"),
         ("recurrent", b'{"rows": [3]}', 422, "rows.0"),
         ("recurrent", b'{"rows": ["a"], "row": "a"}', 422, "give either rows or row"),
         ("recurrent", b'{"texts": ["a"]}', 422, "texts: Extra inputs are not permitted"),
