@@ -219,8 +219,12 @@ def rated(side: Side, limit_ms: float) -> float:
 
 
 def soak(side: Side, options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
-    """Offer a part of the rated load for long, and look at the memory every half minute."""
-    rate, period = SOAK_SHARE * rated(side, max(options.p99_ms)), 30.0
+    """Offer a part of the rated load, by the strictest limit that was held, for long; look at the memory every half
+    minute."""
+    rate, period = (
+        SOAK_SHARE * next(filter(None, (rated(side, each) for each in sorted(options.p99_ms)))),
+        30.0,
+    )
     figures, memory = [], [side.memory_mib()]
     while len(figures) * period < options.soak_s:
         figures.append(side.measure(rate, period, len(figures), texts))
