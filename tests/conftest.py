@@ -35,6 +35,7 @@ TOGETHER = {
     "tests/search/test_tuner.py": "ray",
     "tests/search/test_ray_cluster.py": "ray",
     "tests/study/test_run.py": "ray",
+    "tests/inference/server/test_ray_serve.py": "ray",
     "tests/faults/test_searches.py": "ray",
     "tests/tracking": "mlflow",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from gpc_dist import cli
 from gpc_dist.shipped import shipped_folder
 from tests.conftest import gpc
 from tests.pages import SHELL, Block
-from tests.processes import command, start_launcher
+from tests.processes import command, start, start_launcher, wait_until
 
 PAGES = {
     block.page: [each for each in SHELL if each.page == block.page and not each.needs] for block in SHELL
@@ -121,9 +122,19 @@ def run(words: list[str], settings: dict[str, str], environment: dict[str, str])
             if name in kept:
                 del kept[(place := kept.index(name)) : place + 2]
         kept += [f"--{key}", value]
+    if command_name == "serve":
+        served_until_stopped(kept)
+        return
     done = start_launcher(*kept) if command_name in ON_RANKS else command(*kept, **environment)
     done.wait()
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
+
+
+def served_until_stopped(words: list[str]) -> None:
+    server = start(*words, "--port", 0, "--engine.device", "cpu")
+    wait_until(lambda: "serving" in server.stdout or server.returncode is not None)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait() == 0, server.stderr
 
 
 def commands(held: list[Block]) -> list[list[str]]:

@@ -71,7 +71,8 @@ class GraftedEncoder(nn.Module):
 
     Use `attach` to make one from a `transformers` model. Its `state_dict` holds the lanes and nothing of the frozen
     encoder, so that checkpoints of other trainers are small, too. The hooks act only during a pass of this object:
-    called directly, or through another graft, the encoder works as before.
+    called directly, or through another graft, the encoder works as before. One pass at a time runs on an encoder:
+    threads must take turns.
 
     Args:
         lanes: the attached adapters, which run if a pass is given no others.

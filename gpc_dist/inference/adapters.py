@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from gpc_dist.encoder.sharding import held
 from gpc_dist.errors import UserError
 from gpc_dist.inference.engine import engine_of
 from gpc_dist.shown import one_line
-from gpc_dist.tasks import Example, Prediction, answered_by, make_task, read_part, write_predictions
+from gpc_dist.tasks import Example, Prediction, Task, answered_by, make_task, read_part, write_predictions
 from gpc_dist.training.evaluation import all_outputs
 from gpc_dist.training.saved_adapter import load_on_all
 from gpc_dist.training.session import Session, Split, load_base, open_session
@@ -63,6 +64,21 @@ def adapter_config(
     return configuration.build({**tree, "engine": engine or {}}, chosen)
 
 
+def task_of(folder: Path, adapter: Adapter, config: Config) -> Task:
+    """The task that a configuration gives an adapter.
+
+    Raises:
+        UserError: it needs another number of outputs, or is not valid.
+    """
+    task = make_task(config.task, config.data)
+    if adapter.outputs != task.outputs:
+        raise UserError(
+            f"the adapter in {folder} has {adapter.outputs} outputs, and task '{task.name}' needs {task.outputs}: "
+            "evaluate it on the task and the labels it was trained for"
+        )
+    return task
+
+
 def open_adapter(folder: Path, config: Config, world: World) -> Session:
     """Open a session that runs a saved adapter, at the stage of the configuration. Every rank must call it.
 
@@ -72,12 +88,7 @@ def open_adapter(folder: Path, config: Config, world: World) -> Session:
     adapter, card = load_on_all(folder, world)
     base = load_base(config, world)
     card.check_encoder(base.identity, base.parts.shape)
-    task = make_task(config.task, config.data)
-    if adapter.outputs != task.outputs:
-        raise UserError(
-            f"the adapter in {folder} has {adapter.outputs} outputs, and task '{task.name}' needs {task.outputs}: "
-            "evaluate it on the task and the labels it was trained for"
-        )
+    task = task_of(folder, adapter, config)
     session = open_session(config, world, task, base, [adapter])
     if config.adapter.trains_encoder:
         world.on_all(lambda: load_tuned_encoder(folder, adapter, held))
@@ -143,7 +154,8 @@ def adapter_outputs(session: Session, split: Split, adapter: Adapter | None = No
 
 
 class Predictor:
-    """An adapter and its encoder, loaded to predict rows as they come.
+    """An adapter and its encoder, loaded to predict rows as they come. Threads that call it, as those of MLflow's
+    server, take turns: the hooks of two passes on one encoder would write into each other's states.
 
     By default the encoder lies whole in this process. With `engine.zero_stage` 3 it is sharded over the ranks that
     `torchrun` or `srun` gave, each of which then makes the same calls with the same rows and gets the same predictions;
@@ -164,6 +176,7 @@ class Predictor:
             launch.given_ranks()  # puts what `srun` says where `init_world` looks
         world = init_world(config.engine) if sharded else alone(config.engine)
         self.session = open_adapter(Path(folder), config, world)
+        self._turn = threading.Lock()
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
         """A prediction for each example in the rows.
@@ -176,6 +189,7 @@ class Predictor:
         """
         task, world = self.session.task, self.session.world
         examples = task.parse([dict(row) for row in rows])
-        outputs = adapter_outputs(self.session, self.session.split(examples, cached=False))
-        on_main = world.from_main([each.tolist() for each in outputs or ()])
+        with self._turn:
+            outputs = adapter_outputs(self.session, self.session.split(examples, cached=False))
+            on_main = world.from_main([each.tolist() for each in outputs or ()])
         return task.predictions(examples, [np.array(each, np.float32) for each in on_main])

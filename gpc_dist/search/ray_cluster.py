@@ -42,6 +42,8 @@ _PLAIN = re.compile(r"[^:/]+:\d+")
 _LONGEST_PATH = 22
 """Characters of a folder in which Ray's folder may be: the path of a Unix socket has at most 107, and Ray's own
 `/gpc-ray-XXXXXXXX/r/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` takes the others."""
+_OWN = "local"
+"""Ray's word for a cluster of this process."""
 _NEW, _FOLDER, _LOCK = "gpc-new-", "gpc-ray-", ".lock"
 """Beginnings of the names of such a folder, before and after it is locked, and the lock in it."""
 _SETTINGS = {
@@ -70,17 +72,12 @@ def connected(searches: Sequence[SearchFolder], stop: StopRequest) -> Iterator[N
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    address, plain = os.environ.get("RAY_ADDRESS") or None, None
     with ExitStack() as end:
-        if address is None:
-            options = end.enter_context(_own())
-        else:
-            _check(address)
-            options = {"address": address}
-            if plain := _PLAIN.fullmatch(
-                address
-            ):  # from here on: Ray would wait for ever to enter a lost one
-                end.enter_context(_watched(address, searches))
+        options = end.enter_context(entrance())
+        address = None if options["address"] == _OWN else options["address"]
+        plain = _PLAIN.fullmatch(address or "")
+        if plain:  # from here on: Ray would wait for ever to enter a lost one
+            end.enter_context(_watched(options["address"], searches))
         # This thread sets signal handlers anew meanwhile: at those of Ray, SIGTERM would end the program at once. The
         # other one stays to the end, because Ray's processes end with the thread that started them.
         thread = end.enter_context(ThreadPoolExecutor(1))
@@ -105,6 +102,21 @@ def connected(searches: Sequence[SearchFolder], stop: StopRequest) -> Iterator[N
         end.callback(ray.shutdown)
         _wait_for_nodes()
         yield
+
+
+@contextmanager
+def entrance() -> Iterator[dict[str, Any]]:
+    """Options of `ray.init` for the cluster that RAY_ADDRESS names, or for one of this machine while the block runs.
+
+    Raises:
+        MachineError: nothing answers at RAY_ADDRESS; or there is to be no token, see `ray_token.make_token`.
+    """
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check(address)
+        yield {"address": address}
+    else:
+        with _own() as options:
+            yield options
 
 
 def _head() -> str:
@@ -167,7 +179,7 @@ def _own() -> Iterator[dict[str, Any]]:
         end.enter_context(locks.hold(made / _LOCK))
         made.rename(folder)
         yield {
-            "address": "local",
+            "address": _OWN,
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
             "_temp_dir": f"{folder}/r",  # to which Ray lets everybody write: nobody gets there

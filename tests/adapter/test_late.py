@@ -233,3 +233,16 @@ def test_an_encoder_whose_upper_layers_need_the_lower_ones_is_refused(broken: st
     parts.layers[2].register_forward_pre_hook(add)
     with pytest.raises(UserError, match="encoder family 'bert' cannot take a prompt before a later layer"):
         check_halves(parts, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_grafts_of_several_first_layers_share_one_encoder(family: str) -> None:
+    """As those of a server do; a T5's layer k gets the bias that layer 0 computes, and keeps it."""
+    batch, shared = batch_for(family), tiny(family)
+    firsts = (2, 0, 1)
+    together = [late(shared, "prompt-tuning", first) for first in firsts]
+    apart = [late(family, "prompt-tuning", first) for first in firsts]
+    for one, other in zip(together, apart, strict=True):
+        other.load_state_dict(one.state_dict())
+        torch.testing.assert_close(one(**batch), other(**batch), rtol=1e-5, atol=1e-5)
