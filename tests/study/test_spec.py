@@ -50,7 +50,9 @@ def test_every_packaged_study_is_valid_and_says_how_to_run_it(name: str) -> None
 
 
 def test_the_promised_studies_are_there() -> None:
-    assert {"minilm", "minilm-full", "roberta-large", "t5-v1_1-xl", "ablations", "late"} <= set(STUDIES)
+    assert {"minilm", "five-tasks", "minilm-full", "roberta-large", "t5-v1_1-xl", "ablations", "late"} <= set(
+        STUDIES
+    )
 
 
 def test_every_key_is_documented() -> None:
@@ -179,7 +181,8 @@ def test_a_bad_override_is_refused(tmp_path: Path, key: str, message: str) -> No
 
 def test_an_unknown_study_is_refused() -> None:
     with pytest.raises(
-        UserError, match="no study 'nothing': give a YAML file or one of ablations, demo, late, minilm"
+        UserError,
+        match="no study 'nothing': give a YAML file or one of ablations, demo, five-tasks, late, minilm",
     ):
         spec.load("nothing")
 
