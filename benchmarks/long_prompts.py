@@ -4,7 +4,7 @@ For each arm, all seeds train at once in the lanes of one frozen MiniLM, one arm
 they start now there is the recurrent one as it started before, with both units drawn at random.
 
     python benchmarks/long_prompts.py --data GLUE/sst2
-    python benchmarks/long_prompts.py --data GLUE/sst2 --seeds 3 4 --rows 200 --arms recurrent-random-start recurrent
+    python benchmarks/long_prompts.py --data GLUE/sst2 --arms linear-probe recurrent recurrent-rank-64 residual-rank-64
     python benchmarks/long_prompts.py --data GLUE/sst2 --steps 300 --cut 20 --batch-size 4 --rows 8 \
         --arms recurrent-random-start recurrent --out benchmarks/long_prompts_first_steps.json
 
