@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,8 +140,7 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 def _without_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise UserError(f"duplicate key {twice!r}: keep one of them")
     return found
 

@@ -83,5 +83,12 @@ def test_a_json_text_is_refused_in_one_line(text: str | bytes, said: str) -> Non
     assert "\n" not in str(refused.value)
 
 
+def test_a_key_that_comes_again_behind_many_others_is_found_at_once() -> None:
+    # to compare each with all before it would take longer than a test may
+    many = ", ".join(f'"{number}": 0' for number in (*range(300_000), 299_999))
+    with pytest.raises(UserError, match="card: duplicate key '299999': keep one of them"):
+        parse_json(f"{{{many}}}", "card")
+
+
 def test_a_character_of_two_code_units_is_one() -> None:
     assert parse_json(r'["\ud83d\ude00"]', "card") == ["😀"]
