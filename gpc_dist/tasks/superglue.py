@@ -8,6 +8,7 @@ ReCoRD (nested in the files, flat on the Hub), WSC (`target` or flat) and labels
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +22,13 @@ from gpc_dist.tasks.metrics import Metric
 
 _BOOLEAN = ("false", "true")
 _CB = ("entailment", "contradiction", "neutral")
+_LONGEST = 500
+"""Characters of a span, which may all be compared at each word of a text."""
+_PLACE = "@placeholder"
+"""Where an entity stands in a query."""
+_LARGEST = 2**22
+"""Characters that the questions or entities of a row may become, which stand in it once and are repeated for each
+answer or query: a row of a MiB could stand for more than a machine holds."""
 RTE = ("entailment", "not_entailment")
 """Labels of RTE, and of the diagnostics that its adapters answer."""
 
@@ -56,7 +64,9 @@ def _multirc(row: Row) -> Iterator[Example]:
             idx = {"paragraph": idx, "question": idx, "answer": idx}
         yield _multirc_answer(idx, row["paragraph"], row["question"], row["answer"], row)
         return
-    for question in row["passage"]["questions"]:
+    questions = row["passage"]["questions"]
+    _check_size(sum(len(each["question"]) * len(each["answers"]) for each in questions))
+    for question in questions:
         for answer in question["answers"]:
             idx = {"paragraph": row["idx"], "question": question["idx"], "answer": answer["idx"]}
             text = row["passage"]["text"]
@@ -79,27 +89,43 @@ def _record(row: Row) -> Iterator[Example]:
     passage = row["passage"]
     if isinstance(passage, str):  # the Hub's flat rows
         answers = row.get("answers", [])
+        _check_size(_filled(row["query"], row["entities"]))
         yield _record_query(row["idx"], passage, row["entities"], row["query"], answers)
         return
     text = passage["text"]
+    _check_size(len(text) * len(passage["entities"]))
     # `end` is the last character's index
     entities = [text[entity["start"] : entity["end"] + 1] for entity in passage["entities"]]
+    _check_size(sum(_filled(query["query"], entities) for query in row["qas"]))
     for query in row["qas"]:
         idx = {"passage": row["idx"], "query": query["idx"]}
         answers = [answer["text"] for answer in query.get("answers", [])]
         yield _record_query(idx, text, entities, query["query"], answers)
 
 
+def _filled(query: str, entities: list[str]) -> int:
+    """Characters of a query with each entity in its place, or more."""
+    return len(query) * len(entities) + query.count(_PLACE) * sum(map(len, entities))
+
+
+def _check_size(made: int) -> None:
+    if made > _LARGEST:
+        raise UserError(
+            f"the row stands for {made} characters, and may for {_LARGEST}: write it as several rows"
+        )
+
+
 def _record_query(idx: Any, passage: str, entities: list[str], query: str, answers: list[str]) -> Example:
     candidates = tuple(dict.fromkeys(entities))
-    right = tuple(i for i, candidate in enumerate(candidates) if candidate in answers)
+    given = set(answers)
+    right = tuple(i for i, candidate in enumerate(candidates) if candidate in given)
     if answers and not right:
         raise UserError(f"no entity of the passage is an answer to query '{query}'")
     # the article is followed by the news site's summary, each point after a marker line
     passage = re.sub(r"(?<=[.!?])\n@highlight\n", " ", passage).replace("\n@highlight\n", ". ")
     return Example(
         idx,
-        tuple((passage, query.replace("@placeholder", entity)) for entity in candidates),
+        tuple((passage, query.replace(_PLACE, entity)) for entity in candidates),
         right or None,
         source=idx["passage"] if isinstance(idx, dict) else None,
         meta={"candidates": candidates, "answers": tuple(dict.fromkeys(answers))},
@@ -144,19 +170,22 @@ def locate_span(text: str, span: str, index: int) -> tuple[int, int]:
     point at may carry punctuation (`him,"`), a possessive or another case. The result is the
     occurrence nearest to the index, or the words at the index if the span's text does not occur.
     """
-    words = re.sub(r"^\W+|\W+$", "", span).split()
+    # not by `\W+$`, which takes the square of the time for a long row of signs
+    inner = re.search(r"\w(.*\w)?", span, re.DOTALL)
+    words = inner[0].split() if inner else []
+    if (length := sum(map(len, words))) > _LONGEST:
+        raise UserError(
+            f"a span has {length} characters, and may have {_LONGEST}: give the words that are meant"
+        )
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
     matches = list(re.finditer(pattern, text, re.IGNORECASE))
     if matches:
-        return min(matches, key=lambda match: abs(_words_before(text, match) - index)).span()
+        ends = [match.end() for match in re.finditer(r"\S\s", text)]
+        return min(matches, key=lambda match: abs(bisect_right(ends, match.start()) - index)).span()
     phrase = list(re.finditer(r"\S+", text))[index : index + len(words)]
     if not phrase:
         raise UserError(f"span '{span}' is neither in the text nor at its word {index}")
     return phrase[0].start(), phrase[-1].end()
-
-
-def _words_before(text: str, match: re.Match[str]) -> int:
-    return len(re.findall(r"\S\s", text[: match.start()]))
 
 
 _ACCURACY: dict[str, Metric] = {"accuracy": metrics.accuracy}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,25 @@ def test_the_occurrence_nearest_to_the_index_is_taken() -> None:
     assert locate_span('"it and "it', "it", 2) == (9, 11)
 
 
+@pytest.mark.parametrize(
+    ("text", "span", "expected"),
+    [
+        ("it " * 150_000, "it", (300, 302)),
+        ("a " + "! " * 100_000 + "it", "it" + " !" * 200 + " " * 1_000_000 + "is", (200, 603)),
+    ],
+)
+def test_a_span_in_a_long_text_is_found_in_time_that_grows_with_it(
+    text: str, span: str, expected: tuple[int, int]
+) -> None:
+    # the square of these lengths would take longer than a test may
+    assert locate_span(text, span, 100) == expected
+
+
+def test_a_span_as_long_as_a_text_is_refused() -> None:
+    with pytest.raises(UserError, match="a span has 200001 characters, and may have 500"):
+        locate_span("a!" * 200_000, "a!" * 100_000 + "b", 0)
+
+
 def test_marks_of_touching_spans_do_not_cross() -> None:
     assert mark("ab", {"*": (0, 1), "#": (1, 2)}) == "* a *# b #"
 
@@ -387,6 +407,45 @@ def test_a_wrong_row_is_named(name: str, row: dict[str, Any], message: str) -> N
     rows = [FILE_ROWS[name][0], row]
     with pytest.raises(UserError, match=message):
         adapt_rows(name, rows, the_input(rows))
+
+
+_LONG = 40_000
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        (
+            "multirc",
+            {
+                "passage": {
+                    "text": "a",
+                    "questions": [{"question": "q" * _LONG, "answers": [{"text": "a"}] * 200}],
+                }
+            },
+        ),
+        ("record", {"passage": "a", "query": "q" * _LONG, "entities": [*map(str, range(200))]}),
+        ("record", {"passage": "a", "query": "@placeholder" * 2000, "entities": ["e" * _LONG]}),
+        (
+            "record",
+            {"passage": {"text": "a" * _LONG, "entities": [{"start": 0, "end": _LONG}] * 200}, "qas": []},
+        ),
+        (
+            "record",
+            {
+                "passage": {"text": "abc", "entities": [{"start": 0, "end": n} for n in range(3)]},
+                "qas": [{"idx": 0, "query": "q" * _LONG}] * 50,
+            },
+        ),
+    ],
+)
+def test_a_row_that_stands_for_too_much_is_refused_before_it_is_made(name: str, row: dict[str, Any]) -> None:
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"row 1 of the input: the row stands for \d+ characters"):
+        adapt_rows(name, [row], the_input([row]))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 20
 
 
 def test_a_local_run_imports_nothing_heavy(write_rows: Any) -> None:
