@@ -99,7 +99,9 @@ def _in_folder(folder: Path) -> list[Found]:
         raise UserError(f"there is no folder {folder}: give that of an adapter, a run or a search")
     if found := _adapter_of(folder):
         return [found]
-    inside = [_adapter_of(each) for each in sorted(folder.iterdir()) if each.is_dir()]
+    # what is hidden is nobody's to serve: among others, adapters that are being written
+    shown = (each for each in sorted(folder.iterdir()) if each.is_dir() and not each.name.startswith("."))
+    inside = [_adapter_of(each) for each in shown]
     if not any(inside):
         raise UserError(
             f"there is no adapter in {folder}: give the folder of one, of a finished run or search, or of such folders"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gpc_dist.adapter.store import CARD, WEIGHTS
+from gpc_dist.adapter.store import CARD, NAMES, WEIGHTS
 from gpc_dist.errors import UserError
+from gpc_dist.files import new_folder
 from gpc_dist.inference.server.catalog import Catalog
 from gpc_dist.inference.server.places import Place, look_at_all
 from tests.inference.server.made import CATS, write_adapter
@@ -51,6 +52,15 @@ def test_an_adapter_is_called_after_its_run_its_search_or_its_folder(
     assert names(tmp_path / "a") == ["rte", "sweep"]
     with look_at_all([Place.parse(str(search))])["sweep"].fetched() as folder:
         assert folder == search / "trials" / "t1" / "adapter"
+
+
+def test_an_adapter_that_is_being_written_is_none_yet(adapters: dict[str, Path], tmp_path: Path) -> None:
+    run_folder(tmp_path / "rte", adapters["late"])
+    with new_folder(tmp_path / "cb", NAMES) as half:
+        for name in NAMES:
+            shutil.copy(adapters["deep"] / name, half / name)
+        assert names(tmp_path) == ["rte"]
+    assert names(tmp_path) == ["cb", "rte"]
 
 
 def test_a_path_with_the_sign_is_a_path(adapters: dict[str, Path], tmp_path: Path) -> None:
