@@ -22,6 +22,13 @@ def seconds(text: str) -> float:
     return number
 
 
+def period(text: str) -> float:
+    """Argument type: seconds, more than 0."""
+    if not (number := seconds(text)):
+        raise ValueError
+    return number
+
+
 def replicas(text: str) -> tuple[int, int]:
     """Argument type: `2`, or a range such as `1-8`."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reload",
         metavar="S",
-        type=seconds,
+        type=period,
         help="look at the places again every S seconds, and take up what is new",
     )
     parser.add_argument(
@@ -63,9 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-body-kib", metavar="N", type=count, default=1024, help="size of a request [1024]"
     )
-    parser.add_argument(
-        "--timeout-s", metavar="S", type=seconds, default=30.0, help="time for a request [30]"
-    )
+    parser.add_argument("--timeout-s", metavar="S", type=period, default=30.0, help="time for a request [30]")
     parser.add_argument(
         "--drain-s",
         metavar="S",

@@ -40,8 +40,9 @@ def run(options: Options, host: str, port: int, drain_s: float) -> int:
         def stop(_: int, __: FrameType | None) -> None:
             server.should_exit = True
 
-        # uvicorn has handlers of its own while it runs, and raises the signal again when it has ended
-        signal.signal(signal.SIGTERM, stop)
+        # uvicorn has handlers of its own while it runs, and raises the signals again when it has ended
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(f"serving {len(service.catalog.held)} adapters at {address} (see {address}/docs)", flush=True)
         server.run([listener])

@@ -65,9 +65,16 @@ def test_new_versions_are_taken_up_and_the_token_is_asked_for(
 
         wait_until(there)
         assert post(address, "one", {"row": "a cat"}, **token) == first
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGINT)  # Ctrl-C
         assert server.wait() == 0
         assert "s3cret" not in server.stdout + server.stderr
+
+
+@pytest.mark.parametrize("option", ["--reload", "--timeout-s"])
+def test_a_time_that_leaves_none_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpc("serve", "late", option, 0)
+    assert f"argument {option}: invalid period value: '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
