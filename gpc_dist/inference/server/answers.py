@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gpc_dist.errors import UserError
 from gpc_dist.inference.server.catalog import Held
-from gpc_dist.parsing import parse_json
+from gpc_dist.parsing import DEEPEST, parse_json
 from gpc_dist.tasks import Prediction, Task
 
 RowGiven = dict[str, Any] | str
@@ -22,7 +23,8 @@ class Asked(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"rows": [{"text": "a fine film"}]}]}
     )
 
-    rows: list[RowGiven] | None = None
+    # the first wrong row is told, and a request has room for half a million
+    rows: list[RowGiven] | None = Field(None, fail_fast=True)
     row: RowGiven | None = None
     """For one row, in place of `rows`."""
 
@@ -40,7 +42,7 @@ class Asked(BaseModel):
             UserError: it is no JSON of this form.
         """
         try:
-            return cls.model_validate(parse_json(body, "the request"))
+            return cls.model_validate(_flat(parse_json(body, "the request")))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
@@ -65,6 +67,20 @@ class Asked(BaseModel):
                     "object with these"
                 )
         return [{columns[0]: row} if isinstance(row, str) else row for row in given]
+
+
+def _flat(tree: Any) -> Any:
+    """A tree, if it is not deeper than whatever takes it apart can go."""
+    level = [tree]
+    for _ in range(DEEPEST):
+        inside = (
+            each.values() if isinstance(each, dict) else each
+            for each in level
+            if isinstance(each, dict | list)
+        )
+        if not (level := list(chain.from_iterable(inside))):
+            return tree
+    raise UserError(f"the request has more than {DEEPEST} objects and lists within each other: write it flat")
 
 
 class Predicted(BaseModel):

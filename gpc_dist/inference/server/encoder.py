@@ -130,16 +130,21 @@ class SharedEncoder:
         task = task_of(folder, adapter, config)
         return Loaded(adapter.to(self.device).eval(), card, task, text_tokens(config, base.parts))
 
-    def read(self, loaded: Loaded, rows: Sequence[Mapping[str, object]]) -> Question:
+    def read(self, loaded: Loaded, rows: Sequence[Mapping[str, object]], most: int) -> Question:
         """Parse and tokenise the rows of a request.
+
+        Args:
+            most: texts that they may be together; a row may be several.
 
         Raises:
             UserError: a row lacks a column that the task reads, or has no text in it; names both. Or there is nothing
-                to predict: of a text without questions, or a question without candidates.
+                to predict: of a text without questions, or a question without candidates. Or there is too much.
         """
         examples = loaded.task.parse([dict(row) for row in rows])
         if not examples or not all(example.rows for example in examples):
             raise UserError(f"a row has nothing to choose from, or to predict, for task {loaded.task.name}")
+        if (texts := sum(len(example.rows) for example in examples)) > most:
+            raise UserError(f"these are {texts} texts, and at most {most} may wait: ask in parts")
         encoded = encode(examples, self._session.base.tokenizer, loaded.text_tokens)
         every = collate(encoded, np.arange(len(examples)), self._session.pad_id)
         ids = every.input_ids.numpy()

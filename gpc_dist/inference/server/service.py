@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from gpc_dist.errors import UserError
@@ -76,14 +77,14 @@ class Service:
             FullError: there is no room for the rows now.
             PassError: see `Batcher.outputs`.
         """
+        most = self.options.queue_rows
+        if len(rows) > most:  # there never will be room
+            raise UserError(f"these are {len(rows)} rows, and at most {most} may wait: ask in parts")
         with self.batcher.room(len(rows)):
-            read = self.catalog.encoder.read
-            question = await asyncio.get_running_loop().run_in_executor(self._reader, read, loaded, rows)
+            read = partial(self.catalog.encoder.read, loaded, rows, most)
+            question = await asyncio.get_running_loop().run_in_executor(self._reader, read)
             # candidates are rows of the encoder's
-            texts, most = len(question.rows), self.options.queue_rows
-            if texts > most:
-                raise UserError(f"these are {texts} texts, and at most {most} may wait: ask in parts")
-            with self.batcher.room(max(0, texts - len(rows))):
+            with self.batcher.room(max(0, len(question.rows) - len(rows))):
                 return question.predictions(await self.batcher.outputs(question.rows))
 
     async def _reload(self, period_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from gpc_dist.adapter.store import read_card
+from gpc_dist.errors import UserError
 from gpc_dist.inference.adapters import Predictor
+from gpc_dist.inference.server.answers import Asked
 from gpc_dist.inference.server.app import make_app
 from gpc_dist.inference.server.encoder import SharedEncoder
 from gpc_dist.inference.server.service import Service
@@ -91,6 +94,12 @@ def test_rows_texts_and_one_row_are_answered_alike(adapters: dict[str, Path]) ->
         ("recurrent", b"[]", 422, "the request is not valid"),
         ("recurrent", b"{", 422, "the request is not valid JSON"),
         ("recurrent", b'{"row": ' + b"[" * 5000, 422, "nested too deeply"),
+        (
+            "recurrent",
+            b'{"row": {"text": "a", "id": ' + b"[" * 300 + b"]" * 300 + b"}}",
+            422,
+            "within each other",
+        ),
         ("recurrent", b'{"row": "\\ud800"}', 422, "one half of a character"),
         ("recurrent", b'{"row": "\xff"}', 422, "the request is not valid JSON"),
         ("recurrent", b'{"rows": ["a", "b", "c", "d"]}', 413, "the request has 4 rows, and may have 3"),
@@ -107,6 +116,15 @@ def test_what_is_wrong_is_said(
     assert (reply.status, list(reply.tree)) == (status, ["detail"])
     assert said in reply.tree["detail"]
     assert "Traceback" not in reply.tree["detail"]
+
+
+def test_of_many_wrong_rows_the_first_is_told_alone() -> None:
+    tracemalloc.start()
+    with pytest.raises(UserError, match="rows.0"):
+        Asked.parse(b'{"rows": [' + b"1, " * 100_000 + b"1]}")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 << 20
 
 
 def test_a_size_that_is_announced_is_refused_before_it_is_read(adapters: dict[str, Path]) -> None:
@@ -127,6 +145,12 @@ def test_candidates_are_rows_of_the_queue(adapters: dict[str, Path]) -> None:
     one, two = answered(adapters, asks, queue_rows=4)
     assert one.status == 200
     assert (two.status, "6 texts, and at most 4" in two.tree["detail"]) == (422, True)
+
+
+def test_more_rows_than_will_ever_have_room_are_not_to_come_again(adapters: dict[str, Path]) -> None:
+    path, rows = PREDICT.format("recurrent"), ["a"] * 5
+    reply = answered(adapters, lambda app: ask(app, path, {"rows": rows}), queue_rows=4)
+    assert (reply.status, "5 rows, and at most 4" in reply.tree["detail"]) == (422, True)
 
 
 def test_what_has_nothing_to_predict_is_said(tiny_encoder: Path, tmp_path: Path) -> None:
