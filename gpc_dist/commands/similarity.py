@@ -31,6 +31,8 @@ def run(options: Any, settings: dict[str, str], words: list[str]) -> int:
         raise UserError(f"--probe {options.probe} does not exist")
     if options.output is not None:
         check_output(options.output)
+        if options.output.is_file():
+            raise UserError(f"--output {options.output} is a file: give a folder")
     if (code := engine.run_as_ranks(options.adapters[0], settings, words)) is not None:
         return code
     from gpc_dist.reports.similarity import run_similarity

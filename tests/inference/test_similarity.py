@@ -156,6 +156,9 @@ def test_what_cannot_be_compared_is_refused(
     assert f"{other} was trained on encoder 'another' (sha256 000000000000)" in capsys.readouterr().err
     assert gpc("similarity", *adapters.values(), "--probe", tmp_path / "none.jsonl") == EXIT_USAGE
     assert "none.jsonl does not exist" in capsys.readouterr().err
+    file = other / "adapter_config.json"
+    assert gpc("similarity", *adapters.values(), "--output", file) == EXIT_USAGE
+    assert f"--output {file} is a file: give a folder" in capsys.readouterr().err
 
 
 def test_names_are_the_ends_of_paths_that_tell_them_apart() -> None:
