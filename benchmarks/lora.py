@@ -142,7 +142,10 @@ def measure(model: torch.nn.Module, data: Data, part: str, settings: Config) -> 
 def run(spec: StudySpec, task: str, rank: int) -> dict[str, Any]:
     settings = config.load(
         spec.recipe_of(task),
-        {key: json.dumps(value) for key, value in spec.settings_of(task, spec.reference).items()},
+        {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in spec.settings_of(task, spec.reference).items()
+        },
     )
     data = read(settings)
     searched = {
