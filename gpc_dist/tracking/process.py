@@ -85,7 +85,7 @@ class ExporterProcess:
 def start(run_dir: Path | str, delay_s: float = 10.0) -> ExporterProcess | None:
     """Start the exporter of a run whose `config.yaml` and `status.json` are written.
 
-    Call it once per run, from rank 0, before threads and GPUs are set up.
+    Call it once per run, from rank 0.
 
     Args:
         run_dir: the run folder.

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from gpc_dist import batch, files, logs
+from gpc_dist.adapter.lane import Adapter
 from gpc_dist.adapter.transfer import Source
 from gpc_dist.config import Config
 from gpc_dist.distributed.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ from gpc_dist.training.progress import Progress
 from gpc_dist.training.record import open_folder, run_result
 from gpc_dist.training.run import Run
 from gpc_dist.training.saved_adapter import source_of
-from gpc_dist.training.session import check_input, load_base, open_session, seed_everything
+from gpc_dist.training.session import Session, check_input, load_base, open_session, seed_everything
 from gpc_dist.training.state import saved_state
 from gpc_dist.training.stop import StopRequest
 from gpc_dist.training.trainer import Trainer
@@ -61,6 +62,9 @@ class _Inputs:
     saved: Checkpoint | None
     source: Source | None
     """The adapter to start from; None for a run that resumes."""
+    replaces: bool
+    """Whether the folder has an earlier run, whose files are removed: only once this one's encoder is loaded, since a
+    path that is mistyped must not cost an adapter."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,19 @@ def run_training(config: Config, started_s: float, argv: Sequence[str], stop: St
     try:
         with explained(config.engine):
             inputs = _read_inputs(config, world, held)
-            exporter = _open_record(inputs, argv)
+            record = _Record(inputs, argv)
+            if not inputs.replaces:
+                record.open()
             try:
                 with explained(config.engine):  # what is recorded, too
-                    outcome = _train(inputs, started_s, stop, held)
+                    session, adapter = _load(inputs)
+                    if inputs.replaces:
+                        record.open()
+                    outcome = _train(inputs, session, adapter, started_s, stop, held)
             except BaseException as error:
-                if world.is_main:
-                    _record_failure(inputs, exporter, error)
+                record.fail(error)
                 raise
-            if world.is_main:
-                _record_outcome(inputs, exporter, outcome)
+            record.end(outcome)
     finally:
         held.close()
         world.leave()
@@ -120,6 +127,7 @@ def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
     world.on_main(lambda: held.enter_context(folder.hold()))
     saved = saved_state(folder.checkpoints, config, world)
     source = source_of(config, world) if saved is None else None
+    replaces = world.from_main(not config.train.resume and folder.status.exists())
     return _Inputs(
         config=config,
         world=world,
@@ -129,24 +137,33 @@ def _read_inputs(config: Config, world: World, held: ExitStack) -> _Inputs:
         validation=validation,
         saved=saved,
         source=source,
+        replaces=replaces,
     )
 
 
-def _train(inputs: _Inputs, started_s: float, stop: StopRequest, held: ExitStack) -> _Outcome:
-    """Load the encoder and train until the run is complete or a stop is requested. From then on signals are requests
-    until `held` is closed: one that comes when all is trained must not end what records it."""
-    config, world, folder = inputs.config, inputs.world, inputs.folder
+def _load(inputs: _Inputs) -> tuple[Session, Adapter]:
+    """Load and place the encoder, and make the adapter."""
+    config, world = inputs.config, inputs.world
     if not world.is_main:
-        logs.log_rank_to(folder.rank_log(world.rank))
+        logs.log_rank_to(inputs.folder.rank_log(world.rank))
     log.debug("one of %d ranks, on %s of %s", world.size, world.device, socket.gethostname())
     seed_everything(config.run.seed)
     session = open_session(config, world, inputs.task, load_base(config, world))
     log.debug("encoder in place after %.1f s", session.load_s)
+    return session, session.new_adapter(config, inputs.source)
+
+
+def _train(
+    inputs: _Inputs, session: Session, adapter: Adapter, started_s: float, stop: StopRequest, held: ExitStack
+) -> _Outcome:
+    """Train until the run is complete or a stop is requested. From then on signals are requests until `held` is closed:
+    one that comes when all is trained must not end what records it."""
+    config, world, folder = inputs.config, inputs.world, inputs.folder
     run = Run(
         config.run.name,
         session,
         folder,
-        adapter=session.new_adapter(config, inputs.source),
+        adapter=adapter,
         training=session.split(inputs.training, run=config),
         validation=session.split(inputs.validation),
         saved=inputs.saved,
@@ -207,47 +224,71 @@ def _telemetry_log(folder: RunFolder) -> Iterator[Write]:
         yield log.append
 
 
-def _open_record(inputs: _Inputs, argv: Sequence[str]) -> ExporterProcess | None:
-    """Prepare the run's folder and, if tracking is enabled, start the export to MLflow, on the main rank. The others
-    wait: what they wrote first would make the folder a stranger's."""
-    world, folder, config = inputs.world, inputs.folder, inputs.config
-    world.on_main(lambda: open_folder(folder, config, argv, inputs.task, inputs.training, inputs.validation))
-    return exporter_process.start(folder.path) if world.is_main and config.tracking.enabled else None
+class _Record:
+    """The run's record: files in its folder and, if tracking is enabled, the process that exports them to MLflow.
 
+    All ranks have one; the main rank writes.
+    """
 
-def _record_failure(inputs: _Inputs, exporter: ExporterProcess | None, error: BaseException) -> None:
-    state: State = "failed" if isinstance(error, Exception) else "killed"
-    if inputs.folder.present:
-        inputs.folder.write_status(state, str(error) or type(error).__name__)
-    if exporter:
-        exporter.finish(inputs.config.tracking.finish_timeout_s)
+    def __init__(self, inputs: _Inputs, argv: Sequence[str]) -> None:
+        self._inputs = inputs
+        self._argv = argv
+        self._opened = False
+        self._exporter: ExporterProcess | None = None
 
+    def open(self) -> None:
+        """Prepare the folder and start the export, on the main rank. The others wait: what they wrote first would make
+        the folder a stranger's.
 
-def _record_outcome(inputs: _Inputs, exporter: ExporterProcess | None, outcome: _Outcome) -> None:
-    """Write the end of the run to its folder, finish the export to MLflow, and print the result."""
-    config, folder = inputs.config, inputs.folder
-    folder.check_present()
-    timeout_s: float = config.tracking.finish_timeout_s
-    if outcome.stopped_by is None:
-        run_id = exporter.wait_for_run_id(_RUN_ID_TIMEOUT_S) if exporter else None
-        files.write_json(folder.result, outcome.result | {"mlflow_run_id": run_id})
-        folder.write_status("finished")
-        _print_result(outcome.result)
-    else:
-        folder.write_status("stopped", f"{outcome.stopped_by} at step {outcome.step}")
-        timeout_s = min(timeout_s, _STOPPED_TIMEOUT_S)
-        if outcome.idle:
-            batch.note_idle()
-        log.info(
-            "stopped by %s; state saved at step %d: the same command goes on from there",
-            outcome.stopped_by,
-            outcome.step,
+        Raises:
+            UserError: see `open_folder`.
+        """
+        inputs, world = self._inputs, self._inputs.world
+        folder, config = inputs.folder, inputs.config
+        world.on_main(
+            lambda: open_folder(folder, config, self._argv, inputs.task, inputs.training, inputs.validation)
         )
-    if exporter:
-        exporter.finish(timeout_s)
-    print(f"run folder: {folder}")
-    if config.tracking.enabled:
-        print(f"compare runs: {ui_command(tracking_uri(config.tracking.uri, folder.path))}")
+        if world.is_main and config.tracking.enabled:
+            self._exporter = exporter_process.start(folder.path)
+        self._opened = world.is_main
+
+    def fail(self, error: BaseException) -> None:
+        """Write why the run ended; nothing if it was not opened: what is there is an earlier run's."""
+        if not self._opened:
+            return
+        state: State = "failed" if isinstance(error, Exception) else "killed"
+        if self._inputs.folder.present:
+            self._inputs.folder.write_status(state, str(error) or type(error).__name__)
+        if self._exporter:
+            self._exporter.finish(self._inputs.config.tracking.finish_timeout_s)
+
+    def end(self, outcome: _Outcome) -> None:
+        """Write the end of the run to its folder, finish the export to MLflow, and print the result."""
+        if not self._opened:
+            return
+        config, folder, exporter = self._inputs.config, self._inputs.folder, self._exporter
+        folder.check_present()
+        timeout_s: float = config.tracking.finish_timeout_s
+        if outcome.stopped_by is None:
+            run_id = exporter.wait_for_run_id(_RUN_ID_TIMEOUT_S) if exporter else None
+            files.write_json(folder.result, outcome.result | {"mlflow_run_id": run_id})
+            folder.write_status("finished")
+            _print_result(outcome.result)
+        else:
+            folder.write_status("stopped", f"{outcome.stopped_by} at step {outcome.step}")
+            timeout_s = min(timeout_s, _STOPPED_TIMEOUT_S)
+            if outcome.idle:
+                batch.note_idle()
+            log.info(
+                "stopped by %s; state saved at step %d: the same command goes on from there",
+                outcome.stopped_by,
+                outcome.step,
+            )
+        if exporter:
+            exporter.finish(timeout_s)
+        print(f"run folder: {folder}")
+        if config.tracking.enabled:
+            print(f"compare runs: {ui_command(tracking_uri(config.tracking.uri, folder.path))}")
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -74,6 +74,27 @@ def test_what_the_user_put_into_a_run_stays(
     assert contents(run)["adapter/README.md"] == b"mine"
 
 
+def test_a_run_that_cannot_begin_replaces_nothing(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`train.resume: false` removes what is there, and only once the encoder and the start are known to be good."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    train = ("train", tiny_recipe, "--run.dir", run, "--train.steps", 4)
+    assert gpc(*train) == 0
+    assert gpc("train", tiny_recipe, "--run.dir", other, "--train.steps", 4, "--run.seed", 5) == 0
+    card = other / "adapter" / "adapter_config.json"
+    card.write_text(card.read_text().replace('"layers": 4', '"layers": 2'))
+    before = contents(run)
+    for start, message in (
+        (("--adapter.init_from", other / "adapter"), "layers 2"),
+        (("--encoder.path", tmp_path / "none"), "none"),
+    ):
+        capsys.readouterr()
+        assert gpc(*train, "--train.resume", "false", *start) == EXIT_USAGE
+        assert message in capsys.readouterr().err
+        assert contents(run) == before
+
+
 def test_linked_folders_are_written_where_they_lead(tiny_recipe: Path, tmp_path: Path) -> None:
     run, scratch = tmp_path / "run", tmp_path / "scratch"
     train = ("train", tiny_recipe, "--run.dir", run, "--train.keep_last", 1)
