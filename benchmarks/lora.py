@@ -8,7 +8,7 @@ split. Steps, batch size and text length are those of the study's runs.
     python benchmarks/lora.py minilm --data-root DATA
     python benchmarks/lora.py minilm --data-root DATA --tasks cb --rank 4
 
-A task that is in the file already is not run again. Needs `peft`.
+A task or seed that is in the file already is not run again. Needs `peft`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def measure(model: torch.nn.Module, data: Data, part: str, settings: Config) -> 
     return data.task.score(data.parts[part], outputs)[data.task.main_metric]
 
 
-def run(spec: StudySpec, task: str, rank: int) -> dict[str, Any]:
+def run(spec: StudySpec, task: str, rank: int, known: dict[str, Any]) -> dict[str, Any]:
+    """A task's result; `known` is what the file has of it."""
     settings = config.load(
         spec.recipe_of(task),
         {
@@ -148,13 +149,17 @@ def run(spec: StudySpec, task: str, rank: int) -> dict[str, Any]:
         },
     )
     data = read(settings)
-    searched = {
-        rate: train(data, settings, rank, rate, seed)["holdout"]
+    searched = known.get("searched") or {
+        str(rate): statistics.mean(
+            train(data, settings, rank, rate, seed)["holdout"] for seed in spec.search_seeds
+        )
         for rate in RATES
-        for seed in spec.search_seeds
     }
-    rate = max(searched, key=searched.__getitem__)
-    runs = {seed: train(data, settings, rank, rate, seed) for seed in spec.seeds}
+    rate = float(max(searched, key=searched.__getitem__))
+    runs = dict(known.get("runs", {}))
+    for seed in map(str, spec.seeds):
+        if seed not in runs:
+            runs[seed] = train(data, settings, rank, rate, int(seed))
     scores = [each["score"] for each in runs.values()]
     return {
         "metric": data.task.main_metric,
@@ -163,7 +168,7 @@ def run(spec: StudySpec, task: str, rank: int) -> dict[str, Any]:
         "runs": runs,
         "mean": statistics.mean(scores),
         "std": statistics.stdev(scores),
-        "trained": runs[spec.seeds[0]]["trained"],
+        "trained": runs[str(spec.seeds[0])]["trained"],
     }
 
 
@@ -185,9 +190,8 @@ def main() -> None:
         if (found["study"], found["rank"]) == (spec.name, options.rank):
             report = found
     for task in options.tasks or spec.tasks:
-        if task not in report["tasks"]:
-            report["tasks"][task] = run(spec, task, options.rank)
-            options.out.write_text(json.dumps(report, indent=2) + "\n")
+        report["tasks"][task] = run(spec, task, options.rank, report["tasks"].get(task, {}))
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
     rows = [
         [name, each["metric"], each["mean"], each["std"], each["trained"]]
         for name, each in report["tasks"].items()

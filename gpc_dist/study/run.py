@@ -43,8 +43,7 @@ def run_study(study: StudySpec, command: Sequence[str]) -> int:
         _check(study, task, methods)
     for task, methods in drawn.items():
         files.write_json(folder.task(task).drawn, methods)
-    if new:
-        files.write_text(folder.config, study.to_yaml())
+    files.write_text(folder.config, study.to_yaml())
     return _run_stages(study, folder, command)
 
 
@@ -52,16 +51,18 @@ def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
     """Return the tasks that were added since the study began: all if it has not begun.
 
     Raises:
-        UserError: anything else but `official` has changed since then.
+        UserError: anything else but `official` has changed since then, or a seed is gone.
     """
     if not folder.config.exists():
         return list(study.tasks)
     begun = load(str(folder.config))
-    same = begun.model_copy(update={"tasks": study.tasks, "official": study.official}) == study
-    if not same or any(study.tasks.get(name) != task for name, task in begun.tasks.items()):
+    grown = {"tasks": study.tasks, "seeds": study.seeds, "official": study.official}
+    kept = all(study.tasks.get(name) == task for name, task in begun.tasks.items())
+    if not (kept and {*begun.seeds} <= {*study.seeds} and begun.model_copy(update=grown) == study):
         raise UserError(
-            f"{folder.path} holds another study, or this one with other values (tasks may be added, and official may "
-            f"change, nothing else): go on with it as gpc-dist study {folder.config}, or give this one another --name"
+            f"{folder.path} holds another study, or this one with other values (tasks and seeds may be added, and "
+            f"official may change, nothing else): go on with it as gpc-dist study {folder.config}, or give this one "
+            "another --name"
         )
     return [task for task in study.tasks if task not in begun.tasks]
 

@@ -14,7 +14,8 @@ from typing import Any
 from gpc_dist import config
 from gpc_dist.config import TrackingConfig
 from gpc_dist.errors import UserError
-from gpc_dist.search import algorithm, space
+from gpc_dist.runs.folder import SearchFolder
+from gpc_dist.search import algorithm, space, spec
 from gpc_dist.search.pack_key import grouped, pack_key
 from gpc_dist.search.spec import SearchSpec
 from gpc_dist.study.layout import Part, Stage, StudyFolder
@@ -60,7 +61,7 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
             f"methods.{method}: its grid has {grid} configurations, more than the {study.trials} that every method may "
             "try: write choice to draw from its values, or raise trials"
         )
-    spec = SearchSpec.model_validate(
+    made = SearchSpec.model_validate(
         {
             "recipe": study.recipe_of(task),
             "settings": fixed,
@@ -69,8 +70,8 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
             "seed": study.seed,
         }
     )
-    space.validate(spec)
-    found = [fixed | space.settings_of(sample) for sample in algorithm.draw(spec)]
+    space.validate(made)
+    found = [fixed | space.settings_of(sample) for sample in algorithm.draw(made)]
     return list({identity(each): each for each in found}.values())
 
 
@@ -83,43 +84,59 @@ def searches(
     study: StudySpec, task: str, stage: Stage, configurations: Sequence[Configuration]
 ) -> list[SearchSpec]:
     """Return the searches that run these configurations with every seed of the stage: one for those that can share an
-    encoder, one for those that train the encoder.
+    encoder, one for those that train the encoder; and further ones with seeds that were added when these had begun.
     """
     alone = [each for each in configurations if each["adapter.method"] == "fine-tuning"]
     packed = [each for each in configurations if each["adapter.method"] != "fine-tuning"]
-    made = []
-    if packed:
-        made.append(_search(study, task, stage, "packed", packed))
-    if alone:
-        made.append(_search(study, task, stage, "alone", alone))
-    return made
+    parts: tuple[tuple[Part, list[Configuration]], ...] = ("packed", packed), ("alone", alone)
+    return [
+        _search(study, task, stage, part, folder, seeds, group)
+        for part, group in parts
+        if group
+        for folder, seeds in _seeds(study, task, stage, part)
+    ]
+
+
+def _seeds(study: StudySpec, task: str, stage: Stage, part: Part) -> list[tuple[SearchFolder, list[int]]]:
+    """The folder of each search, and its seeds: of those that have begun, and of the next one if any seed is left."""
+    folder = StudyFolder(study.folder).task(task)
+    found = [(search, spec.load(str(search.config)).seeds) for search in folder.begun(stage, part)]
+    begun = {seed for _, seeds in found for seed in seeds}
+    wanted = study.search_seeds if stage == "search" else study.seeds
+    left = [seed for seed in wanted if seed not in begun]
+    return [*found, (folder.next(stage, part), left)] if left else found
 
 
 def _search(
-    study: StudySpec, task: str, stage: Stage, part: Part, configurations: Sequence[Configuration]
+    study: StudySpec,
+    task: str,
+    stage: Stage,
+    part: Part,
+    folder: SearchFolder,
+    seeds: list[int],
+    configurations: Sequence[Configuration],
 ) -> SearchSpec:
-    folder = StudyFolder(study.folder)
     common = {
         key: value
         for key, value in configurations[0].items()
         if all(key in each and each[key] == value for each in configurations)
     }
-    spec = SearchSpec(
-        name=f"{study.name}-{task}-{stage}-{part}",
-        dir=folder.task(task).search(stage, part).path,
+    made = SearchSpec(
+        name=f"{study.name}-{task}-{folder.path.name}",
+        dir=folder.path,
         recipe=study.recipe_of(task),
         settings=common,
         configurations=[
             {key: value for key, value in each.items() if key not in common} for each in configurations
         ],
-        seeds=study.search_seeds if stage == "search" else study.seeds,
+        seeds=seeds,
         resources=study.resources if part == "packed" else study.resources.model_copy(update={"pack": 1}),
         retries=study.retries,
         tracking=tracking_of(study),
     )
-    keyed = ((pack_key(space.trial_config(spec, each)), each) for each in spec.configurations or [])
+    keyed = ((pack_key(space.trial_config(made, each)), each) for each in made.configurations or [])
     # packs take them in order
-    return spec.model_copy(update={"configurations": [each for group in grouped(keyed) for each in group]})
+    return made.model_copy(update={"configurations": [each for group in grouped(keyed) for each in group]})
 
 
 def tracking_of(study: StudySpec) -> TrackingConfig:
@@ -129,6 +146,6 @@ def tracking_of(study: StudySpec) -> TrackingConfig:
     return study.tracking.model_copy(update={"uri": f"sqlite:///{study.folder / 'mlflow.db'}"})
 
 
-def configuration_of(spec: SearchSpec, drawn: Mapping[str, Any]) -> dict[str, Any]:
+def configuration_of(search: SearchSpec, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """Return the whole configuration of a trial: the settings of its search, and the values `drawn` for it."""
-    return {**spec.settings, **drawn}
+    return {**search.settings, **drawn}

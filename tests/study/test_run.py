@@ -134,8 +134,16 @@ def test_a_study_that_was_killed_goes_on_and_reports(
     with pytest.raises(UserError, match="holds another study, or this one with other values"):
         run_study(load(str(study / "study.yaml"), {"trials": "3", "dir": str(study)}), [])
 
+    # of an added seed, only its own runs are trained
+    done = command("study", "mine.yaml", "--seeds", "[1, 2, 3, 7]", cwd=place, **shared_ray)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    found = read(study / "report.json")["tasks"]["cats"]["methods"]["gpc"]["scores"]
+    assert found.keys() == {"1", "2", "3", "7"}
+    assert found.items() > report["tasks"]["cats"]["methods"]["gpc"]["scores"].items()
 
-def test_a_task_may_be_added_to_a_study_and_nothing_changed(place: Path) -> None:
+
+def test_tasks_and_seeds_may_be_added_to_a_study_and_nothing_changed(place: Path) -> None:
     begun = load(str(place / "mine.yaml"), {"dir": str(place / "begun")})
     folder = StudyFolder(begun.folder)
     assert new_tasks(begun, folder) == ["cats", "words"]
@@ -145,9 +153,11 @@ def test_a_task_may_be_added_to_a_study_and_nothing_changed(place: Path) -> None
     assert new_tasks(load(str(folder.config), {"official.zero_stage": "3"}), folder) == []
     more = load(str(folder.config), {"tasks.more.recipe": str(place / "recipe.yaml")})
     assert new_tasks(more, folder) == ["more"]
+    assert new_tasks(load(str(folder.config), {"seeds": "[5, 1, 2, 3]"}), folder) == []
     for changed in (
         {"tasks.cats.settings.train.steps": "9"},
         {"tasks.cats": "null", "tasks.more.recipe": "cb"},
+        {"seeds": "[1, 2, 4]"},
     ):
         with pytest.raises(UserError, match="holds another study, or this one with other values"):
             new_tasks(load(str(folder.config), changed), folder)

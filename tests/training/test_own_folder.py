@@ -85,12 +85,12 @@ def test_a_run_that_cannot_begin_replaces_nothing(
     card = other / "adapter" / "adapter_config.json"
     card.write_text(card.read_text().replace('"layers": 4', '"layers": 2'))
     before = contents(run)
-    for start, message in (
+    for wrong, message in (
         (("--adapter.init_from", other / "adapter"), "layers 2"),
         (("--encoder.path", tmp_path / "none"), "none"),
     ):
         capsys.readouterr()
-        assert gpc(*train, "--train.resume", "false", *start) == EXIT_USAGE
+        assert gpc(*train, "--train.resume", "false", *wrong) == EXIT_USAGE
         assert message in capsys.readouterr().err
         assert contents(run) == before
 
