@@ -29,6 +29,13 @@ def period(text: str) -> float:
     return number
 
 
+def interface(text: str) -> str:
+    """Argument type: a name or an address. None at all would be every interface of the machine."""
+    if not text.strip():
+        raise ValueError
+    return text
+
+
 def replicas(text: str) -> tuple[int, int]:
     """Argument type: `2`, or a range such as `1-8`."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
@@ -42,7 +49,12 @@ def replicas(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("places", metavar="ADAPTER", nargs="+", help="PLACE or NAME=PLACE, see above")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen [127.0.0.1: this machine alone]")
+    parser.add_argument(
+        "--host",
+        type=interface,
+        default="127.0.0.1",
+        help="where to listen [127.0.0.1: this machine alone]",
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free [8000]")
     parser.add_argument(
         "--reload",

@@ -70,11 +70,20 @@ def test_new_versions_are_taken_up_and_the_token_is_asked_for(
         assert "s3cret" not in server.stdout + server.stderr
 
 
-@pytest.mark.parametrize("option", ["--reload", "--timeout-s"])
-def test_a_time_that_leaves_none_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--reload", "0", "invalid period value: '0'"),
+        ("--timeout-s", "0", "invalid period value: '0'"),
+        ("--host", "", "invalid interface value: ''"),  # sockets take it for every interface
+    ],
+)
+def test_a_period_of_none_and_a_host_of_none_are_refused(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        gpc("serve", "late", option, 0)
-    assert f"argument {option}: invalid period value: '0'" in capsys.readouterr().err
+        gpc("serve", "late", option, value)
+    assert f"argument {option}: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
