@@ -120,7 +120,9 @@ def read_card(folder: str | Path) -> AdapterCard:
     """
     path = Path(folder) / CARD
     if not path.is_file():
-        raise UserError(f"no adapter in {folder}: {CARD} is missing")
+        inside = min(Path(folder).glob(f"*/{CARD}"), default=None)
+        where = f"{inside.parent} has one" if inside else "a run's is its folder adapter"
+        raise UserError(f"no adapter in {folder}: {CARD} is missing ({where})")
     try:
         card = read_small_json(path)
         if not isinstance(card, dict):

@@ -377,6 +377,12 @@ def test_a_card_that_names_other_sizes_than_the_encoders_is_refused(tmp_path: Pa
         GraftedEncoder.from_pretrained(tmp_path / "adapter", tiny("bert"))
 
 
+def test_the_folder_of_a_run_leads_to_its_adapter(tmp_path: Path) -> None:
+    grafted("bert", options("residual")).save_pretrained(tmp_path / "run" / "adapter")
+    with pytest.raises(UserError, match=r"no adapter in .*run: .* is missing \(.*run/adapter has one\)"):
+        GraftedEncoder.from_pretrained(tmp_path / "run", tiny("bert"))
+
+
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no adapter in .*nowhere"):
         GraftedEncoder.from_pretrained(tmp_path / "nowhere", tiny("bert"))
