@@ -241,6 +241,8 @@ class TrainConfig(Section):
     """Peak learning rate of the prompt, and of the head unless it is given its own."""
     cell_lr: float = Field(1e-3, gt=0)
     """Learning rate of the cell: lower, because its matrices act at every layer and prompt position."""
+    mlp_lr: float = Field(1e-3, gt=0)
+    """Learning rate of the MLP that makes the prompts (`adapter.prompt_mlp`): lower than theirs, as the cell's is."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the head; `lr` when not given."""
     encoder_lr: float = Field(2e-5, gt=0)

@@ -118,6 +118,7 @@ def test_text_that_yaml_reads_otherwise_is_answered_with_the_remedy(
         ("train.batch_tokens", ["0", "1000000001"]),
         ("train.lr", ["0", "-1", ".inf", ".nan"]),
         ("train.cell_lr", ["0", ".inf"]),
+        ("train.mlp_lr", ["0", ".inf"]),
         ("train.head_lr", ["0", ".inf"]),
         ("train.encoder_lr", ["0", ".inf"]),
         ("train.weight_decay", ["-1", ".inf"]),

@@ -20,8 +20,7 @@ from gpc_dist.config import AdapterConfig
 from gpc_dist.errors import UserError
 
 PARTS = ("prompt", "cell", "head", "encoder")
-"""The parts of an adapter; each can have its own learning rate. The first component of a parameter's
-name is its part."""
+"""The parts of an adapter. The first component of a parameter's name is its part."""
 
 
 @dataclass(frozen=True)

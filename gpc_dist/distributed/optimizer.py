@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gpc_dist.adapter.lane import PARTS, Adapter
+from gpc_dist.adapter.lane import Adapter
 from gpc_dist.config import TrainConfig
 from gpc_dist.distributed.world import World
 from gpc_dist.errors import UserError
@@ -29,23 +29,23 @@ from gpc_dist.tensors import Stream, check_like, stream
 
 
 def parameter_groups(named: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
-    """The parameters of an adapter as `torch.optim` takes them: a group for each part that has any, with its peak
-    learning rate.
+    """The parameters of an adapter as `torch.optim` takes them: a group for each of its parts and for the MLP that
+    makes prompts, if it has any, with its peak learning rate.
 
     Args:
         named: by their names in the adapter.
     """
     rates = {
         "prompt": config.lr,
+        "prompt.mlp": config.mlp_lr,
         "cell": config.cell_lr,
         "head": config.head_lr or config.lr,
         "encoder": config.encoder_lr,
     }
-    groups = []
-    for part in PARTS:
-        if found := [p for n, p in named.items() if n.split(".")[0] == part]:
-            groups.append({"params": found, "lr": rates[part]})
-    return groups
+    groups: dict[str, list[torch.nn.Parameter]] = {part: [] for part in rates}
+    for name, parameter in named.items():
+        groups["prompt.mlp" if name.startswith("prompt.mlp.") else name.split(".")[0]].append(parameter)
+    return [{"params": found, "lr": rates[part]} for part, found in groups.items() if found]
 
 
 class LaneOptimizer:

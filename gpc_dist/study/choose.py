@@ -55,7 +55,7 @@ def tried(folder: TaskFolder, stage: Stage, methods: Mapping[str, Sequence[Confi
     """Return the trials of a stage.
 
     Args:
-        methods: the configurations of each method, which identify a trial's method.
+        methods: the configurations of each method, which identify a trial's method. A trial of another one is left out.
     """
     known = {identity(each): (name, each) for name, group in methods.items() for each in group}
     found = []
@@ -63,7 +63,9 @@ def tried(folder: TaskFolder, stage: Stage, methods: Mapping[str, Sequence[Confi
         specified = spec.load(str(search.config))
         for trial in search.begun_trials():
             settings = configuration_of(specified, files.read_json(trial.trial)["settings"])
-            method, configuration = known[identity(settings)]
+            if (ours := identity(settings)) not in known:
+                continue
+            method, configuration = known[ours]
             failed = trial.read_status().state == "failed"
             result = {} if failed else files.read_json(trial.result)
             seed = trial.read_config()["run"]["seed"]

@@ -25,19 +25,17 @@ class TaskFolder:
         self.chosen = path / "chosen.json"
         """The best configuration of each method on the hold-out, or its only one."""
 
+    def search(self, stage: Stage, part: Part, before: int = 0) -> SearchFolder:
+        """Return the search that comes after so many others: seeds and methods that are added have searches of their
+        own."""
+        return SearchFolder(self.path / (f"{stage}-{part}-{before + 1}" if before else f"{stage}-{part}"))
+
     def begun(self, stage: Stage, part: Part) -> list[SearchFolder]:
-        """Return the searches that have begun: one, and of final runs one more for each time that seeds were added."""
+        """Return the searches that have begun, in their order."""
         found: list[SearchFolder] = []
-        while (search := self._search(stage, part, len(found))).config.exists():
+        while (search := self.search(stage, part, len(found))).config.exists():
             found.append(search)
         return found
-
-    def next(self, stage: Stage, part: Part) -> SearchFolder:
-        """Return the search after those that have begun."""
-        return self._search(stage, part, len(self.begun(stage, part)))
-
-    def _search(self, stage: Stage, part: Part, before: int) -> SearchFolder:
-        return SearchFolder(self.path / (f"{stage}-{part}-{before + 1}" if before else f"{stage}-{part}"))
 
     def searches(self, stage: Stage) -> list[SearchFolder]:
         """Return the searches of a stage that have begun."""

@@ -37,34 +37,42 @@ def run_study(study: StudySpec, command: Sequence[str]) -> int:
         MachineError: no method could be trained on a task; the others are done.
     """
     folder = StudyFolder(study.folder)
-    new = new_tasks(study, folder)
-    drawn = {task: draw(study, task) for task in new}
-    for task, methods in drawn.items():
-        _check(study, task, methods)
-    for task, methods in drawn.items():
-        files.write_json(folder.task(task).drawn, methods)
+    check_begun(study, folder)
+    drawn = {task: files.read_json(folder.task(task).drawn) for task in study.tasks}
+    wanted = {
+        task: {method: known.get(method, group) for method, group in draw(study, task).items()}
+        for task, known in drawn.items()
+    }
+    for task, methods in wanted.items():
+        _check(study, task, {name: group for name, group in methods.items() if name not in drawn[task]})
+    for task, methods in wanted.items():
+        if methods != drawn[task]:
+            files.write_json(folder.task(task).drawn, methods)
     files.write_text(folder.config, study.to_yaml())
     return _run_stages(study, folder, command)
 
 
-def new_tasks(study: StudySpec, folder: StudyFolder) -> list[str]:
-    """Return the tasks that were added since the study began: all if it has not begun.
+def check_begun(study: StudySpec, folder: StudyFolder) -> None:
+    """Check that a study goes on with what it began with.
 
     Raises:
-        UserError: anything else but `official` has changed since then, or a seed is gone.
+        UserError: a task or a seed is gone, or anything has changed but `official` and which methods there are.
     """
     if not folder.config.exists():
-        return list(study.tasks)
+        return
     begun = load(str(folder.config))
-    grown = {"tasks": study.tasks, "seeds": study.seeds, "official": study.official}
-    kept = all(study.tasks.get(name) == task for name, task in begun.tasks.items())
-    if not (kept and {*begun.seeds} <= {*study.seeds} and begun.model_copy(update=grown) == study):
+    may_change = {key: getattr(study, key) for key in ("tasks", "methods", "seeds", "official")}
+    if not (
+        begun.model_copy(update=may_change) == study
+        and all(study.tasks.get(name) == task for name, task in begun.tasks.items())
+        and all(study.methods.get(name, method) == method for name, method in begun.methods.items())
+        and {*begun.seeds} <= {*study.seeds}
+    ):
         raise UserError(
-            f"{folder.path} holds another study, or this one with other values (tasks and seeds may be added, and "
-            f"official may change, nothing else): go on with it as gpc-dist study {folder.config}, or give this one "
-            "another --name"
+            f"{folder.path} holds another study, or this one with other values (tasks, methods and seeds may be added, "
+            "methods left out, and official may change, nothing else): go on with it as gpc-dist study "
+            f"{folder.config}, or give this one another --name"
         )
-    return [task for task in study.tasks if task not in begun.tasks]
 
 
 def _check(study: StudySpec, task: str, methods: Mapping[str, Sequence[Configuration]]) -> None:
@@ -110,11 +118,16 @@ def _run_stages(study: StudySpec, folder: StudyFolder, command: Sequence[str]) -
 def _choose(study: StudySpec, folder: TaskFolder) -> dict[str, Configuration]:
     """The chosen configuration of each method that has one; chosen once, when all searches of the task have ended."""
     drawn: dict[str, list[Configuration]] = files.read_json(folder.drawn)
-    if not folder.chosen.exists():
-        found = choose(tried(folder, "search", _searched(drawn)), len(study.search_seeds))
-        only = {method: {"configuration": group[0]} for method, group in drawn.items() if len(group) == 1}
-        files.write_json(folder.chosen, only | found)
-    return {method: best["configuration"] for method, best in files.read_json(folder.chosen).items()}
+    known = files.read_json(folder.chosen)
+    chosen = {
+        method: best for method, best in known.items() if best["configuration"] in drawn.get(method, [])
+    }
+    left = {method: group for method, group in drawn.items() if method not in chosen}
+    chosen |= {method: {"configuration": group[0]} for method, group in left.items() if len(group) == 1}
+    chosen |= choose(tried(folder, "search", _searched(left)), len(study.search_seeds))
+    if chosen != known:
+        files.write_json(folder.chosen, chosen)
+    return {method: best["configuration"] for method, best in chosen.items()}
 
 
 def _searched(drawn: Mapping[str, list[Configuration]]) -> dict[str, list[Configuration]]:

@@ -84,33 +84,43 @@ def searches(
     study: StudySpec, task: str, stage: Stage, configurations: Sequence[Configuration]
 ) -> list[SearchSpec]:
     """Return the searches that run these configurations with every seed of the stage: one for those that can share an
-    encoder, one for those that train the encoder; and further ones with seeds that were added when these had begun.
+    encoder, one for those that train the encoder. Of what was added since they began, further ones.
     """
     alone = [each for each in configurations if each["adapter.method"] == "fine-tuning"]
     packed = [each for each in configurations if each["adapter.method"] != "fine-tuning"]
-    parts: tuple[tuple[Part, list[Configuration]], ...] = ("packed", packed), ("alone", alone)
-    return [
-        _search(study, task, stage, part, folder, seeds, group)
-        for part, group in parts
-        if group
-        for folder, seeds in _seeds(study, task, stage, part)
-    ]
+    return _of_part(study, task, stage, "packed", packed) + _of_part(study, task, stage, "alone", alone)
 
 
-def _seeds(study: StudySpec, task: str, stage: Stage, part: Part) -> list[tuple[SearchFolder, list[int]]]:
-    """The folder of each search, and its seeds: of those that have begun, and of the next one if any seed is left."""
+def _of_part(
+    study: StudySpec, task: str, stage: Stage, part: Part, configurations: Sequence[Configuration]
+) -> list[SearchSpec]:
     folder = StudyFolder(study.folder).task(task)
-    found = [(search, spec.load(str(search.config)).seeds) for search in folder.begun(stage, part)]
-    begun = {seed for _, seeds in found for seed in seeds}
-    wanted = study.search_seeds if stage == "search" else study.seeds
-    left = [seed for seed in wanted if seed not in begun]
-    return [*found, (folder.next(stage, part), left)] if left else found
+    begun = [spec.load(str(search.config)) for search in folder.begun(stage, part)]
+    tried = [
+        {identity(configuration_of(search, each)) for each in search.configurations or []} for search in begun
+    ]
+    seeds = study.search_seeds if stage == "search" else study.seeds
+    left: dict[tuple[int, ...], list[Configuration]] = {}
+    for each in configurations:
+        had = {
+            seed
+            for search, known in zip(begun, tried, strict=True)
+            if identity(each) in known
+            for seed in search.seeds
+        }
+        if missing := tuple(seed for seed in seeds if seed not in had):
+            left.setdefault(missing, []).append(each)
+    added = [
+        _search(study, task, part, folder.search(stage, part, len(begun) + number), list(missing), group)
+        for number, (missing, group) in enumerate(left.items())
+    ]
+    wanted = set(map(identity, configurations))
+    return [search for search, known in zip(begun, tried, strict=True) if known & wanted] + added
 
 
 def _search(
     study: StudySpec,
     task: str,
-    stage: Stage,
     part: Part,
     folder: SearchFolder,
     seeds: list[int],

@@ -14,7 +14,7 @@ import yaml
 from gpc_dist.errors import EXIT_USAGE, UserError
 from gpc_dist.study.layout import StudyFolder
 from gpc_dist.study.results import read_study
-from gpc_dist.study.run import new_tasks, run_study
+from gpc_dist.study.run import check_begun, run_study
 from gpc_dist.study.spec import StudySpec, load
 from tests.conftest import gpc
 from tests.holds import Hold
@@ -134,33 +134,50 @@ def test_a_study_that_was_killed_goes_on_and_reports(
     with pytest.raises(UserError, match="holds another study, or this one with other values"):
         run_study(load(str(study / "study.yaml"), {"trials": "3", "dir": str(study)}), [])
 
-    # of an added seed, only its own runs are trained
-    done = command("study", "mine.yaml", "--seeds", "[1, 2, 3, 7]", cwd=place, **shared_ray)
+    # of a seed and a method that are added, where another is left out, only what they add is trained
+    more = (
+        "--seeds",
+        "[1, 2, 3, 7]",
+        "--methods.linear-probe",
+        "null",
+        "--methods.deep-prompt.settings",
+        "{}",
+    )
+    done = command("study", "mine.yaml", *more, cwd=place, **shared_ray)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    found = read(study / "report.json")["tasks"]["cats"]["methods"]["gpc"]["scores"]
-    assert found.keys() == {"1", "2", "3", "7"}
-    assert found.items() > report["tasks"]["cats"]["methods"]["gpc"]["scores"].items()
+    trained = [path for path in before if "trials" in path.parts]
+    assert {path: path.stat().st_mtime_ns for path in trained} == {path: before[path] for path in trained}
+    grown = read(study / "report.json")["tasks"]["cats"]["methods"]
+    assert grown.keys() == {"prompt-tuning", "gpc", "deep-prompt"}
+    assert all(method["scores"].keys() == {"1", "2", "3", "7"} for method in grown.values())
+    assert grown["gpc"]["scores"].items() > report["tasks"]["cats"]["methods"]["gpc"]["scores"].items()
+    assert read(study / "tasks" / "cats" / "chosen.json")["gpc"] == chosen["gpc"]
 
 
-def test_tasks_and_seeds_may_be_added_to_a_study_and_nothing_changed(place: Path) -> None:
+def test_a_study_grows_and_nothing_of_it_changes(place: Path) -> None:
     begun = load(str(place / "mine.yaml"), {"dir": str(place / "begun")})
     folder = StudyFolder(begun.folder)
-    assert new_tasks(begun, folder) == ["cats", "words"]
+    check_begun(begun, folder)
     folder.path.mkdir()
     folder.config.write_text(begun.to_yaml())
-    assert new_tasks(begun, folder) == []
-    assert new_tasks(load(str(folder.config), {"official.zero_stage": "3"}), folder) == []
-    more = load(str(folder.config), {"tasks.more.recipe": str(place / "recipe.yaml")})
-    assert new_tasks(more, folder) == ["more"]
-    assert new_tasks(load(str(folder.config), {"seeds": "[5, 1, 2, 3]"}), folder) == []
+    for grown in (
+        {},
+        {"official.zero_stage": "3"},
+        {"tasks.more.recipe": str(place / "recipe.yaml")},
+        {"seeds": "[5, 1, 2, 3]"},
+        {"methods.gated.settings": "{adapter.method: gpc, adapter.cell: gated}"},
+        {"methods.gpc": "null"},
+    ):
+        check_begun(load(str(folder.config), grown), folder)
     for changed in (
         {"tasks.cats.settings.train.steps": "9"},
         {"tasks.cats": "null", "tasks.more.recipe": "cb"},
         {"seeds": "[1, 2, 4]"},
+        {"methods.gpc.settings": "{train.warmup: 0}"},
+        {"trials": "3"},
     ):
         with pytest.raises(UserError, match="holds another study, or this one with other values"):
-            new_tasks(load(str(folder.config), changed), folder)
+            check_begun(load(str(folder.config), changed), folder)
 
 
 def method_of(trial: Path) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from gpc_dist import schema
 from gpc_dist.errors import UserError
+from gpc_dist.runs.folder import SearchFolder
 from gpc_dist.search import space
 from gpc_dist.shipped import shipped_folder
 from gpc_dist.study import spec
@@ -249,6 +250,29 @@ def test_what_trains_its_encoder_is_searched_by_itself(tmp_path: Path) -> None:
     assert methods == ["gpc", "linear-probe", "prompt-tuning", "gpc", "prompt-tuning", "gpc"]
     assert [each.get("adapter.prompt_tokens") for each in configurations] == [None] * 5 + [50]
     assert packed.tracking.experiment == "mine"
+
+
+def test_what_is_added_to_a_study_is_run_beside_what_has_begun(tmp_path: Path) -> None:
+    text = LEAST + "  fine-tuning: {}\ntrials: 2"
+    begun = spec.load(write(tmp_path, text), {"dir": str(tmp_path / "study")})
+    drawn = draw(begun, "rte")
+    for made in searches(begun, "rte", "final", [drawn["gpc"][0], *drawn["fine-tuning"]]):
+        made.folder.mkdir(parents=True)
+        SearchFolder(made.folder).config.write_text(made.to_yaml())
+
+    more = begun.model_copy(update={"seeds": [1, 2, 3, 8]})
+    wanted = [drawn["gpc"][0], drawn["prompt-tuning"][0], *drawn["fine-tuning"]]
+    found = searches(more, "rte", "final", wanted)
+    assert [(each.folder.name, each.seeds, len(each.configurations or [])) for each in found] == [
+        ("final-packed", [1, 2, 3], 1),
+        ("final-packed-2", [8], 1),
+        ("final-packed-3", [1, 2, 3, 8], 1),
+        ("final-alone", [1, 2, 3], 1),
+        ("final-alone-2", [8], 1),
+    ]
+    assert [each.settings["adapter.method"] for each in found[1:3]] == ["gpc", "prompt-tuning"]
+    # what has begun is taken as it was written, and is not run for a method that is left out
+    assert [each.folder.name for each in searches(begun, "rte", "final", wanted[:1])] == ["final-packed"]
 
 
 def test_adapters_to_start_from_stand_relative_to_the_study(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from gpc_dist.config import AdapterConfig, DataConfig, TaskConfig, TrainConfig
 from gpc_dist.distributed.optimizer import (
     LaneOptimizer,
     Reduced,
+    parameter_groups,
     reduce_gradients,
     schedule_factor,
     send_updates,
@@ -318,6 +319,26 @@ def test_on_any_ranks_and_stage_a_lane_is_trained_as_by_plain_adamw(ranks: int, 
                 torch.testing.assert_close(mine, theirs)
     for _, steps in found:
         assert [reduced.sums for reduced in steps] == [[ranks, 5.0 * ranks * (ranks - 1)]] * len(RATE_SHARES)
+
+
+def test_the_mlp_that_makes_prompts_has_a_rate_of_its_own() -> None:
+    config = AdapterConfig(method="deep-prompt", prompt_tokens=2, prompt_mlp=4)
+    named = dict(Adapter(config, EncoderShape(3, 8, 8), 2).named_parameters())
+    rates = {
+        id(parameter): group["lr"]
+        for group in parameter_groups(named, TrainConfig(steps=1, lr=0.1, mlp_lr=0.02, head_lr=0.3))
+        for parameter in group["params"]
+    }
+    assert {name: rates[id(parameter)] for name, parameter in named.items()} == {
+        "prompt.start": 0.1,
+        "prompt.deep": 0.1,
+        "prompt.mlp.0.weight": 0.02,
+        "prompt.mlp.0.bias": 0.02,
+        "prompt.mlp.2.weight": 0.02,
+        "prompt.mlp.2.bias": 0.02,
+        "head.linear.weight": 0.3,
+        "head.linear.bias": 0.3,
+    }
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
