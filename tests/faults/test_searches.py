@@ -10,12 +10,8 @@ from tests.faults.families import made
 from tests.faults.searches import Searches
 from tests.faults.test_slice import assert_nothing_is_lost
 
-KINDS = (
-    "search-trial-SIGKILL",
-    "search-rank-SIGKILL",
-    "search-lane-nan",
-    "search-torn",
-)
+KINDS = ("search-trial-SIGKILL", "search-rank-SIGKILL", "search-torn")
+"""Of those that end processes or their files: a lane that fails is in the tests of packs and of searches, too."""
 
 
 @pytest.mark.slow
