@@ -1,9 +1,9 @@
 """The picture of the README: what was measured, from the JSON files that benchmarks and studies left.
 
-    python benchmarks/picture.py [--report docs/studies/minilm-sst2-cb/report.json --task sst2]
+    python benchmarks/picture.py [--report docs/studies/five-tasks/report.json]
 
 Three panels: a training step beside PEFT's on one GPU, a search in one running encoder beside its trials one after the
-other, and the methods of a study on one task, with the standard deviation over seeds. `picture.png` beside this script.
+other, and GPC minus prompt tuning on the tasks of a study. `picture.png` beside this script.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 HERE = Path(__file__).parent
 OURS, THEIRS = "#0072b2", "#8c8c8c"
-METHODS = {
-    "linear-probe": "linear probe",
-    "prompt-tuning": "prompt tuning",
-    "gpc-recurrent": "GPC",
-    "fine-tuning": "fine-tuning",
-}
-TASKS = {"sst2": "SST-2", "cb": "CB", "cola": "CoLA"}
+TASKS = {"wic": "WiC", "cb": "CB", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
 STEPS = {"peft": "PEFT", "peft-deepspeed-3": "PEFT + ZeRO-3", "ours-gpc": "GPC-Dist"}
 
 
@@ -44,7 +38,22 @@ def bars(axes: Axes, figures: dict[str, float], ours: str, shown: str) -> None:
     axes.invert_yaxis()
 
 
-def draw(report: dict[str, Any], task: str) -> Figure:
+def intervals(axes: Axes, differences: dict[str, dict[str, Any]], ours: str) -> None:
+    """Differences in points, from the top down, with their intervals."""
+    for place, (name, found) in enumerate(differences.items()):
+        middle, low, high = (100 * value for value in (found["mean"], *found["interval"]))
+        colour = OURS if name == ours else THEIRS
+        axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
+        axes.text(middle, place - 0.22, f"{middle:+.1f}", ha="center", fontsize=9)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks(range(len(differences)), list(differences))
+    axes.set_ylim(len(differences) - 0.4, -0.8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def draw(report: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 2.7), layout=ConstrainedLayoutEngine(w_pad=0.15))
     speed, search, methods = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
 
@@ -59,18 +68,13 @@ def draw(report: dict[str, Any], task: str) -> Figure:
     bars(search, seconds, "one encoder", "{:.0f} s")
     search.set_title("Eight trials on two CPU cores", fontsize=10)
 
-    held = report["tasks"][task]
-    for place, (method, name) in enumerate(METHODS.items()):
-        found = held["methods"][method]
-        colour = OURS if name == "GPC" else THEIRS
-        methods.errorbar(found["mean"], place, xerr=found["std"], fmt="o", color=colour, capsize=3)
-        methods.text(found["mean"], place - 0.22, f"{found['mean']:.3f}", ha="center", fontsize=9)
-    methods.set_yticks(range(len(METHODS)), list(METHODS.values()))
-    methods.set_ylim(len(METHODS) - 0.4, -0.8)
-    methods.margins(x=0.12)
-    methods.grid(axis="x", alpha=0.3)
-    methods.tick_params(axis="x", labelsize=8)
-    methods.set_title(f"{TASKS.get(task, task)}, {held['metric']}, MiniLM", fontsize=10)
+    held = {
+        TASKS[name]: task["methods"]["gpc"]["difference"]
+        for name, task in report["tasks"].items()
+        if task["learnt"]
+    }
+    intervals(methods, held | {"mean": report["means"]["gpc"]["difference"]}, "mean")
+    methods.set_title("GPC minus prompt tuning, points, MiniLM", fontsize=10)
 
     for axes in (speed, search, methods):
         axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -82,12 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    report = HERE.parent / "docs" / "studies" / "minilm-sst2-cb" / "report.json"
+    report = HERE.parent / "docs" / "studies" / "five-tasks" / "report.json"
     parser.add_argument("--report", type=Path, default=report, help="of a study")
-    parser.add_argument("--task", default="sst2")
     parser.add_argument("--out", type=Path, default=HERE / "picture.png")
     options = parser.parse_args()
-    draw(read(options.report), options.task).savefig(options.out, dpi=150, facecolor="white")
+    draw(read(options.report)).savefig(options.out, dpi=150, facecolor="white")
 
 
 if __name__ == "__main__":
