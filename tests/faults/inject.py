@@ -229,7 +229,7 @@ class Watch:
                 (os, "replace"),
             ],
             "prune": [(checkpoint, "prune"), (checkpoint, "remove_folder"), (os, "rmdir"), (os, "unlink")],
-            "end": [(run.Run, "close"), (train, "run_result"), (train, "_record_outcome")],
+            "end": [(run.Run, "close"), (train, "run_result"), (train._Record, "end")],
         }
         for moment, functions in places.items():
             for owner, name in functions:

@@ -305,13 +305,13 @@ def test_an_adapter_is_evaluated_on_its_own_encoder_and_task_alone(
 def test_a_signal_when_all_is_trained_does_not_end_what_records_it(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = train._record_outcome
+    record = train._Record.end
 
     def record_late(*arguments: Any) -> None:
         for number in SIGNALS:
             os.kill(os.getpid(), number)
         record(*arguments)
 
-    monkeypatch.setattr(train, "_record_outcome", record_late)
+    monkeypatch.setattr(train._Record, "end", record_late)
     assert gpc("train", tiny_recipe, "--run.dir", tmp_path) == EXIT_DONE
     assert (tmp_path / "result.json").exists()
