@@ -66,21 +66,38 @@ def tables(found: StudyResult) -> list[Block]:
     made.append(_losses(found))
     if any(task.covered(method) is not None for task in found.tasks for method in task.methods):
         made.append(_covered(found))
-    return [*made, _costs(found), *([_search(found), _chosen(found)] if found.searched else [])]
+    made.append(_costs(found))
+    if found.searched:
+        made.append(_search(found))
+    if found.searched or found.study.choices:
+        made.append(_chosen(found))
+    return made
 
 
 def _introduction(found: StudyResult) -> str:
     study = found.study
+    earlier, held_out = _chosen_earlier(found), _HELD_OUT.format(study.holdout)
     if not found.searched:
         return (
             f"{len(study.methods)} methods on {study.encoder.path}, each with one configuration and "
-            f"{len(study.seeds)} seeds. {_HELD_OUT.format(study.holdout)}"
+            f"{len(study.seeds)} seeds. {earlier}{held_out}"
         )
     return (
         f"{len(study.methods)} methods on {study.encoder.path}. For each task and method up to {study.trials} "
         f"configurations were drawn, run with {counted(len(study.search_seeds), 'seed')} and compared; the best was "
-        f"run again with {len(study.seeds)} other seeds. {_HELD_OUT.format(study.holdout)}"
+        f"run again with {len(study.seeds)} other seeds. {earlier}{held_out}"
     )
+
+
+def _chosen_earlier(found: StudyResult) -> str:
+    """Says which methods were not searched on which tasks, because an earlier study had chosen for them."""
+    methods: dict[tuple[str, ...], list[str]] = {}
+    for name in found.study.methods:
+        tasks = tuple(task.name for task in found.tasks if name in found.study.choices.get(task.name, {}))
+        methods.setdefault(tasks, []).append(name)
+    methods.pop((), None)
+    said = "; ".join(f"{', '.join(names)} on {', '.join(tasks)}" for tasks, names in methods.items())
+    return f"Chosen by an earlier study, and not searched again: {said}. " if said else ""
 
 
 def _line(

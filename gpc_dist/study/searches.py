@@ -54,6 +54,8 @@ def _draw(study: StudySpec, task: str, method: str) -> list[dict[str, Any]]:
         for key, value in fixed.items()
         if key not in searched and config.RIVALS.get(key) not in searched
     }
+    if chosen := study.choices.get(task, {}).get(method):
+        return [fixed | chosen]
     written = {key: held.model_dump() for key, held in searched.items()}
     grid = math.prod(len(held.values) for held in searched.values() if held.kind == "grid")
     if grid > study.trials:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from gpc_dist import schema
+from gpc_dist import files, schema
 from gpc_dist.config import (
     LARGEST_SEED,
     MOST_RANKS,
@@ -114,6 +114,10 @@ class StudySpec(Section):
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of the training split that is held out (data.holdout). Checkpoints and configurations are selected on it;
     only the reported adapters are measured on the validation split, once."""
+    choices: dict[str, dict[str, dict[str, Any]]] = Field({})
+    """What was chosen before, as task -> method -> searched key -> value, or the path of an earlier study's
+    `report.json`, relative to the study's file or to the working folder. A method that it has for a task runs with
+    these values there, and is not searched. Its other tasks and methods are not used."""
     trials: int = Field(8, ge=1, le=100_000)
     """Largest number of configurations of each method, grids included: the same budget for all."""
     search_seeds: list[int] = Field([0], min_length=1)
@@ -190,6 +194,14 @@ class StudySpec(Section):
                 f"seeds: {', '.join(map(str, common))} also in search_seeds: what a configuration was chosen by is no "
                 "test of it"
             )
+        for task in self.tasks:
+            for method, chosen in self.choices.get(task, {}).items():
+                searched = self.methods[method].space if method in self.methods else chosen
+                if chosen.keys() != searched.keys():
+                    raise ValueError(
+                        f"choices.{task}.{method} has {', '.join(chosen) or 'no value'}, but the method searches "
+                        f"{', '.join(searched) or 'nothing'}: give these, or leave the method out of choices"
+                    )
         for name in (*self.tasks, *self.methods):
             # stricter than a name: in keys of the command line, dots stand between names
             if fault_of(name, LONGEST_OF_STUDY) or not name.replace("-", "").replace("_", "").isalnum():
@@ -227,10 +239,34 @@ def load(study: str, overrides: dict[str, str] | None = None) -> StudySpec:
         recipe = task.get("recipe")
         if isinstance(recipe, str) and (path.parent / recipe).is_file():
             task["recipe"] = str((path.parent / recipe).absolute())
+    if isinstance(earlier := tree.get("choices"), str):
+        beside = path.parent / earlier
+        tree["choices"] = _chosen_in(beside if beside.is_file() else Path(earlier))
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as error:
         raise UserError(schema.explain(error, _plain_keys())) from None
+
+
+def _chosen_in(report: Path) -> dict[str, dict[str, Any]]:
+    """What a study's `report.json` says was chosen: the values of the keys that its methods searched.
+
+    Raises:
+        UserError: it is not there, or no report of a study.
+    """
+    found = files.read_json(report)
+    try:
+        spaces = {method: held["space"] for method, held in found["study"]["methods"].items()}
+        return {
+            task: {
+                method: {key: result["configuration"][key] for key in spaces[method]}
+                for method, result in held["methods"].items()
+                if spaces[method] and result["configuration"]
+            }
+            for task, held in found["tasks"].items()
+        }
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"choices: {report} is no report.json of a study: give the path of one") from None
 
 
 def _plain_keys() -> list[str]:

@@ -197,6 +197,28 @@ def test_a_study_without_a_search_says_so() -> None:
     assert "Chosen settings" not in text
 
 
+def test_what_an_earlier_study_chose_is_said() -> None:
+    rate = {"train.lr": 0.1}
+    searched = {"space": {"train.lr": {"choice": [0.1, 0.2]}}}
+    study = StudySpec.model_validate(
+        STUDY.model_dump()
+        | {
+            "methods": {"linear-probe": {}, "prompt-tuning": searched, "gpc": searched, "fine-tuning": {}},
+            "choices": {
+                "easy": {"prompt-tuning": rate, "gpc": rate},
+                "hard": {"prompt-tuning": rate, "other": rate},
+                "elsewhere": {"gpc": rate},
+            },
+        }
+    )
+    text = to_markdown("x", report.tables(StudyResult(study, [EASY, HARD], [])))
+    assert (
+        "Chosen by an earlier study, and not searched again: prompt-tuning on easy, hard; gpc on easy. What"
+        in text
+    )
+    assert "| gpc           | easy   | train.lr 0.1 |" in text
+
+
 def test_the_summary_for_the_terminal() -> None:
     unlearnt = task("bad", {**EASY.methods, "gpc": method(0.4, 0.4, 0.4), "fine-tuning": method()})
     table, other, commands = summary(StudyResult(STUDY, [EASY, unlearnt], [])).split("\n\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,14 @@ def test_a_section_may_be_left_empty(tmp_path: Path) -> None:
             "tasks: {rte: {}}\nmethods: {gpc: {space: {adapter.method: [gpc]}}}",
             "give each a method of its own",
         ),
+        (
+            LEAST + "choices: {rte: {gpc: {train.lr: 0.1}}}",
+            "choices.rte.gpc has train.lr, but the method searches train.lr, train.cell_lr: give these",
+        ),
+        (
+            LEAST + "  linear-probe: {}\nchoices: {rte: {linear-probe: {train.lr: 0.1}}}",
+            "choices.rte.linear-probe has train.lr, but the method searches nothing",
+        ),
         (LEAST + "holdout: 1.5", "holdout: Input should be less than 1"),
     ],
 )
@@ -208,6 +217,45 @@ def test_a_searched_key_takes_the_place_of_what_it_excludes(tmp_path: Path) -> N
     drawn = draw(loaded, "rte")["gpc"]
     assert {each["train.epochs"] for each in drawn} == {1, 2}
     assert not any("train.steps" in each for each in drawn)
+
+
+def test_what_an_earlier_study_chose_is_not_searched_again(tmp_path: Path) -> None:
+    text = LEAST + "settings: {train.steps: 9}\ntrials: 3"
+    earlier = spec.load(write(tmp_path, text))
+    rates = {"train.lr": 0.02, "train.cell_lr": 4e-4}
+    chosen = {
+        "prompt-tuning": {
+            "configuration": {"train.lr": 0.03, "train.steps": 50, "adapter.method": "prompt-tuning"}
+        },
+        "gpc": {"configuration": rates},
+        "gone": {"configuration": rates},
+        "failed": {"configuration": None},
+        "unsearched": {"configuration": rates},
+    }
+    methods = earlier.model_dump(mode="json")["methods"]
+    methods |= {"gone": methods["gpc"], "failed": methods["gpc"], "unsearched": {"settings": {}, "space": {}}}
+    report = {"study": {"methods": methods}, "tasks": {"rte": {"methods": chosen}, "cb": {"methods": {}}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+
+    loaded = spec.load(
+        write(tmp_path, text.replace("{rte: {}}", "{rte: {}, cola: {}}") + "\nchoices: report.json")
+    )
+    drawn = draw(loaded, "rte")
+    assert [(each["train.lr"], each["train.steps"]) for each in drawn["prompt-tuning"]] == [(0.03, 9)]
+    assert [{key: each[key] for key in rates} for each in drawn["gpc"]] == [rates]
+    assert all(len(group) == 3 for group in draw(loaded, "cola").values())
+    # a begun study needs the report no more
+    (tmp_path / "report.json").unlink()
+    assert spec.load(write(tmp_path, loaded.to_yaml())) == loaded
+
+
+def test_choices_that_are_no_report_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"study": {"methods": []}}')
+    for given in (tmp_path / "other.json", tmp_path / "nowhere.json"):
+        with pytest.raises(
+            UserError, match=f"{given.name} is no report.json of a study: give the path of one"
+        ):
+            spec.load(write(tmp_path, LEAST), {"choices": str(given)})
 
 
 def test_two_methods_that_are_the_same_are_refused(tmp_path: Path) -> None:
