@@ -8,7 +8,7 @@ split. Steps, batch size and text length are those of the study's runs.
     python benchmarks/lora.py minilm --data-root DATA
     python benchmarks/lora.py minilm --data-root DATA --tasks cb --rank 4
 
-A task or seed that is in the file already is not run again. Needs `peft`.
+A run that is in the file already is not run again. Needs `peft`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,8 @@ def measure(model: torch.nn.Module, data: Data, part: str, settings: Config) -> 
     return data.task.score(data.parts[part], outputs)[data.task.main_metric]
 
 
-def run(spec: StudySpec, task: str, rank: int, known: dict[str, Any]) -> dict[str, Any]:
-    """A task's result; `known` is what the file has of it."""
+def run(spec: StudySpec, task: str, rank: int, found: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Complete a task's result in `found`; every run that ends is kept."""
     settings = config.load(
         spec.recipe_of(task),
         {
@@ -149,27 +149,25 @@ def run(spec: StudySpec, task: str, rank: int, known: dict[str, Any]) -> dict[st
         },
     )
     data = read(settings)
-    searched = known.get("searched") or {
-        str(rate): statistics.mean(
-            train(data, settings, rank, rate, seed)["holdout"] for seed in spec.search_seeds
-        )
-        for rate in RATES
-    }
-    rate = float(max(searched, key=searched.__getitem__))
-    runs = dict(known.get("runs", {}))
+    searched, runs = found.setdefault("searched", {}), found.setdefault("runs", {})
+    for rate in RATES:
+        if str(rate) not in searched:
+            searched[str(rate)] = statistics.mean(
+                train(data, settings, rank, rate, seed)["holdout"] for seed in spec.search_seeds
+            )
+            keep()
+    found |= {"metric": data.task.main_metric, "rate": float(max(searched, key=searched.__getitem__))}
     for seed in map(str, spec.seeds):
         if seed not in runs:
-            runs[seed] = train(data, settings, rank, rate, int(seed))
+            runs[seed] = train(data, settings, rank, found["rate"], int(seed))
+            keep()
     scores = [each["score"] for each in runs.values()]
-    return {
-        "metric": data.task.main_metric,
-        "searched": searched,
-        "rate": rate,
-        "runs": runs,
+    found |= {
         "mean": statistics.mean(scores),
         "std": statistics.stdev(scores),
         "trained": runs[str(spec.seeds[0])]["trained"],
     }
+    keep()
 
 
 def main() -> None:
@@ -189,12 +187,16 @@ def main() -> None:
         found = json.loads(options.out.read_text())
         if (found["study"], found["rank"]) == (spec.name, options.rank):
             report = found
-    for task in options.tasks or spec.tasks:
-        report["tasks"][task] = run(spec, task, options.rank, report["tasks"].get(task, {}))
+
+    def keep() -> None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+    for task in options.tasks or spec.tasks:
+        run(spec, task, options.rank, report["tasks"].setdefault(task, {}), keep)
     rows = [
         [name, each["metric"], each["mean"], each["std"], each["trained"]]
         for name, each in report["tasks"].items()
+        if "mean" in each
     ]
     print(tabulate(rows, headers=["task", "metric", "mean", "std", "trained"], floatfmt=".4f"))
 
