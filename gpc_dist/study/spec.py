@@ -195,12 +195,12 @@ class StudySpec(Section):
                 "test of it"
             )
         for task in self.tasks:
-            for method, chosen in self.choices.get(task, {}).items():
-                searched = self.methods[method].space if method in self.methods else chosen
-                if chosen.keys() != searched.keys():
+            for method, held in self.methods.items():
+                chosen = self.choices.get(task, {}).get(method)
+                if chosen is not None and chosen.keys() != held.space.keys():
                     raise ValueError(
                         f"choices.{task}.{method} has {', '.join(chosen) or 'no value'}, but the method searches "
-                        f"{', '.join(searched) or 'nothing'}: give these, or leave the method out of choices"
+                        f"{', '.join(held.space) or 'nothing'}: give these, or leave the method out of choices"
                     )
         for name in (*self.tasks, *self.methods):
             # stricter than a name: in keys of the command line, dots stand between names
